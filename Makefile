@@ -1,0 +1,38 @@
+# make demo   set up .venv and run the main job: five algorithms on eight clients, in runs/demo/
+# make test   set up what the tests need and run the fast ones
+# make check  ruff, mypy --strict, import-linter
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS ?= runs
+
+.PHONY: demo test test-slow check bench clean
+
+demo: .venv/installed
+	$(BIN)/celora compare examples/demo.toml --algorithms local,fedit,ffa-lora,fedsa-lora,ce-lora --out $(RUNS)/demo
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist
