@@ -1,0 +1,19 @@
+"""One paper, one file; `ALGORITHMS` is the table of all of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from celora.algorithms.ce_lora import CELoRA
+from celora.algorithms.fedit import FedIT
+from celora.algorithms.fedsa_lora import FedSALoRA
+from celora.algorithms.ffa_lora import FFALoRA
+from celora.algorithms.local import LocalOnly
+
+ALGORITHMS: Mapping[str, type[Any]] = {
+    "local": LocalOnly,
+    "fedit": FedIT,
+    "ffa-lora": FFALoRA,
+    "fedsa-lora": FedSALoRA,
+    "ce-lora": CELoRA,
+}
+"""Name in tables, configuration files and the command line -> the algorithm."""

@@ -1,0 +1,100 @@
+"""FedSA-LoRA: A is averaged, B stays at home.
+
+    Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025.
+    https://arxiv.org/abs/2410.01463
+
+    client i   A_i, B_i  <-  AdamW from (A, B_i) on its rows               ΔW = s·B_i A
+    server     A  <-  Σ p_i A_i
+
+What travels: A, both ways, r d_in numbers a layer. B_i and the head stay at the client, as in the authors' code
+(`personalization.local_param: ['lora_B', 'classifier']`).
+What the paper leaves open: nothing that matters here; note that (B_i M⁻¹)(M A_i) is the same model for every invertible
+M, so an average of A_i depends on how each client happens to represent its update.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Fit, Learner, Turn
+from celora.fields import setting, settings
+from celora.tensors import Names, Tensors, mean, select
+from celora.wire import record
+
+
+@record
+class Server:
+    """The last average; empty before round 1, when everybody starts from the seed's draw."""
+
+    weights: Tensors
+
+
+@record
+class Local:
+    """B, and the head where it is private."""
+
+    mine: Tensors
+
+
+@record
+class Down:
+    """The average."""
+
+    weights: Tensors
+
+
+@record
+class Up:
+    """What was trained of the shared names, and n_i."""
+
+    weights: Tensors
+    examples: int
+
+
+@settings
+class FedSALoRA:
+    """FedAvg of A; B is personal."""
+
+    card: ClassVar[Card] = Card(
+        title="Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning (FedSA-LoRA), ICLR 2025",
+        link="https://arxiv.org/abs/2410.01463",
+        family="lora",
+        server=Server,
+        local=Local,
+        down=Down,
+        up=Up,
+        private_bases=False,
+    )
+
+    head: Head = setting("private", "the task head: private, shared (averaged like A) or frozen as drawn")
+
+    @property
+    def shares(self) -> Names:
+        """A alone."""
+        return shared(self.head, "A")
+
+    def server_init(self, weights: Tensors) -> Server:
+        """Nothing to send yet."""
+        return Server({})
+
+    def client_init(self, learner: Learner) -> Local:
+        """Nothing of its own yet."""
+        return Local({})
+
+    def send(self, server: Server, client: ClientId) -> Down:
+        """The same average to everybody."""
+        return Down(server.weights)
+
+    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+        """Train both factors, send A."""
+        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        mine = select(fitted.weights, private(self.head, "A"))
+        return Trained(Local(mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
+
+    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+        """A ← Σ p_i A_i."""
+        return Server(mean([up.weights for up in heard.values()], [up.examples for up in heard.values()]))
+
+    def model(self, local: Local, down: Down) -> Tensors:
+        """The average, over what is the client's own."""
+        return {**local.mine, **down.weights}

@@ -1,0 +1,99 @@
+"""FFA-LoRA: A stays as drawn, B is averaged; the average is exact.
+
+    Sun, Li, Li, Ding, "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024.
+    https://arxiv.org/abs/2403.12313
+
+    client i   B_i  <-  AdamW from B on its rows, A frozen                 ΔW = s·B A⁰
+    server     B  <-  Σ p_i B_i,                  Σ p_i B_i A⁰ = (Σ p_i B_i) A⁰
+
+What travels: B and a shared head, both ways, r d_out numbers a layer; A⁰ is a seed, not a payload.
+What the paper leaves open: how the head is treated; here it is averaged with B unless told otherwise. With half the
+trainable numbers FFA-LoRA wants a larger learning rate than FedIT: select it, do not copy it.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Fit, Learner, Turn
+from celora.fields import setting, settings
+from celora.tensors import Names, Tensors, mean, select
+from celora.wire import record
+
+
+@record
+class Server:
+    """The last average; empty before round 1, when everybody starts from the seed's draw."""
+
+    weights: Tensors
+
+
+@record
+class Local:
+    """The head, where it is private."""
+
+    mine: Tensors
+
+
+@record
+class Down:
+    """The average."""
+
+    weights: Tensors
+
+
+@record
+class Up:
+    """What was trained of the shared names, and n_i."""
+
+    weights: Tensors
+    examples: int
+
+
+@settings
+class FFALoRA:
+    """FedAvg of B over a frozen, common A."""
+
+    card: ClassVar[Card] = Card(
+        title="Sun et al., Improving LoRA in Privacy-preserving Federated Learning (FFA-LoRA), ICLR 2024",
+        link="https://arxiv.org/abs/2403.12313",
+        family="lora",
+        server=Server,
+        local=Local,
+        down=Down,
+        up=Up,
+        private_bases=False,
+    )
+
+    head: Head = setting("shared", "the task head: private, shared (averaged like B) or frozen as drawn")
+
+    @property
+    def shares(self) -> Names:
+        """B alone."""
+        return shared(self.head, "B")
+
+    def server_init(self, weights: Tensors) -> Server:
+        """Nothing to send yet."""
+        return Server({})
+
+    def client_init(self, learner: Learner) -> Local:
+        """Nothing of its own yet."""
+        return Local({})
+
+    def send(self, server: Server, client: ClientId) -> Down:
+        """The same average to everybody."""
+        return Down(server.weights)
+
+    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+        """Train B over the frozen A."""
+        fitted = yield Fit(self.model(local, down), train=trained(self.head, "A"))
+        mine = select(fitted.weights, private(self.head, "A", "B"))
+        return Trained(Local(mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
+
+    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+        """B ← Σ p_i B_i."""
+        return Server(mean([up.weights for up in heard.values()], [up.examples for up in heard.values()]))
+
+    def model(self, local: Local, down: Down) -> Tensors:
+        """The average, over what is the client's own."""
+        return {**local.mine, **down.weights}

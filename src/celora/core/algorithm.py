@@ -1,0 +1,130 @@
+"""What a federated algorithm is: a frozen dataclass whose six pure methods are the lines of its paper.
+
+    server                                          client
+    S = server_init(weights)                        L = client_init(learner)
+    D = send(S, client)          -- frame -->       predicts with model(L, D)            "received"
+                                 <-- frame --       Trained(L, U, model) = train(learner, L, D)   "personal"
+    S = aggregate(S, {client: U})
+
+What lasts is a record (`celora.wire.record`); what must not cross is in L, and only there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+from celora.core.learner import Learner, Turn
+from celora.tensors import Names, Tensors, but, only
+from celora.wire import record
+
+S = TypeVar("S")
+L = TypeVar("L")
+D = TypeVar("D")
+U = TypeVar("U")
+
+ClientId = str
+Head = Literal["private", "shared", "frozen"]
+"""The task head: trained and kept, trained and averaged with the rest, or left as drawn."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader wants to know of an algorithm before running it; `celora list` prints it.
+
+    Attributes:
+        title: of the paper, with authors, venue and year.
+        link: to the paper; empty where there is none.
+        family: "lora" for ΔW = s·B A, "tri" for ΔW = s·B C A.
+        server, local, down, up: the record types.
+        private_bases: whether each client may draw A and B from a secret of its own; False where the method needs
+            the same A everywhere.
+    """
+
+    title: str
+    link: str
+    family: Literal["lora", "tri"]
+    server: type
+    local: type
+    down: type
+    up: type
+    private_bases: bool
+
+
+@dataclass(frozen=True)
+class Trained(Generic[L, U]):
+    """The end of a client's turn.
+
+    Attributes:
+        local: the client's private state from now on.
+        up: what is sent.
+        model: what the client predicts with now; names that are missing take the learner's `initial` value.
+        notes: told to the client, never sent.
+    """
+
+    local: L
+    up: U
+    model: Tensors
+    notes: tuple[str, ...] = ()
+
+
+class Algorithm(Protocol[S, L, D, U]):
+    """Six pure methods over four records; nothing handed in is changed, nothing is remembered in `self`."""
+
+    card: ClassVar[Card]
+
+    @property
+    def head(self) -> Head:
+        """What happens to the task head."""
+
+    @property
+    def shares(self) -> Names:
+        """The weights that travel; every reply must hold exactly these."""
+
+    def server_init(self, weights: Tensors) -> S:
+        """The server's state before round 1, from the weights everybody starts from."""
+
+    def client_init(self, learner: Learner) -> L:
+        """A client's private state before its first turn."""
+
+    def send(self, server: S, client: ClientId) -> D:
+        """What the server sends to a client."""
+
+    def train(self, learner: Learner, local: L, down: D) -> Turn[Trained[L, U]]:
+        """A client's turn: yields `Fit` problems and returns what it keeps, sends and predicts with."""
+
+    def aggregate(self, server: S, heard: Mapping[ClientId, U]) -> S:
+        """The server's next state from the replies that passed the screen, sorted by client."""
+
+    def model(self, local: L, down: D) -> Tensors:
+        """What a client predicts with right after download; missing names take the `initial` value."""
+
+
+AnyAlgorithm = Algorithm[Any, Any, Any, Any]
+
+
+def shared(head: Head, *factors: str) -> Names:
+    """The names that travel when these factors do: with the head, if it is shared."""
+    return only(*factors, "head") if head == "shared" else only(*factors)
+
+
+def trained(head: Head, *frozen: str) -> Names:
+    """All names but the frozen factors, and but the head, if it is frozen."""
+    return but(*frozen, "head") if head == "frozen" else but(*frozen)
+
+
+def private(head: Head, *shared_or_frozen: str) -> Names:
+    """What a client keeps to itself: all names that neither travel nor stay as they were drawn."""
+    return but(*shared_or_frozen) if head == "private" else but(*shared_or_frozen, "head")
+
+
+@record
+class Mixing:
+    """Who learns from whom: `weights[i, j]` (m, m) is the share of client j in what client i receives.
+
+    A server record that holds one gets it written to the run folder after each round.
+    """
+
+    clients: tuple[str, ...]
+    weights: Tensor

@@ -1,0 +1,180 @@
+"""The loop, once: frames go out, frames come back, what is fit is aggregated.
+
+    for round in run(algorithm, exchange, plan, clients, initial):
+        ...
+
+An `Exchange` is an engine: it takes one `Order` a client and brings back their `Reply`s; a client that is missing
+from them dropped out. In process, on a network, or with a fault in between: to this file it is one function.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.learner import Metrics
+from celora.core.messages import Best, Checkpoint, Exchange, Order, Plan, Reply, Round, Task, Traffic
+from celora.core.screen import screen
+from celora.errors import QuorumError, WireError
+from celora.rng import generator
+from celora.tensors import Tensors
+from celora.wire import Schema, contents, pack, unpack
+
+
+def run(
+    algorithm: AnyAlgorithm,
+    exchange: Exchange,
+    plan: Plan,
+    clients: Sequence[ClientId],
+    initial: Tensors,
+    checkpoint: Checkpoint | None = None,
+) -> Iterator[Round]:
+    """Train, round by round, from the start or from a checkpoint; the caller owns the loop.
+
+    Args:
+        initial: every weight at round 0, as the clients' `Learner.initial` (private bases excepted).
+
+    Raises:
+        QuorumError: when a round brings fewer usable replies than `plan.quorum`. The state is that of the round
+            before; running again from its checkpoint repeats the round.
+    """
+    schema = Schema.of(initial)
+    if checkpoint is None:
+        server, best, done = algorithm.server_init(initial), dict[str, Best](), 0
+    else:
+        server = unpack(algorithm.card.server, checkpoint.server, schema)
+        best, done = dict(checkpoint.best), checkpoint.round
+    for index in range(done + 1, plan.rounds + 2):
+        began = time.monotonic()
+        closing = index > plan.rounds
+        evaluate = closing or index % plan.evaluate_every == 0 or index == plan.rounds
+        drawn = [] if closing else _draw(plan, clients, index)
+        keep = tuple(f"{moment}@{b.round}" for moment, b in best.items()) + (
+            (f"personal@{plan.rounds}",) if closing else ()
+        )
+        orders: dict[ClientId, Order] = {}
+        for client in clients if evaluate else drawn:
+            task: Task = "close" if closing else "train" if client in drawn else "evaluate"
+            frame = pack(algorithm.send(server, client), schema)
+            orders[client] = Order(index, task, frame, evaluate, keep, plan.deadline)
+        replies = {client: reply for client, reply in exchange(orders).items() if client in orders}
+        heard, excluded = _hear(algorithm, schema, orders, replies, plan)
+        if len(heard) < (0 if closing else plan.quorum):
+            reasons = "; ".join(f"{client}: {why}" for client, why in sorted(excluded.items()))
+            raise QuorumError(
+                f"round {index}: {len(heard)} usable replies, the quorum is {plan.quorum} ({reasons}). "
+                "Nothing of this round was kept; mend the clients and resume the run."
+            )
+        traffic = {client: _weigh(algorithm, schema, orders[client], replies.get(client)) for client in orders}
+        if heard:
+            server = algorithm.aggregate(server, {client: heard[client] for client in sorted(heard)})
+        scores = {client: replies[client].scores for client in sorted(replies) if replies[client].scores}
+        best = improved(best, index, scores)
+        yield Round(
+            index=index,
+            heard=tuple(sorted(heard)),
+            excluded=excluded,
+            scores=scores,
+            traffic=traffic,
+            seconds=time.monotonic() - began,
+            server=server,
+            checkpoint=Checkpoint(index, pack(server, schema), best),
+        )
+
+
+def _draw(plan: Plan, clients: Sequence[ClientId], index: int) -> list[ClientId]:
+    """The clients that train in a round: all, or a uniform draw without replacement."""
+    count = max(1, round(plan.fraction * len(clients)))
+    order = torch.randperm(len(clients), generator=generator(plan.seed, "sample", index)).tolist()
+    return sorted(clients[position] for position in order[:count])
+
+
+def _hear(
+    algorithm: AnyAlgorithm,
+    schema: Schema,
+    orders: Mapping[ClientId, Order],
+    replies: Mapping[ClientId, Reply],
+    plan: Plan,
+) -> tuple[dict[ClientId, object], dict[ClientId, str]]:
+    """The replies that can be aggregated, and why the others cannot."""
+    heard: dict[ClientId, object] = {}
+    excluded: dict[ClientId, str] = {}
+    for client, order in orders.items():
+        reply = replies.get(client)
+        if reply is None:
+            excluded[client] = "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
+        elif reply.error is not None:
+            excluded[client] = reply.error
+        elif order.task == "train":
+            try:
+                up: object = unpack(algorithm.card.up, reply.frame, schema)
+            except WireError as error:
+                excluded[client] = str(error)
+                continue
+            if problem := screen(up, schema, algorithm.shares):
+                excluded[client] = problem
+            else:
+                heard[client] = up
+    return heard, excluded
+
+
+def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Mapping[str, Metrics]]) -> dict[str, Best]:
+    """The standings after a round: per moment, the round with the best mean validation score.
+
+    A mean over more clients goes before a mean over fewer, so that a round in which weak clients dropped out cannot
+    win; among equals the earliest round stays. "received" in round `index` is the aggregate of round `index - 1`.
+    """
+    now = dict(best)
+    for moment, of_round in (("received", index - 1), ("personal", index)):
+        measured = [s[moment]["score"] for s in scores.values() if "score" in s.get(moment, {})]
+        values = [score for score in measured if math.isfinite(score)]
+        if not values:
+            continue
+        candidate = Best(of_round, sum(values) / len(values), len(values))
+        held = best.get(moment)
+        if held is None or (candidate.clients, candidate.score) > (held.clients, held.score):
+            now[moment] = candidate
+    return now
+
+
+def _weigh(algorithm: AnyAlgorithm, schema: Schema, order: Order, reply: Reply | None) -> Traffic:
+    down = _payload(algorithm.card.down, order.frame, schema)
+    up = _payload(algorithm.card.up, reply.frame if reply else b"", schema)
+    return Traffic(
+        up_payload=up["adapter"],
+        up_frame=len(reply.frame) if reply else 0,
+        down_payload=down["adapter"],
+        down_frame=len(order.frame),
+        head_up=up["head"],
+        head_down=down["head"],
+        summary=up["summary"],
+        report=len(pack(Reply(b"", reply.scores, reply.error))) if reply else 0,
+    )
+
+
+def _payload(kind: type, frame: bytes, schema: Schema) -> dict[str, int]:
+    """Tensor bytes in a frame by what they are of: a field called `summary`, a tensor called `head.*`, the adapter."""
+    total = {"adapter": 0, "head": 0, "summary": 0}
+    try:
+        value = unpack(kind, frame, schema) if frame else None
+    except WireError:
+        return total  # it was excluded with its reason; of its content nothing can be said
+    for path, size in contents(value):
+        of_head = any(step.startswith("head.") for step in path)
+        total["summary" if path[0] == "summary" else "head" if of_head else "adapter"] += size
+    return total
+
+
+def test(
+    exchange: Exchange, plan: Plan, clients: Sequence[ClientId], names: Sequence[str]
+) -> dict[ClientId, Mapping[str, Metrics]]:
+    """Score kept models (`names`, such as "personal@7") on each client's test split: once, after all choices.
+
+    Returns:
+        client -> name -> metrics; a client that does not answer is missing.
+    """
+    order = Order(plan.rounds + 2, "test", b"", evaluate=False, keep=tuple(names), deadline=None)
+    replies = exchange(dict.fromkeys(clients, order))
+    return {client: replies[client].scores for client in clients if client in replies}

@@ -1,0 +1,58 @@
+"""Is a reply fit to be aggregated? One NaN or one odd shape must cost its sender a round, and nobody else."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from celora.tensors import Names
+from celora.wire import Schema
+
+MOST_EXAMPLES = 10**9
+"""Rows a client may claim: an absurd weight would be the whole average."""
+
+
+def screen(up: object, schema: Schema, shares: Names) -> str | None:
+    """Why a reply cannot be aggregated, or None.
+
+    Args:
+        up: the uplink record. A `Tensors` field must hold exactly the shared names, each with its dtype and shape; all
+            floating-point content must be finite; a field `examples` must be from 1 to 10⁹.
+        schema: the weights everybody starts from.
+        shares: the names that travel.
+    """
+    expected = {name for name in schema.entries if shares(name)}
+    for field in dataclasses.fields(up):  # type: ignore[arg-type]  # every record is a dataclass
+        value = getattr(up, field.name)
+        if field.name == "examples" and not 1 <= value <= MOST_EXAMPLES:
+            found = str(value) if abs(value) < 10**12 else f"a number of {value.bit_length()} bits"
+            return f"examples: found {found}, expected 1 to {MOST_EXAMPLES}"
+        if isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values()):
+            if missing := sorted(expected - set(value)):
+                return f"{field.name}: {len(missing)} of {len(expected)} tensors are missing (first: {missing[0]})"
+            if foreign := sorted(set(value) - expected):
+                return f"{field.name}: found {foreign[0]}, which this algorithm does not share"
+            for name, tensor in value.items():
+                dtype, shape = schema.entries[name]
+                if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                    found = f"{tensor.dtype} {tuple(tensor.shape)}"
+                    return f"{field.name}[{name}]: found {found}, expected {dtype} {shape}"
+        if broken := not_finite(value, field.name):
+            return f"{broken}: found NaN or infinity, expected finite numbers"
+    return None
+
+
+def not_finite(value: object, where: str) -> str | None:
+    """Where in a record there is NaN or infinity, or None."""
+    if isinstance(value, Tensor):
+        return None if bool(value.isfinite().all()) else where
+    if isinstance(value, float):
+        return None if abs(value) < float("inf") else where
+    items: dict[str, object] = {}
+    if isinstance(value, Mapping):
+        items = {f"{where}[{key}]": item for key, item in value.items()}
+    elif isinstance(value, tuple):
+        items = {f"{where}[{position}]": item for position, item in enumerate(value)}
+    elif dataclasses.is_dataclass(value):
+        items = {f"{where}.{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
+    return next((found for name, item in items.items() if (found := not_finite(item, name))), None)

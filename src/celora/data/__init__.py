@@ -1,0 +1,153 @@
+"""Where the rows come from and who holds them: `load(Data(...), base, seed)` -> `Federation`.
+
+    files, hub, docstrings, digits     a source -> Table (`columns` judges the rows of a text source)
+    partition                          a Table -> the rows of each client
+    split                              a client's rows -> its own training, validation and test rows
+
+Bad input is a `DataError`; what is merely odd (an empty client, a client of one class) is a notice.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from celora import fields
+from celora.data import partition
+from celora.data.columns import Columns
+from celora.data.docstrings import read_docstrings
+from celora.data.files import read_files
+from celora.data.hub import read_hub
+from celora.data.split import carve
+from celora.data.table import Federation, Share, Table, counted, did_you_mean, listing
+from celora.errors import DataError
+from celora.fields import Count, setting, settings
+
+__all__ = ["Data", "Federation", "Share", "Table", "load", "read"]
+
+EMBEDDED = ("docstrings", "digits")
+
+
+@settings
+class Data:
+    """The [data] section: a source, how it is dealt to the clients, and how each client splits its rows."""
+
+    source: str = setting(
+        "docstrings",
+        "'docstrings', 'digits', 'hub:<name>', or a path or pattern of .csv, .jsonl or .parquet files",
+    )
+    test: str | None = setting(None, "path or pattern of separate test files; none: each client splits its own rows")
+    text: str = setting("text", "column of the texts", min_length=1)
+    label: str = setting("label", "column of the labels", min_length=1)
+    client: str | None = setting(None, "column that names the client of a row (natural partition)", min_length=1)
+    split: str | None = setting(None, "column that says train, validation or test of a row", min_length=1)
+    partition: Literal["auto", "iid", "dirichlet", "classes", "quantity", "natural"] = setting(
+        "auto", "how rows are dealt; auto: natural with several files or a client column, else dirichlet"
+    )
+    clients: Count = setting(8, "number of clients; a natural partition has one for each group instead")
+    alpha: fields.Positive = setting(0.5, "dirichlet, quantity: concentration; smaller is more skewed", le=1e6)
+    classes_per_client: Count = setting(2, "classes: how many labels each client holds")
+    clients_per_group: Count = setting(1, "natural: cut each group at random into so many clients")
+    rows: Count | None = setting(None, "at most so many training rows for each client; none: all")
+    validation: fields.Share = setting(0.2, "share of a client's rows for validation, unless the source fixes them")
+    test_share: fields.Share = setting(0.2, "share of a client's rows for testing, unless the source fixes them")
+    max_validation: Count | None = setting(None, "at most so many validation rows for each client; none: all")
+    max_test: Count | None = setting(None, "at most so many test rows for each client; none: all")
+
+    def __post_init__(self) -> None:
+        if self.validation + self.test_share >= 1:
+            raise ValueError(
+                f"validation + test_share = {self.validation + self.test_share:g} leaves no row to train on; "
+                "expected less than 1"
+            )
+        if self.source in EMBEDDED or self.source.startswith("hub:"):
+            file_only = {"test": self.test, "split": self.split}
+            if self.source in EMBEDDED:
+                file_only["client"] = self.client
+            if chosen := [name for name, value in file_only.items() if value is not None]:
+                raise ValueError(f"{' and '.join(chosen)} cannot be set with source = {self.source!r}; remove it")
+        if self.test is not None and self.split is not None:
+            raise ValueError("test and split both say which rows test; set one of them")
+
+
+def load(data: Data, base: Path, seed: int) -> Federation:
+    """Read the source, deal its rows to the clients, and split each client's rows.
+
+    Args:
+        base: the folder that relative paths start at: the one of the configuration file.
+        seed: of every draw; the same data and seed give the same federation on any machine.
+
+    Raises:
+        DataError: saying what was found, what was expected and what to do.
+    """
+    table = read(data, base)
+    by_default: partition.Kind = "dirichlet" if table.groups is None else "natural"
+    kind = by_default if data.partition == "auto" else data.partition
+    hands = partition.deal(
+        table, kind, clients=data.clients, alpha=data.alpha, classes_per_client=data.classes_per_client,
+        clients_per_group=data.clients_per_group, seed=seed,
+    )  # fmt: skip
+    fixed = set(table.splits or ())
+    wanted = {
+        "validation": 0.0 if "validation" in fixed else data.validation,
+        "test": 0.0 if "test" in fixed else data.test_share,
+    }
+    clients = {
+        client: carve(
+            held, table.labels, client, validation=wanted["validation"], test=wanted["test"], rows=data.rows,
+            max_validation=data.max_validation, max_test=data.max_test, seed=seed,
+        )
+        for client, held in hands.items() if held.train
+    }  # fmt: skip
+    excluded = {client: "has no training rows" for client, held in hands.items() if not held.train}
+    if kind == "natural":
+        excluded |= table.empty
+    expected = [name for name in ("validation", "test") if name in fixed or wanted[name] > 0]
+    return Federation(
+        table=table, classes=sorted(set(table.labels)), clients=clients, excluded=excluded,
+        notices=(*table.notices, *_oddities(table, clients, expected)),
+    )  # fmt: skip
+
+
+def read(data: Data, base: Path) -> Table:
+    """The table of a source, before it is dealt out.
+
+    Raises:
+        DataError: if the source does not exist or cannot be read.
+    """
+    columns = Columns(data.text, data.label, data.client, data.split)
+    if data.source == "docstrings":
+        return read_docstrings()
+    if data.source == "digits":
+        from celora.data.digits import read_digits  # noqa: PLC0415  # scikit-learn costs a second
+
+        return read_digits()
+    if data.source.startswith("hub:"):
+        return read_hub(data.source.removeprefix("hub:"), columns)
+    if "." not in data.source and "*" not in data.source and not (base / data.source).exists():
+        raise DataError(
+            f"found source = {data.source!r}, expected {listing(EMBEDDED)}, 'hub:<name>', or the path of a "
+            f".csv, .jsonl or .parquet file.{did_you_mean(data.source, EMBEDDED)}"
+        )
+    return read_files(data.source, base, columns, data.test)
+
+
+def _oddities(table: Table, clients: dict[str, Share], expected: list[str]) -> Iterable[str]:
+    """What the user should know about the clients before reading their scores."""
+    single = [client for client, share in clients.items() if len({table.labels[row] for row in share.train}) == 1]
+    if single:
+        yield f"{counted(len(single), 'client')} with training rows of one label only: {listing(single)}"
+    for name in expected:
+        without = [client for client, share in clients.items() if not getattr(share, name)]
+        if without:
+            yield f"{counted(len(without), 'client')} without {name} rows: {listing(without)}"
+    trained = {table.labels[row] for share in clients.values() for row in share.train}
+    asked = Counter(table.labels[row] for share in clients.values() for row in share.validation + share.test)
+    lost = sorted(set(asked) - trained)
+    if lost:
+        yield f"the cap `rows` left no training row of {listing(lost)}, which is still tested; raise `rows`"
+    if len(set(table.labels)) > len(table) / 2:
+        yield (
+            f"{len(set(table.labels)):,} different labels in {len(table):,} rows: is `label` the right "
+            "column? Most labels have a single row"
+        )

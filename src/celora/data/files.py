@@ -1,0 +1,192 @@
+"""A user's own files: CSV, JSON Lines and Parquet, one file for each client or one file for all.
+
+Text files are UTF-8 (with or without a byte order mark) and may be packed with gzip. What cannot be read is
+an error that names the file, the line, what was expected and what to do.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from celora.data.columns import Columns, Sheet, gather
+from celora.data.table import Table, did_you_mean, listing, natural_key
+from celora.errors import DataError
+
+Read = Callable[[Path, str, Columns], Sheet]
+
+
+def read_files(pattern: str, base: Path, columns: Columns, test: str | None = None) -> Table:
+    """The table in a file or in all files that match a pattern such as "sites/*.csv".
+
+    With several files and no client column, each file is a client, called by the part of its path that tells
+    the files apart: the stem, else the folder. `test` names the test file, or one test file for each client;
+    a file that `pattern` matches, too, is a test file only.
+
+    Args:
+        pattern: relative to `base`, or absolute; `*`, `?`, `[…]` and `**` match as in a shell.
+
+    Raises:
+        DataError: no such file, an unknown format, a file that cannot be read, or a missing column.
+    """
+    tests = [] if test is None else find(test, base)
+    paths = [path for path in find(pattern, base) if path not in tests]
+    if not paths:
+        raise DataError(f"source = {pattern!r} and test = {test!r} name the same files; give other training files.")
+    client = _naming(paths, base) if len(paths) > 1 else None
+    sheets = []
+    for path, split in [*((one, "train") for one in paths), *((one, "test") for one in tests)]:
+        sheet = _reader(path)(path, _shown(path, base), columns)
+        sheets.append(replace(sheet, group=client and client(path), split=None if test is None else split))
+    table = gather(sheets, columns)
+    if tests and "test" not in (table.splits or ()):
+        raise DataError(f"test = {test!r} holds no usable row; fill it, or drop `test` to split the rows by share.")
+    return table
+
+
+def find(pattern: str, base: Path) -> list[Path]:
+    """The files that a path or pattern means, in natural order.
+
+    Raises:
+        DataError: if there is none; the message lists what is there instead.
+    """
+    path = base / Path(pattern).expanduser()
+    if path.is_dir():
+        raise DataError(f"{pattern!r} is a folder, expected a file or a pattern. Write for example '{pattern}/*.csv'.")
+    if path.is_file():
+        _reader(path)
+        return [path]
+    if not glob.has_magic(pattern):
+        if not path.parent.is_dir():
+            raise DataError(f"no file {pattern!r}: the folder {path.parent} does not exist. Paths start at {base}.")
+        near = sorted(one.name for one in path.parent.iterdir() if one.is_file())
+        raise DataError(
+            f"no file {pattern!r}; the folder {path.parent} holds {listing(near) or 'no files'}."
+            f"{did_you_mean(path.name, near)} Paths start at {base}."
+        )
+    expanded = str(Path(pattern).expanduser())
+    found = [Path(one) for one in glob.glob(expanded, root_dir=base, recursive=True)]
+    paths = sorted((base / one for one in found if (base / one).is_file()), key=lambda one: natural_key(str(one)))
+    if not paths:
+        raise DataError(f"no file matches {pattern!r}. Patterns start at {base}; expected are {listing(_READERS)}.")
+    for path in paths:
+        _reader(path)
+    return paths
+
+
+def _reader(path: Path) -> Read:
+    for suffix, read in _READERS.items():
+        if path.name.lower().endswith(suffix):
+            return read
+    raise DataError(
+        f"{path.name} is of no known format: found the ending {path.suffix!r}, expected {listing(_READERS)}. "
+        "Export it as CSV with a header line, or as one JSON object a line."
+    )
+
+
+def _shown(path: Path, base: Path) -> str:
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+
+
+def _naming(paths: Sequence[Path], base: Path) -> Callable[[Path], str]:
+    """How a file's client is called: by its stem if all stems differ, else its folder, else its whole
+    path."""
+
+    def stem(path: Path) -> str:
+        return path.name[: -len(next(end for end in _READERS if path.name.lower().endswith(end)))]
+
+    def folder(path: Path) -> str:
+        return path.parent.name
+
+    def whole(path: Path) -> str:
+        return _shown(path, base)
+
+    return next((name for name in (stem, folder) if len({name(path) for path in paths}) == len(paths)), whole)
+
+
+def _content(path: Path, name: str) -> str:
+    """The decoded text of a file."""
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        code = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "CP1252"
+        raise DataError(
+            f"{name}:{line}: found the byte 0x{raw[error.start]:02x}, which is not UTF-8. "
+            f"Save the file as UTF-8, for example: iconv -f {code} -t UTF-8 {path.name} > utf8-{path.name}"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+        raise DataError(f"{name} cannot be read: {error}. Check its permissions, or copy it again.") from error
+
+
+def _csv(path: Path, name: str, columns: Columns) -> Sheet:
+    reader = csv.reader(io.StringIO(_content(path, name), newline=""), strict=True)
+    header: list[str] = []
+    records: list[tuple[int, Mapping[str, object]]] = []
+    line = 1
+    try:
+        for values in reader:
+            if not header:
+                header = [value.strip() for value in values]
+                if twice := next((one for one in columns.names() if header.count(one) > 1), None):
+                    raise DataError(f"{name}: the header names the column {twice!r} twice; rename one of them.")
+            elif values and len(values) != len(header):
+                raise DataError(
+                    f"{name}:{line}: found {len(values)} values, expected {len(header)} as in the header. "
+                    "Put texts that hold a comma or a line break in double quotes."
+                )
+            elif values:
+                records.append((line, dict(zip(header, values, strict=True))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{name}:{line}: not CSV: {error}. A double quote is probably not closed; inside a quoted text "
+            'it is written twice: "".'
+        ) from error
+    return Sheet(name, header, records)
+
+
+def _jsonl(path: Path, name: str, columns: Columns) -> Sheet:
+    records: list[tuple[int, Mapping[str, object]]] = []
+    keys: dict[str, None] = {}
+    for number, line in enumerate(_content(path, name).split("\n"), start=1):  # splitlines() would cut at U+2028
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            hint = " One object a line is expected, not one array for the file." if line.lstrip()[0] == "[" else ""
+            raise DataError(f"{name}:{number}: not JSON: {error}.{hint} Correct or remove the line.") from None
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{name}:{number}: found a JSON {type(record).__name__}, expected one object a line, "
+                f'such as {{"{columns.text}": "…", "{columns.label}": "…"}}.'
+            )
+        keys.update(dict.fromkeys(record))
+        records.append((number, record))
+    return Sheet(name, list(keys), records)
+
+
+def _parquet(path: Path, name: str, columns: Columns) -> Sheet:
+    try:
+        with pq.ParquetFile(path) as file:
+            names = list(file.schema_arrow.names)
+            content = file.read(columns=[one for one in columns.names() if one in names]).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{name} cannot be read as Parquet: {error}. Write the file again.") from error
+    return Sheet(name, names, list(enumerate(content, start=1)), unit="row")
+
+
+_READERS: Mapping[str, Read] = {
+    ".csv": _csv, ".csv.gz": _csv, ".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".parquet": _parquet,
+}  # fmt: skip

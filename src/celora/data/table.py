@@ -1,0 +1,125 @@
+"""What a source yields and what the clients hold: `Table` -> `Federation` of `Share`s.
+
+A row is named by its position in the table; texts and images stay in one place, never copied for a client.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A labelled data set before it is dealt out; all columns have the same length n."""
+
+    inputs: list[str] | Tensor
+    """n texts, or images (n, channels, height, width) float32."""
+    labels: list[str]
+    """n label names."""
+    groups: list[str] | None
+    """The natural client of each row (a column, or the file it came from); None if the source has none."""
+    splits: list[str] | None
+    """"train", "validation" or "test" of each row, where the source fixes them."""
+    rows: list[str]
+    """Where each row came from, for messages: "bank.csv:17"."""
+    notices: tuple[str, ...] = ()
+    """What was left out or looks odd, one sentence each."""
+    empty: dict[str, str] = field(default_factory=dict)
+    """Groups the source knows but has no usable row of (an empty file) -> the reason."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over inputs, labels, groups and splits, in hex; file names and notices do not count."""
+        digest = hashlib.sha256()
+        if isinstance(self.inputs, Tensor):
+            images = self.inputs.detach().cpu().contiguous()
+            digest.update(f"{images.dtype} {tuple(images.shape)}".encode())
+            digest.update(images.numpy().tobytes())
+            columns: list[Sequence[str] | None] = [self.labels, self.groups, self.splits]
+        else:
+            columns = [self.inputs, self.labels, self.groups, self.splits]
+        for column in columns:
+            digest.update(b"none" if column is None else f"column {len(column)}".encode())
+            for value in column or ():
+                content = value.encode("utf-8", "surrogatepass")  # JSON may hold a lone surrogate
+                digest.update(len(content).to_bytes(8, "little") + content)  # lengths: "ab","c" is not "a","bc"
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's rows of the table; the three lists are disjoint."""
+
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A table, dealt out."""
+
+    table: Table
+    classes: list[str]
+    """Sorted label names; the id of a label is its position."""
+    clients: dict[str, Share]
+    """Client id -> its rows, in natural order of the ids ("bank2" before "bank10")."""
+    excluded: dict[str, str]
+    """Client id -> why it takes no part ("has no training rows")."""
+    notices: tuple[str, ...]
+    """The table's notices, and what is odd about the clients: one class only, no test rows, …"""
+
+    def label_ids(self, rows: Iterable[int]) -> Tensor:
+        """The labels of these rows as ids, (len(rows),) int64."""
+        ids = {label: position for position, label in enumerate(self.classes)}
+        return torch.tensor([ids[self.table.labels[row]] for row in rows], dtype=torch.int64)
+
+
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """Names for a message, the first few of them.
+
+    >>> listing(["a", "b", "c"], limit=2)
+    "'a', 'b' and 1 more"
+    """
+    all_names = list(names)
+    shown = ", ".join(repr(name) for name in all_names[:limit])
+    return shown if len(all_names) <= limit else f"{shown} and {len(all_names) - limit} more"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "row"), counted(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that reads numbers as numbers.
+
+    >>> sorted(["bank10", "bank2", "atm"], key=natural_key)
+    ['atm', 'bank2', 'bank10']
+    """
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(0, int(part), part) if part[0] in "0123456789" else (1, 0, part) for part in parts]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'text'?", or nothing if no known word is near; capitals do not count.
+
+    >>> did_you_mean("txt", ["text", "label"])
+    " Did you mean 'text'?"
+    """
+    lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    return f" Did you mean {lower[near[0]]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""Engines: functions that take orders to clients and bring back replies."""

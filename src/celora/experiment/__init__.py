@@ -1,0 +1,210 @@
+"""Experiment -> wiring: the only place where data, backbone, algorithm, engine and run folder meet.
+
+    for event in run(read(Path("demo.toml"))):
+        ...
+
+`run`, `compare` and `resume` are iterators of the events they write to the journal; the caller owns the loop, shows
+what it likes, and may stop at any moment: what is on disk can be resumed.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from celora.core.algorithm import ClientId
+from celora.core.federation import run as federate
+from celora.core.messages import Model, Shelf
+from celora.engines.embedded import Embedded
+from celora.errors import ConfigError, QuorumError, RunFolderError
+from celora.experiment.config import Experiment, dump, read, resolve, written
+from celora.experiment.summary import round_event, summarise
+from celora.experiment.world import Workshop, manifest
+from celora.track import report
+from celora.track.folder import Event, RunFolder, stamped
+from celora.wire import Schema, unpack
+
+__all__ = ["Experiment", "compare", "read", "resolve", "resume", "run"]
+
+SESSION = "session.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One algorithm with one seed, in a folder of its own."""
+
+    label: str
+    seed: int
+    folder: Path
+
+
+def run(experiment: Experiment, folder: Path | None = None, *, twin: bool = True) -> Iterator[Event]:
+    """The experiment's algorithm, after its local-only twin of equal budget (in the sub-folder `local`).
+
+    Args:
+        folder: of the run; `runs/<name>` if not given.
+        twin: False leaves the twin out, and with it every lift; for sweeps that have run it once.
+
+    Raises:
+        CeloraError: any of celora.errors; the folder is then as it was, or can be resumed.
+    """
+    root = folder or Path("runs") / experiment.name
+    jobs = [Job(experiment.label, experiment.plan.seed, root)]
+    if twin and experiment.label != "local":
+        jobs.insert(0, Job("local", experiment.plan.seed, root / "local"))
+    yield from _start(experiment, root, "run", jobs)
+
+
+def compare(
+    experiment: Experiment, labels: Sequence[str], seeds: Sequence[int], folder: Path | None = None
+) -> Iterator[Event]:
+    """Several algorithms, each with every seed, on the same clients; local-only is always among them.
+
+    Writes `compare.json`, a list of summaries. Labels are algorithm names or labels of `[overrides]`.
+
+    Raises:
+        CeloraError: any of celora.errors; the folder is then as it was, or can be resumed.
+    """
+    root = folder or Path("runs") / experiment.name
+    labels = list(dict.fromkeys(["local", *labels]))
+    many = len(seeds) > 1
+    jobs = [Job(a, s, root / a / f"seed-{s}" if many else root / a) for s in dict.fromkeys(seeds) for a in labels]
+    yield from _start(experiment, root, "compare", jobs)
+
+
+def resume(root: Path) -> Iterator[Event]:
+    """Continue a run or a comparison where its last whole round ended; jobs that are done are not repeated.
+
+    Raises:
+        RunFolderError: if there is nothing to resume here.
+    """
+    folder = RunFolder(root)
+    session = folder.read_json(SESSION)
+    if session is None:
+        inner = f" ({root.parent} can be resumed)" if (root.parent / SESSION).exists() else ""
+        raise RunFolderError(f"{root} is not a run folder: found no {SESSION}{inner}; expected runs/<name>")
+    experiment = dataclasses.replace(read(root / "experiment.toml"), base=Path(session["base"]))
+    jobs = [Job(job["label"], job["seed"], root / job["folder"]) for job in session["jobs"]]
+    with folder.lock():
+        yield from _session(experiment, root, session["kind"], jobs, Workshop())
+
+
+def _start(experiment: Experiment, root: Path, kind: str, jobs: list[Job]) -> Iterator[Event]:
+    problems: list[str] = []
+    for label in dict.fromkeys(job.label for job in jobs):  # all mistakes of all algorithms, before anything is run
+        try:
+            experiment.variant(label, experiment.plan.seed)
+        except ConfigError as error:
+            problems += [p for p in error.problems if p not in problems]
+    if problems:
+        raise ConfigError(problems)
+    workshop = Workshop()
+    for seed in dict.fromkeys(job.seed for job in jobs):  # data and backbone must load before a folder is made
+        workshop.world(experiment.variant(jobs[0].label, seed))
+    folder = RunFolder.create(root)
+    with folder.lock():
+        folder.write("experiment.toml", written(experiment))
+        places = [{"label": j.label, "seed": j.seed, "folder": str(j.folder.relative_to(root))} for j in jobs]
+        folder.write_json(SESSION, {"kind": kind, "base": str(experiment.base.resolve()), "jobs": places})
+        yield from _session(experiment, root, kind, jobs, workshop)
+
+
+def _session(experiment: Experiment, root: Path, kind: str, jobs: list[Job], workshop: Workshop) -> Iterator[Event]:
+    states = [
+        {
+            "algorithm": j.label,
+            "seed": j.seed,
+            "folder": str(j.folder),
+            "done": (j.folder / "summary.json").exists(),
+        }
+        for j in jobs
+    ]
+    rounds = experiment.plan.rounds
+    yield stamped({"event": "session", "folder": str(root), "kind": kind, "jobs": states, "rounds": rounds})
+    summaries: list[dict[str, Any]] = []
+    twins: dict[int, Job] = {job.seed: job for job in jobs if job.label == "local"}
+    for job in jobs:
+        variant = experiment.variant(job.label, job.seed)
+        twin = twins.get(job.seed)
+        try:
+            yield from _job(variant, job, workshop, RunFolder(twin.folder) if twin and twin != job else None)
+        except (KeyboardInterrupt, GeneratorExit, QuorumError) as reason:
+            why = str(reason) or type(reason).__name__
+            RunFolder(job.folder).event({"event": "stopped", "algorithm": job.label, "seed": job.seed, "why": why})
+            raise
+        summaries.append(RunFolder(job.folder).read_json("summary.json"))
+    compared = None
+    if kind == "compare":
+        RunFolder(root).write_json("compare.json", summaries)
+        compared = str(root / "compare.json")
+    yield stamped({"event": "session_end", "folder": str(root), "summaries": summaries, "compare": compared})
+
+
+def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder | None) -> Iterator[Event]:
+    """One algorithm, one seed: every event of it, from wherever its folder stands to its summary."""
+    folder = RunFolder(job.folder)
+    who = {"algorithm": job.label, "seed": job.seed}
+    if (summary := folder.read_json("summary.json")) is not None:
+        yield stamped({"event": "end", **who, "folder": str(job.folder), "summary": summary})
+        return
+    found = folder.latest()
+    world = workshop.world(experiment)
+    algorithm, plan = experiment.algorithm, experiment.plan
+    shelves: dict[ClientId, Shelf] = found[1] if found else {}
+    folder.write("config.toml", dump(experiment))
+    folder.write_json("manifest.json", manifest(experiment, world))
+    folder.rewind(found[2] if found else None)
+    checkpoint = found[0] if found else None
+    start = {"from_round": checkpoint.round if checkpoint else 0, "clients": len(world.clients)}
+    yield folder.event({"event": "start", **who, "folder": str(job.folder), "rounds": plan.rounds, **start})
+    told = {e["text"] for e in folder.events() if e["event"] == "notice"}
+
+    def notices(texts: Sequence[str]) -> Iterator[Event]:
+        for text in texts:
+            if text not in told:
+                told.add(text)
+                yield folder.event({"event": "notice", **who, "text": text})
+
+    yield from notices([*world.notices, *(found[3] if found else [])])
+    schema = Schema.of(world.initial)
+    engine = Embedded(algorithm, world.learner, shelves, schema)
+    twin_rounds = {e["index"]: e for e in twin.events() if e["event"] == "round"} if twin else {}
+    sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
+    for done in federate(algorithm, engine, plan, world.clients, world.initial, checkpoint):
+        sent += sum(traffic.up_frame for traffic in done.traffic.values())
+        event = {
+            **round_event(done, twin_rounds.get(done.index)),
+            "clients": sorted(shelves),
+            "up_bytes": sent,
+        }
+        event |= {**who, "rounds": plan.rounds}
+        folder.mixing(done.server, done.index)
+        folder.save(done.checkpoint, shelves, event)
+        checkpoint = done.checkpoint
+        line = folder.event(event)
+        yield from notices(_notes(shelves))
+        yield line
+    if checkpoint is None:
+        raise RunFolderError(f"{job.folder}: no round was run")
+    alone = {c: row["score"] for c, row in twin.read_json("summary.json")["clients"].items()} if twin else None
+    summary = summarise(experiment, world, engine, checkpoint.best, folder.events(), alone)
+    summary |= {"folder": str(job.folder), "adapters": str(job.folder / "adapters")}
+    chosen = f"{summary['moment']}@{summary['round']}"
+    for client in world.clients:
+        if chosen in shelves.get(client, {}):
+            weights = unpack(Model, shelves[client][chosen], schema).weights
+            world.export(job.folder / "adapters" / client, weights)
+    events = folder.events()
+    matrix, among = folder.similarity()
+    report.write(job.folder, summary, events, matrix, among)
+    line = folder.event({"event": "end", **who, "folder": str(job.folder), "summary": summary})
+    folder.write_json("summary.json", summary)  # last: a job with a summary is done
+    yield line
+
+
+def _notes(shelves: Mapping[ClientId, Shelf]) -> list[str]:
+    """What the clients were told at their sites; this process plays all of them."""
+    return [
+        f"{c}: {note}" for c, shelf in sorted(shelves.items()) for note in shelf.get("notes", b"").decode().splitlines()
+    ]

@@ -1,0 +1,228 @@
+"""Configuration: a TOML file and `--set key=value` into one validated `Experiment`, and back.
+
+    [data]       what the clients hold                celora.data.Data
+    [model]      the frozen backbone                  celora.models.Model
+    [adapter]    rank, targets, initialisation        celora.models.Adapter
+    [train]      local training                       celora.core.learner.Recipe
+    [plan]       rounds, participation, seed          celora.core.messages.Plan
+    [algorithm]  name, and that algorithm's fields    celora.algorithms.ALGORITHMS
+    [overrides.LABEL.SECTION]                         what differs when LABEL is run by `compare`
+
+A label is an algorithm's name, or any name whose override says `algorithm.name`.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from celora.algorithms import ALGORITHMS
+from celora.core.algorithm import AnyAlgorithm
+from celora.core.learner import Recipe
+from celora.core.messages import Plan
+from celora.data import Data
+from celora.errors import ConfigError
+from celora.models import Adapter, Model
+
+Tree = dict[str, Any]
+SECTIONS: Mapping[str, type] = {
+    "data": Data,
+    "model": Model,
+    "adapter": Adapter,
+    "train": Recipe,
+    "plan": Plan,
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A resolved configuration: one algorithm on one federation with one seed.
+
+    Attributes:
+        name: of the run folder.
+        label: the algorithm's name, or the label of the override that defines it.
+        base: the folder that relative paths in the file are relative to.
+        tree: what was written, from which `variant` resolves the others.
+    """
+
+    name: str
+    label: str
+    data: Data
+    model: Model
+    adapter: Adapter
+    train: Recipe
+    plan: Plan
+    algorithm: AnyAlgorithm
+    base: Path
+    tree: Tree
+
+    def variant(self, label: str, seed: int) -> "Experiment":
+        """The same experiment with another algorithm and seed.
+
+        Raises:
+            ConfigError: if the label names nothing, or its override does not fit.
+        """
+        return resolve(self.tree, self.base, label=label, seed=seed)
+
+    def settings(self) -> Tree:
+        """Every value, defaults included, as written to `config.toml`; it resolves to this experiment again."""
+        sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
+        names = {kind: name for name, kind in ALGORITHMS.items()}
+        algorithm = {"name": names[type(self.algorithm)], **asdict(self.algorithm)}  # type: ignore[call-overload]
+        tree = {"name": self.name, **sections, "algorithm": algorithm}
+        return {k: {n: v for n, v in s.items() if v is not None} if isinstance(s, dict) else s for k, s in tree.items()}
+
+
+def read(path: Path, sets: Sequence[str] = ()) -> Experiment:
+    """The experiment in a file, with `key=value` changes applied.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: there is no such file"]) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read as TOML: {error}"]) from error
+    problems = [problem for change in sets if (problem := _set(tree, change))]
+    if problems:
+        raise ConfigError(problems)
+    try:
+        return resolve({"name": path.stem, **tree}, path.parent)
+    except ConfigError as error:
+        raise ConfigError([f"{path.name}: {problem}" for problem in error.problems]) from None
+
+
+def dump(experiment: Experiment) -> str:
+    """The resolved configuration as TOML."""
+    return tomli_w.dumps(experiment.settings())
+
+
+def written(experiment: Experiment) -> str:
+    """What was written, as TOML: from it the same experiment, its variants included, is read again."""
+    return tomli_w.dumps({"name": experiment.name, **experiment.tree})
+
+
+def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | None = None) -> Experiment:
+    """Validate a tree of settings.
+
+    Args:
+        label: what to run instead of the tree's own algorithm; the tree's `[algorithm]` fields count only if it names
+            the same algorithm.
+        seed: instead of `plan.seed`.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems = _unknown(tree, ("name", *SECTIONS, "algorithm", "overrides"), "")
+    tables = {name: tree.get(name, {}) for name in (*SECTIONS, "algorithm", "overrides")}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            problems.append(f"{name}: found {table!r}, expected a table [{name}]")
+    if any(not isinstance(table, dict) for table in tables.values()):
+        raise ConfigError(problems)
+    own = tables["algorithm"].get("name", "ce-lora")
+    label = label or own
+    override = tables["overrides"].get(label, {})
+    if not isinstance(override, dict) or not all(isinstance(section, dict) for section in override.values()):
+        raise ConfigError([*problems, f"overrides.{label}: expected tables such as [overrides.{label}.train]"])
+    problems += _unknown(override, (*SECTIONS, "algorithm"), f"overrides.{label}.")
+    name = override.get("algorithm", {}).get("name", label)
+    if name not in ALGORITHMS:
+        known = [*ALGORITHMS, *(key for key in tables["overrides"] if key not in ALGORITHMS)]
+        problems.append(f"algorithm.name: found {name!r}, expected one of {_or(known)}{_did_you_mean(name, known)}")
+    values: dict[str, Any] = {}
+    for section, kind in SECTIONS.items():
+        values[section] = _validated(section, kind, {**tables[section], **override.get(section, {})}, problems)
+    if name in ALGORITHMS:
+        chosen = {**(tables["algorithm"] if own in (name, label) else {}), **override.get("algorithm", {})}
+        chosen.pop("name", None)
+        values["algorithm"] = _validated("algorithm", ALGORITHMS[name], chosen, problems)
+        if values["algorithm"] is not None and values["adapter"] is not None:
+            problems += _conflicts(name, values["algorithm"], values["adapter"])
+    if problems:
+        raise ConfigError(problems)
+    if seed is not None:
+        values["plan"] = replace(values["plan"], seed=seed)
+    return Experiment(name=str(tree.get("name", "run")), label=label, base=base, tree=tree, **values)
+
+
+def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter) -> list[str]:
+    """Settings that are fine alone and not together."""
+    card, found = algorithm.card, []
+    if adapter.bases == "secret" and not card.private_bases:
+        found.append(f"adapter.bases: found 'secret', but {name} needs the same A at every client; expected 'shared'")
+    if adapter.init == "orthonormal" and card.family != "tri":
+        found.append(f"adapter.init: found 'orthonormal', which needs a core C; {name} adapts with A and B alone")
+    if getattr(algorithm, "freeze_bases", False) and adapter.init != "orthonormal":
+        found.append(
+            f"algorithm.freeze_bases: with adapter.init = {adapter.init!r} B is 0 and no core could ever matter; "
+            "expected adapter.init = 'orthonormal'"
+        )
+    if getattr(algorithm, "cka_estimator", "linear") == "debiased" and adapter.rank < 4:
+        found.append(f"adapter.rank: found {adapter.rank}, but the debiased CKA needs at least 4")
+    return found
+
+
+def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(table)
+    except ValidationError as error:
+        known = [field.name for field in fields(kind)]
+        for problem in error.errors():
+            path = ".".join(str(step) for step in (section, *problem["loc"]))
+            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                key = str(problem["loc"][-1])
+                problems.append(f"{path}: unknown key{_did_you_mean(key, known)} (allowed: {', '.join(known)})")
+            elif problem["type"] == "missing":
+                problems.append(f"{path}: missing, expected a value")
+            elif problem["type"] == "value_error":
+                problems.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
+            else:
+                message = problem["msg"].removeprefix("Input should be ")
+                hint = _did_you_mean(str(problem["input"]), message.replace("'", "").replace(",", "").split())
+                problems.append(f"{path}: found {problem['input']!r}, expected {message}{hint}")
+        return None
+
+
+def _unknown(table: Tree, known: Iterable[str], prefix: str) -> list[str]:
+    allowed = list(known)
+    return [
+        f"{prefix}{key}: unknown key{_did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
+        for key in table
+        if key not in allowed
+    ]
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f". Did you mean {close[0]!r}?" if close and close[0] != word else ""
+
+
+def _or(words: Iterable[str]) -> str:
+    return ", ".join(repr(word) for word in words)
+
+
+def _set(tree: Tree, change: str) -> str | None:
+    """Apply `section.key=value`; the value is read as TOML, and as plain text where it is not TOML."""
+    key, sign, text = change.partition("=")
+    steps = key.strip().split(".")
+    if not sign or not all(steps):
+        return f"--set {change}: expected section.key=value, such as train.lr=0.002"
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = tree
+    for step in steps[:-1]:
+        table = table.setdefault(step, {})
+        if not isinstance(table, dict):
+            return f"--set {change}: {step} is not a table"
+    table[steps[-1]] = value
+    return None

@@ -1,0 +1,148 @@
+"""What a round and a run come to: the events of the journal and `summary.json` (docs/run-folder.md)."""
+
+import dataclasses
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celora.core.algorithm import ClientId
+from celora.core.federation import test as score_on_test
+from celora.core.learner import Metrics
+from celora.core.messages import Best, Exchange, Moment, Round
+from celora.errors import DataError
+from celora.experiment.config import Experiment
+from celora.experiment.world import World
+from celora.track import scores
+from celora.track.folder import Event
+
+MOMENTS: tuple[Moment, ...] = ("received", "personal")
+
+
+def round_event(done: Round, twin: Event | None) -> Event:
+    """A round for the journal; `twin` is the same round of the local-only twin."""
+
+    def over(moment: Moment) -> dict[ClientId, float]:
+        return {c: m[moment]["score"] for c, m in done.scores.items() if "score" in m.get(moment, {})}
+
+    validation = {
+        moment: {"mean": _mean(s), "worst": min(s.values())} if (s := over(moment)) else None for moment in MOMENTS
+    }
+    lift = None
+    if twin and validation["personal"] and twin["validation"]["personal"]:
+        lift = validation["personal"]["mean"] - twin["validation"]["personal"]["mean"]
+    return {
+        "event": "round",
+        "index": done.index,
+        "seconds": round(done.seconds, 3),
+        "heard": list(done.heard),
+        "excluded": dict(done.excluded),
+        "validation": validation,
+        "lift": lift,
+        "best": {moment: dataclasses.asdict(best) for moment, best in done.checkpoint.best.items()},
+        "scores": {client: {moment: _plain(m) for moment, m in s.items()} for client, s in done.scores.items()},
+        "traffic": {client: dataclasses.asdict(traffic) for client, traffic in done.traffic.items()},
+    }
+
+
+def summarise(
+    experiment: Experiment,
+    world: World,
+    exchange: Exchange,
+    best: Mapping[str, Best],
+    events: Sequence[Event],
+    twin: Mapping[ClientId, float | None] | None,
+) -> dict[str, Any]:
+    """Score the chosen and the last models on test, once, and put everything that matters in one place.
+
+    Args:
+        best: of each moment, the round chosen on validation.
+        events: the journal.
+        twin: client -> local-only test score; None where this is the local-only run itself.
+
+    Raises:
+        DataError: if no client has validation rows, so that nothing could be chosen.
+    """
+    rounds = experiment.plan.rounds
+    if not best:
+        raise DataError("no client has validation rows: no round can be chosen; raise data.validation")
+    moment = max(best, key=lambda name: (best[name].clients, best[name].score))
+    wanted = {f"{m}@{best[m].round}" for m in best} | {f"{m}@{rounds}" for m in MOMENTS}
+    tested = score_on_test(exchange, experiment.plan, world.clients, sorted(wanted))
+
+    def at(name: str) -> dict[ClientId, float]:
+        return {c: m[name]["score"] for c, m in tested.items() if "score" in m.get(name, {})}
+
+    test_rows = {client: len(world.rows[client]["test"]) for client in world.clients}
+
+    headline = f"{moment}@{best[moment].round}"
+    alone = at(headline) if twin is None else twin
+
+    def metrics(name: str) -> dict[str, float | None]:
+        return scores.metrics(at(name), test_rows, {c: s for c, s in alone.items() if s is not None})
+
+    done = [e for e in events if e["event"] == "round"]
+    per_moment = {m: at(f"{m}@{best[m].round}") for m in best}
+    clients = {
+        client: {
+            "train": len(world.rows[client]["train"]),
+            "test": test_rows[client],
+            "score": (score := at(headline).get(client)),
+            "local_only": (by_itself := alone.get(client)),
+            "lift": None if score is None or by_itself is None else score - by_itself,
+            **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
+            "majority": world.majority(client),
+            "up_frame": sum(e["traffic"][client]["up_frame"] for e in done if client in e["traffic"]),
+        }
+        for client in world.clients
+    }
+    return {
+        "schema": 1,
+        "algorithm": experiment.label,
+        "seed": experiment.plan.seed,
+        "rounds": rounds,
+        "moment": moment,
+        "round": best[moment].round,
+        "metrics": metrics(headline),
+        "moments": {
+            m: {"round": b.round, "validation": b.score, "metrics": metrics(f"{m}@{b.round}")} for m, b in best.items()
+        },
+        "last": {m: {"metrics": metrics(f"{m}@{rounds}")} for m in MOMENTS},
+        "clients": clients,
+        "excluded": dict(world.excluded),
+        "excluded_replies": {str(e["index"]): e["excluded"] for e in done if e["excluded"]},
+        "notices": [e["text"] for e in events if e["event"] == "notice"],
+        "bytes": _bytes(done),
+        "seconds": round(sum(e["seconds"] for e in done), 3),
+        "peak_rss_mb": round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+            1,
+        ),
+        "settings": experiment.settings(),
+    }
+
+
+def _plain(metrics: Metrics) -> dict[str, float | None]:
+    """For JSON, which knows no NaN: the loss of a model that diverged is null."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _bytes(events: Sequence[Event]) -> dict[str, Any]:
+    """Totals, and means per client and round of training (`summary`: per client that sent one)."""
+    rows = [traffic for event in events for traffic in event["traffic"].values()]
+    total = {name: sum(row[name] for row in rows) for name in rows[0]} if rows else {}
+    total["head"] = total.pop("head_up", 0)
+    turns = max(1, sum(1 for row in rows if row["up_frame"]))
+    senders = max(1, sum(1 for row in rows if row["summary"]))
+    names = ("up_payload", "up_frame", "down_payload", "down_frame", "head", "head_down", "report")
+    each = {name: _whole(total.get(name, 0) / turns) for name in names}
+    return {**each, "summary": _whole(total.get("summary", 0) / senders), "total": total}
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else round(number, 2)
+
+
+def _mean(by_client: Mapping[ClientId, float]) -> float:
+    return sum(by_client.values()) / len(by_client)

@@ -1,0 +1,157 @@
+"""The clients of an experiment: their rows, where they start, and their learners; and the manifest of it all."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from celora import data, models
+from celora.core.algorithm import ClientId
+from celora.core.learner import Split
+from celora.errors import ConfigError
+from celora.experiment.config import Experiment
+from celora.models import Backbone, ModelLearner, Rows
+from celora.rng import generator
+from celora.tensors import Tensors
+
+PACKAGES = ("celora", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "pydantic")
+
+
+class Workshop:
+    """Loads a data set, a backbone and token ids once, however many algorithms and seeds use them."""
+
+    def __init__(self) -> None:
+        self._backbones: dict[object, Backbone] = {}
+        self._federations: dict[object, data.Federation] = {}
+        self._inputs: dict[object, Any] = {}
+
+    def world(self, experiment: Experiment) -> "World":
+        """The clients of an experiment, with their rows ready for its backbone."""
+        model, adapter, base = experiment.model, experiment.adapter, experiment.base
+        dealt = (repr(experiment.data), experiment.plan.seed)
+        if dealt not in self._federations:
+            self._federations[dealt] = data.load(experiment.data, base, experiment.plan.seed)
+        federation, plan = self._federations[dealt], experiment.plan
+        drawn = max(1, round(plan.fraction * len(federation.clients)))
+        if plan.quorum > drawn:
+            raise ConfigError([f"plan.quorum: found {plan.quorum}, but only {drawn} clients train in a round"])
+        shape = (repr(model), repr(adapter.targets), adapter.rank, adapter.scaling)
+        if shape not in self._backbones:
+            self._backbones[shape] = models.load(model, adapter, base)
+        backbone = self._backbones[shape]
+        read_as = (federation.table.fingerprint(), repr(model))
+        if read_as not in self._inputs:
+            inputs = federation.table.inputs
+            ready = inputs if isinstance(inputs, torch.Tensor) else backbone.tokenize(inputs)
+            backbone.check(ready)
+            self._inputs[read_as] = ready
+        return World(experiment, federation, backbone, self._inputs[read_as])
+
+
+class World:
+    """Every client of one experiment: its rows, its start, and its learner in any round."""
+
+    def __init__(self, experiment: Experiment, federation: data.Federation, backbone: Backbone, inputs: Any) -> None:
+        self.experiment, self.federation, self.backbone = experiment, federation, backbone
+        self.clients: list[ClientId] = list(federation.clients)
+        self.excluded: Mapping[ClientId, str] = federation.excluded
+        left_out = [f"{client} is left out: {why}" for client, why in federation.excluded.items()]
+        self.notices: list[str] = [*federation.table.notices, *federation.notices, *left_out]
+        ids = {name: number for number, name in enumerate(federation.classes)}
+        labels = torch.tensor([ids[label] for label in federation.table.labels])
+
+        def rows(chosen: list[int]) -> Rows:
+            picked = inputs[chosen] if isinstance(inputs, torch.Tensor) else [inputs[row] for row in chosen]
+            return Rows(picked, labels[chosen])
+
+        self.rows: dict[ClientId, dict[Split, Rows]] = {
+            client: {
+                "train": rows(share.train),
+                "validation": rows(share.validation),
+                "test": rows(share.test),
+            }
+            for client, share in federation.clients.items()
+        }
+        self.initial: Tensors = self._initial()
+        self._own: dict[ClientId, Tensors] = {}
+
+    def _initial(self, secret: int | None = None) -> Tensors:
+        adapter = self.experiment.adapter
+        if secret is None:  # what the server knows: of secret bases their shapes, and values nobody uses
+            adapter = replace(adapter, bases="shared")
+        family, classes = self.experiment.algorithm.card.family, len(self.federation.classes)
+        return models.initial(self.backbone, adapter, family, classes, self.experiment.plan.seed, secret)
+
+    def start(self, client: ClientId) -> Tensors:
+        """The client's weights at round 0; with secret bases A (and an orthonormal B) are its own.
+
+        In this simulation the secret is drawn from the run's seed, so that the run can be repeated; a real site draws
+        it from its own.
+        """
+        if self.experiment.adapter.bases == "shared":
+            return self.initial
+        if client not in self._own:
+            drawn = torch.randint(2**62, (), generator=generator(self.experiment.plan.seed, "secret", client))
+            self._own[client] = self._initial(secret=int(drawn))
+        return self._own[client]
+
+    def learner(self, client: ClientId, round: int) -> ModelLearner:
+        """The client's learner in a round."""
+        experiment = self.experiment
+        return ModelLearner(
+            self.backbone,
+            self.rows[client],
+            self.start(client),
+            experiment.train,
+            seed=experiment.plan.seed,
+            client=client,
+            round=round,
+        )
+
+    def majority(self, client: ClientId) -> float | None:
+        """Test score of always answering the client's most frequent training class."""
+        train, test = self.rows[client]["train"].labels, self.rows[client]["test"].labels
+        if not len(train) or not len(test):
+            return None
+        return float((test == train.mode().values).float().mean())
+
+    def export(self, folder: Path, weights: Tensors) -> None:
+        """A client's adapter as plain PEFT LoRA."""
+        experiment, classes = self.experiment, self.federation.classes
+        models.export_peft(
+            folder,
+            self.backbone,
+            weights,
+            classes=classes,
+            model=experiment.model,
+            adapter=experiment.adapter,
+        )
+
+
+def manifest(experiment: Experiment, world: World) -> dict[str, Any]:
+    """What a reader needs to repeat the run: versions, hashes of data and backbone, seed, hardware."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "schema": 1,
+        "versions": versions,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(world.backbone.device),
+        "seed": experiment.plan.seed,
+        "data": {"source": experiment.data.source, "sha256": world.federation.table.fingerprint()},
+        "backbone": {"name": experiment.model.backbone, "sha256": world.backbone.fingerprint()},
+        "classes": world.federation.classes,
+        "clients": {
+            client: {split: len(rows) for split, rows in splits.items()} for client, splits in world.rows.items()
+        },
+    }

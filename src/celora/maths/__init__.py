@@ -1,0 +1,7 @@
+"""Pure functions with papers behind them: tensors in, new tensors out, no state, no draws but at an address.
+
+mixtures    a client's data as class-conditional Gaussian mixtures, with a disclosure floor
+transport   exact optimal transport between such mixtures: distances between clients
+cka         linear centred kernel alignment between r × r cores
+weights     distances and similarities -> a row of averaging weights for every client
+"""

@@ -1,0 +1,162 @@
+"""From distances and similarities between clients to the weights of each client's personal average.
+
+    distance d  --kernel-->  S_data  --combine with S_model-->  S  --row_weights-->  W,     C̄_i = Σ_j W_ij C_j
+
+CE-LoRA (arXiv 2503.23869) says that both similarities are considered; what is readable of it does not say
+how. Every choice is therefore an option here; no default claims to be the paper's.
+
+Row i of every matrix is client i's view. All are (m, m) and float64; NaN means "not known", and only
+distances and data similarities may hold it.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kernel = Literal["gaussian", "inverse", "linear"]
+Combination = Literal["mean", "product", "geometric"]
+Normalisation = Literal["sum", "softmax"]
+SelfWeight = Literal["natural", "excluded", "fixed"]
+
+
+def kernel(distance: Tensor, kind: Kernel = "gaussian") -> Tensor:
+    """Similarities in [0, 1] from distances, 1 on the diagonal; NaN stays NaN.
+
+    gaussian  exp(−d² / 2h²)
+    inverse   1 / (1 + d/h)
+    linear    1 − d / max d                  the two furthest clients have nothing to do with each other
+
+    h is the median of the known distances between different clients or, if that is 0, the mean of the
+    positive ones. So no kernel depends on the unit of the features, and a typical pair scores .61 or .5:
+    similarity is relative to this federation, and says nothing about how alike its clients are as a whole.
+    Where nobody differs, all score 1.
+
+    Raises:
+        ValueError: if the matrix is not square or `kind` is unknown.
+    """
+    distance = _square(distance, "distances")
+    others = distance[~_eye(distance)]
+    known = others[~others.isnan()]
+    positive = known[known > 0]
+    if positive.numel():
+        typical = torch.quantile(known, 0.5)
+        width = typical if typical > 0 else positive.mean()
+        furthest = positive.max()
+    else:
+        width = furthest = distance.new_ones(())  # every known distance is 0: any scale gives 1
+    match kind:
+        case "gaussian":
+            similarity = torch.exp(-(distance / width).square() / 2)
+        case "inverse":
+            similarity = 1 / (1 + distance / width)
+        case "linear":
+            similarity = 1 - distance / furthest
+        case _:
+            raise ValueError(f"found kernel {kind!r}, expected 'gaussian', 'inverse' or 'linear'")
+    return similarity.masked_fill(_eye(distance), 1.0)
+
+
+def combine(data: Tensor, model: Tensor, how: Combination = "mean", share: float = 0.5) -> Tensor:
+    """One similarity from that of the data and that of the models; `share` is λ, the say of the data.
+
+    mean       λ S_data + (1 − λ) S_model
+    product    S_data · S_model                 whatever λ
+    geometric  S_data^λ · S_model^(1 − λ)
+
+    Where the data's is NaN, the model's stands alone. A negative similarity counts as 0 in the last two.
+
+    Raises:
+        ValueError: if shapes disagree, `share` is outside [0, 1], `model` holds NaN or `how` is unknown.
+    """
+    data, model = _square(data, "data similarities"), _square(model, "model similarities")
+    if data.shape != model.shape:
+        raise ValueError(f"similarities of {len(data)} and of {len(model)} clients cannot be combined")
+    if not 0 <= share <= 1:
+        raise ValueError(f"found a share of {share}, expected one from 0 to 1")
+    if model.isnan().any():
+        raise ValueError("found NaN among model similarities: every client that is averaged has a model")
+    if how != "mean":
+        data, model = data.clamp(min=0), model.clamp(min=0)
+    match how:
+        case "mean":
+            both = share * data + (1 - share) * model
+        case "product":
+            both = data * model
+        case "geometric":
+            both = data.pow(share) * model.pow(1 - share)
+        case _:
+            raise ValueError(f"found combination {how!r}, expected 'mean', 'product' or 'geometric'")
+    return torch.where(data.isnan(), model, both)
+
+
+def row_weights(
+    similarity: Tensor,
+    *,
+    normalise: Normalisation = "sum",
+    temperature: float = 1.0,
+    self_weight: SelfWeight = "natural",
+    self_share: float = 0.5,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """W (m, m): W_ij ≥ 0 is the weight of client j in client i's average; every row sums to 1.
+
+    sum       W_ij ∝ n_j max(S_ij, 0)                    softmax   W_ij ∝ n_j exp(S_ij / temperature)
+
+    natural   a client's own core counts with its own similarity, like any other
+    excluded  W_ii = 0: its last training survives only in what it does not send (as in Co-LoRA / FedMosaic)
+    fixed     W_ii = self_share; the others divide 1 − self_share
+
+    A row in which nobody has any mass becomes the client's own core, W_ii = 1; with "excluded", the plain
+    mean of the others. A client that is alone keeps its own core, whatever the options.
+
+    Args:
+        similarity: (m, m), finite.
+        normalise, self_weight: as above.
+        temperature: positive; read by "softmax" only.
+        self_share: from 0 to 1; read by "fixed" only.
+        rows: (m,) positive n_j, or None for n_j = 1.
+
+    Raises:
+        ValueError: if an argument is not as said.
+    """
+    similarity = _square(similarity, "similarities")
+    m = len(similarity)
+    if not similarity.isfinite().all():
+        raise ValueError("found NaN or infinity among similarities: no weight follows from it")
+    if normalise not in ("sum", "softmax") or self_weight not in ("natural", "excluded", "fixed"):
+        raise ValueError(
+            f"found {normalise!r} and {self_weight!r}, expected 'sum' or 'softmax' and 'natural', 'excluded' or 'fixed'"
+        )
+    if not (temperature > 0 and 0 <= self_share <= 1):
+        raise ValueError(
+            f"found temperature {temperature}, expected a positive one, "
+            f"and self_share {self_share}, expected one from 0 to 1"
+        )
+    counts = torch.ones(m, dtype=torch.float64) if rows is None else rows.double()
+    if counts.shape != (m,) or not (counts > 0).all() or not counts.isfinite().all():
+        raise ValueError(f"rows holds one positive number for each of {m} clients: found {rows}")
+    own = torch.eye(m, dtype=torch.float64)
+    if m == 1:
+        return own
+    others = torch.ones_like(own) if self_weight == "natural" else 1 - own
+    if normalise == "sum":
+        mass = similarity.clamp(min=0)
+    else:  # the largest exponent among those who count is 0, so the row cannot vanish
+        top = similarity.masked_fill(others == 0, -torch.inf).amax(dim=1, keepdim=True)
+        mass = torch.exp((similarity - top).clamp(max=0) / temperature)
+    mass = mass * others * counts
+    total = mass.sum(dim=1, keepdim=True)
+    alone = others / (m - 1) if self_weight == "excluded" else own
+    weights = torch.where(total > 0, mass / total, alone)
+    return self_share * own + (1 - self_share) * weights if self_weight == "fixed" else weights
+
+
+def _square(matrix: Tensor, what: str) -> Tensor:
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{what} between m clients are (m, m): found {tuple(matrix.shape)}")
+    return matrix.double()
+
+
+def _eye(matrix: Tensor) -> Tensor:
+    return torch.eye(len(matrix), dtype=torch.bool)

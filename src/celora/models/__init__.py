@@ -1,0 +1,26 @@
+"""The frozen backbone, its adapters and what trains on them; nothing else imports transformers or peft."""
+
+from celora.models.backbone import Adapter, Backbone, Inputs, Model, load
+from celora.models.export import export_peft
+from celora.models.export import load as load_adapters
+from celora.models.export import save as save_adapters
+from celora.models.families import Family, factors, initial
+from celora.models.learner import ModelLearner, Rows, join, predict
+
+__all__ = [
+    "Adapter",
+    "Backbone",
+    "Family",
+    "Inputs",
+    "Model",
+    "ModelLearner",
+    "Rows",
+    "export_peft",
+    "factors",
+    "initial",
+    "join",
+    "load",
+    "load_adapters",
+    "predict",
+    "save_adapters",
+]

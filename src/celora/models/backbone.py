@@ -1,0 +1,239 @@
+"""The frozen backbone: loaded once, adapted by stock PEFT, shared by every client of the process."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from celora.core.learner import Batch
+from celora.errors import ModelError
+from celora.fields import Count, Positive, setting, settings
+from celora.models import sources
+from celora.models.slots import bound, inject
+
+_ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
+Inputs = Sequence[Sequence[int]] | Tensor
+"""Rows for a backbone: token ids of each text, or images (n, channels, height, width)."""
+
+
+@settings
+class Model:
+    """The frozen backbone."""
+
+    backbone: str = setting("minilm", '"minilm" (embedded), "random-vit", a local folder, or a Hub id')
+    allow_download: bool = setting(False, "may the Hub be asked? otherwise only its local cache is read")
+    pooling: Literal["mean", "cls", "last"] = setting("mean", "how a row's token vectors become one vector")
+    max_length: Count = setting(128, "tokens kept of a text")
+    dropout: bool = setting(False, "the backbone's own dropout while training")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of the frozen weights; adapters are float32")
+    device: str = setting("auto", '"auto": CUDA if there is one, else "cpu"; or a torch device')
+
+
+@settings
+class Adapter:
+    """The low-rank adapter at each adapted module, ΔW = s · B (C) A with s = alpha / rank."""
+
+    rank: Count = setting(8, "r")
+    alpha: Positive | None = setting(None, "s = alpha / rank; by default 2 · rank, as is common, so s = 2")
+    targets: tuple[str, ...] | str = setting(
+        ("query", "value"), 'PEFT\'s way: suffixes of module names, one regular expression, or "all-linear"'
+    )
+    init: Literal["kaiming", "normal", "orthonormal"] = setting(
+        "kaiming", "A as PEFT draws it; N(0, 1e-3²) as CE-LoRA's code; or A and B orthonormal with C = 0"
+    )
+    bases: Literal["shared", "secret"] = setting("shared", "A from the run's seed, or from each client's secret")
+
+    @property
+    def lora_alpha(self) -> float:
+        """`alpha`, or its default."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor of ΔW."""
+        return self.lora_alpha / self.rank
+
+
+class Backbone:
+    """A frozen transformer whose adapted modules take their LoRA factors per call.
+
+    Attributes:
+        kind: "text" or "image".
+        width: length d of a pooled feature vector.
+        targets: adapted module -> (d_out, d_in).
+        device: where it runs.
+        scaling: s, the factor of ΔW.
+        fan_in_fan_out: whether the adapted modules store Wᵀ, as GPT-2's do; PEFT wants to know.
+        dropout: whether the backbone's own dropout is on while training.
+        tokenizer: None for images.
+        source: the folder or the Hub id it was loaded from.
+    """
+
+    kind: Literal["text", "image"]
+
+    def __init__(self, transformer: nn.Module, tokenizer: Any, source: str, *, model: Model, adapter: Adapter) -> None:
+        config: Any = transformer.config
+        if tokenizer and model.max_length > (limit := sources.longest(transformer, tokenizer)):
+            raise ModelError(f"model.max_length = {model.max_length}, but {model.backbone} reads at most {limit}")
+        names = sources.matching(transformer, adapter.targets, model.backbone)
+        self._layers = inject(transformer, names, adapter.rank, adapter.lora_alpha)
+        self.kind = sources.kind(transformer)
+        self.width: int = config.hidden_size
+        self.targets: dict[str, tuple[int, int]] = {
+            name: (layer.out_features, layer.in_features) for name, layer in self._layers.items()
+        }
+        self.scaling = adapter.scaling
+        self.fan_in_fan_out = any(bool(layer.fan_in_fan_out) for layer in self._layers.values())
+        self.device = device_of(model.device)
+        self.dropout = model.dropout
+        self.tokenizer, self.source = tokenizer, source
+        self._model, self._config = model, config
+        self._transformer = transformer.requires_grad_(False).eval().to(self.device)
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in self._transformer.state_dict().items():
+            head = f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}\n"
+            digest.update(head.encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and values of the frozen weights, whatever adapts them."""
+        return self._digest
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, cut at `max_length`; at least one token each.
+
+        Raises:
+            ModelError: if this backbone reads images.
+        """
+        if self.tokenizer is None:
+            raise ModelError(f"{self._model.backbone} reads images and has no tokenizer; found texts")
+        if not texts:
+            return []
+        found = self.tokenizer(list(texts), truncation=True, max_length=self._model.max_length)["input_ids"]
+        return [list(ids) or [self._padding] for ids in found]
+
+    @property
+    def _padding(self) -> int:
+        """A token to pad with; which one does not matter, for padding is masked."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in candidates if token is not None), 0)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images an image backbone reads."""
+        side = self._config.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return self._config.num_channels, height, width
+
+    def check(self, inputs: Inputs) -> None:
+        """Refuse rows this backbone cannot read.
+
+        Raises:
+            ModelError: naming what was found and what is expected.
+        """
+        name = self._model.backbone
+        if isinstance(inputs, Tensor) != (self.kind == "image"):
+            given = "an image tensor" if isinstance(inputs, Tensor) else "token ids"
+            raise ModelError(f"{name} reads {self.kind}s; found {given}: choose another model.backbone")
+        if isinstance(inputs, Tensor):
+            found, expected = tuple(inputs.shape[1:]), self.image_shape
+            if found != expected:
+                raise ModelError(f"{name} reads images of shape {expected}; found {found}: resize them")
+
+    def batch(self, inputs: Inputs, rows: Sequence[int]) -> dict[str, Tensor]:
+        """These rows as tensors on the device; texts are padded to the longest of them.
+
+        Returns:
+            `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`.
+        """
+        if isinstance(inputs, Tensor):
+            return {"pixel_values": inputs[torch.as_tensor(rows)].to(self.device)}
+        lengths = np.array([len(inputs[row]) for row in rows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, self._padding)
+        ids[mask] = [token for row in rows for token in inputs[row]]
+        return {
+            "input_ids": torch.from_numpy(ids).to(self.device, non_blocking=True),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(self.device, non_blocking=True),
+        }
+
+    def encode(
+        self, inputs: Batch, slots: Mapping[str, tuple[Tensor, Tensor]], dropout_seed: int | None = None
+    ) -> Tensor:
+        """Pooled features (rows, d), float32.
+
+        Args:
+            inputs: what `batch` made; other keys are ignored.
+            slots: module -> (A, B), each with or without a leading client axis K (rows client-major); a
+                missing module stays frozen, so `{}` gives the features of the backbone itself.
+            dropout_seed: given, the backbone's own dropout is on and draws from this seed.
+        """
+        accepted = {name: inputs[name] for name in _ACCEPTED if name in inputs}
+        with bound(self._layers, slots):
+            if dropout_seed is None:
+                hidden = self._transformer(**accepted).last_hidden_state
+            else:
+                hidden = self._with_dropout(accepted, dropout_seed)
+        return self._pool(hidden.float(), inputs.get("attention_mask"))
+
+    def _with_dropout(self, inputs: Batch, seed: int) -> Tensor:
+        """One pass in training mode; it needs the global generator, which is put back afterwards."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            self._transformer.train()
+            try:
+                hidden: Tensor = self._transformer(**inputs).last_hidden_state
+                return hidden
+            finally:
+                self._transformer.eval()
+
+    def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """(rows, t, d) -> (rows, d); padding takes no part."""
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        match self._model.pooling:
+            case "cls":
+                return hidden[:, 0]
+            case "mean":
+                weights = mask.to(hidden.dtype)
+                return (weights.unsqueeze(1) @ hidden).squeeze(1) / weights.sum(1, keepdim=True)
+            case _:
+                return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device of `model.device`.
+
+    Raises:
+        ModelError: if there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f'model.device = "{name}" is unknown; expected "auto", "cpu" or "cuda"') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f'model.device = "{name}", but torch finds no CUDA device here: use "auto" or "cpu"')
+    return device
+
+
+def load(model: Model, adapter: Adapter, base: Path) -> Backbone:
+    """Load and adapt the backbone; a relative folder is looked up from `base`.
+
+    Raises:
+        ModelError: if it is missing, incomplete or not allowed, or if `adapter.targets` matches nothing.
+    """
+    dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+    transformer, tokenizer, source = sources.fetch(model.backbone, base, model.allow_download, dtype)
+    return Backbone(transformer, tokenizer, source, model=model, adapter=adapter)

