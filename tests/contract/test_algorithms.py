@@ -1,0 +1,551 @@
+"""What every algorithm in `ALGORITHMS` promises, under every head policy that it accepts.
+
+A new algorithm is covered by its line in the table. `MORE` adds settings that take other paths through a file.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from celora.algorithms import ALGORITHMS
+from celora.algorithms.fedit import FedIT
+from celora.algorithms.fedsa_lora import FedSALoRA
+from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.messages import Checkpoint, Exchange, Model, Order, Plan, Private, Reply, Round
+from celora.errors import QuorumError, WireError
+from celora.tensors import Names, Tensors, mean, only
+from celora.wire import Schema, pack, unpack
+from tests.toy import CLIENTS, Federation, Tape, World, image, lost, tensors_in, world_of
+
+HEADS = ("private", "shared", "frozen")
+MORE: Mapping[str, list[dict[str, Any]]] = {
+    "ce-lora": [
+        {"rule": "uniform", "by_rows": True, "self_weight": "excluded"},
+        {"rule": "reset", "head": "shared"},
+        {"rule": "permuted"},
+        {"combination": "product", "normalise": "softmax", "cka_of": "C", "components": 1},
+        {"freeze_bases": True, "self_weight": "fixed", "kernel": "inverse", "components": 1},
+    ],
+}
+
+
+def _variants() -> Iterator[tuple[str, AnyAlgorithm]]:
+    for name, kind in ALGORITHMS.items():
+        for head in HEADS:
+            try:
+                yield f"{name}-{head}", kind(head=head)
+            except ValidationError:
+                continue  # test_a_refused_head_policy_is_refused_with_the_ones_that_are_allowed
+        for number, fields in enumerate(MORE.get(name, []), 1):
+            yield f"{name}-more{number}", kind(**fields)
+
+
+VARIANTS = dict(_variants())
+PLAN = Plan(rounds=2)
+every_algorithm = pytest.mark.parametrize("name", VARIANTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An uninterrupted run: its rounds, all that crossed, and the shelves after each round."""
+
+    federation: Federation
+    rounds: tuple[Round, ...]
+    tape: Tape
+    shelves: tuple[dict[str, dict[str, bytes]], ...]
+
+
+def record_run(
+    algorithm: AnyAlgorithm,
+    world: World | None = None,
+    plan: Plan = PLAN,
+    around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
+) -> Run:
+    federation, tapes = Federation(algorithm, world), list[Tape]()
+
+    def taped(exchange: Exchange) -> Exchange:
+        tapes.append(Tape(around(exchange)))
+        return tapes[0]
+
+    pairs = [(rnd, federation.copies()) for rnd in federation.run(plan, taped)]
+    return Run(federation, tuple(rnd for rnd, _ in pairs), tapes[0], tuple(shelves for _, shelves in pairs))
+
+
+@cache
+def reference(name: str) -> Run:
+    return record_run(VARIANTS[name])
+
+
+def again(name: str) -> AnyAlgorithm:
+    """The same algorithm as a new object, so that nothing can be remembered in it."""
+    return dataclasses.replace(VARIANTS[name])  # type: ignore[type-var]
+
+
+def bits(rnd: Round) -> Any:
+    """All of a round that must be reproducible, to the last bit."""
+    facts = (rnd.index, rnd.heard, dict(rnd.excluded), rnd.scores, rnd.server, rnd.checkpoint)
+    return image(facts), {client: dataclasses.astuple(t) for client, t in rnd.traffic.items()}
+
+
+def private(run: Run, index: int, client: str) -> Any:
+    """A client's private state after a round."""
+    return run.federation.private(run.shelves[index - 1][client])
+
+
+def has_private_state(name: str) -> bool:
+    return bool([t for client in CLIENTS for t in tensors_in(private(reference(name), 1, client))])
+
+
+def sends_anything(name: str) -> bool:
+    return any(map(VARIANTS[name].shares, reference(name).federation.schema.entries))
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_accepts_a_head_policy_and_its_defaults(name: str) -> None:
+    assert any(variant.startswith(f"{name}-") for variant in VARIANTS)
+    assert ALGORITHMS[name]().head in HEADS
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_refused_head_policy_is_refused_with_the_ones_that_are_allowed(name: str) -> None:
+    for head in (*HEADS, "borrowed"):
+        if f"{name}-{head}" not in VARIANTS:
+            with pytest.raises(ValidationError, match=r"'private'.*'frozen'"):
+                ALGORITHMS[name](head=head)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_frozen(name: str) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ALGORITHMS[name]().head = "private"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_four_records_of_the_card_are_frozen_dataclasses_told_apart_on_the_wire(name: str) -> None:
+    card = ALGORITHMS[name].card
+    kinds = [card.server, card.local, card.down, card.up]
+    assert len(set(kinds)) == 4
+    for kind in kinds:
+        assert dataclasses.is_dataclass(kind)
+        assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+# --- reproducibility ----------------------------------------------------------------------------------------------
+
+
+@every_algorithm
+def test_two_runs_are_bit_equal_whatever_the_global_generators_hold(name: str) -> None:
+    expected = reference(name)
+    kept = torch.random.get_rng_state(), np.random.get_state()
+    try:
+        torch.manual_seed(12345)
+        np.random.seed(12345)
+        second = record_run(again(name))
+    finally:
+        torch.random.set_rng_state(kept[0])
+        np.random.set_state(kept[1])
+    assert [bits(rnd) for rnd in second.rounds] == [bits(rnd) for rnd in expected.rounds]
+    assert second.shelves == expected.shelves
+
+
+@every_algorithm
+def test_the_order_in_which_clients_are_listed_run_and_heard_changes_nothing(name: str) -> None:
+    def shuffled(exchange: Exchange) -> Exchange:
+        def exchange_shuffled(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+            assert list(orders) == ["c3", "c2", "c1", "c0"]
+            replies = exchange(orders)
+            return {client: replies[client] for client in ("c1", "c3", "c0", "c2")}
+
+        return exchange_shuffled
+
+    federation = Federation(again(name), clients=CLIENTS[::-1])
+    assert [bits(rnd) for rnd in federation.run(PLAN, shuffled)] == [bits(rnd) for rnd in reference(name).rounds]
+    assert federation.shelves == reference(name).shelves[-1]
+
+
+@every_algorithm
+def test_a_run_resumed_from_bytes_is_bit_equal_to_one_that_was_never_stopped(name: str) -> None:
+    expected = reference(name)
+    for done in range(1, PLAN.rounds + 1):
+        frame = pack(expected.rounds[done - 1].checkpoint)
+        federation = Federation(again(name), shelves=expected.shelves[done - 1])
+        rest = list(federation.run(PLAN, checkpoint=unpack(Checkpoint, frame)))
+        assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in expected.rounds[done:]]
+        assert federation.shelves == expected.shelves[-1]
+
+
+@every_algorithm
+def test_a_finished_run_has_nothing_to_resume(name: str) -> None:
+    expected = reference(name)
+    federation = Federation(again(name), shelves=expected.shelves[-1])
+    assert list(federation.run(PLAN, checkpoint=expected.rounds[-1].checkpoint)) == []
+
+
+# --- clients that do not deliver ----------------------------------------------------------------------------------
+
+
+@cache
+def troubled(name: str) -> Run:
+    """Three rounds in which c1 is away in round 2, c2 raises in round 2, and c3 never answers."""
+    algorithm = again(name)
+    world = world_of(algorithm, faults={("c2", 2): RuntimeError("the disk is full")})
+    return record_run(algorithm, world, Plan(rounds=3), lost(("c1", 2), *(("c3", index) for index in range(1, 5))))
+
+
+@every_algorithm
+def test_a_client_missing_in_a_round_is_excluded_with_a_reason_and_heard_again_later(name: str) -> None:
+    rounds = troubled(name).rounds
+    assert [rnd.excluded.get("c1") for rnd in rounds] == [None, "no reply", None, None]
+    assert ["c1" in rnd.heard for rnd in rounds] == [True, False, True, False]
+    assert ["c1" in rnd.scores for rnd in rounds] == [True, False, True, True]
+
+
+@every_algorithm
+def test_a_client_that_raises_is_excluded_with_its_error_and_heard_again_later(name: str) -> None:
+    rounds = troubled(name).rounds
+    assert [rnd.excluded.get("c2") for rnd in rounds] == [None, "RuntimeError: the disk is full", None, None]
+    assert ["c2" in rnd.heard for rnd in rounds] == [True, False, True, False]
+
+
+@every_algorithm
+def test_a_client_that_never_answers_leaves_the_others_a_run(name: str) -> None:
+    rounds = troubled(name).rounds
+    assert [rnd.heard for rnd in rounds] == [("c0", "c1", "c2"), ("c0",), ("c0", "c1", "c2"), ()]
+    assert all(rnd.excluded["c3"] == "no reply" for rnd in rounds)
+    assert sorted(rounds[-1].scores) == ["c0", "c1", "c2"]
+
+
+@every_algorithm
+def test_a_client_that_was_away_or_failed_keeps_its_last_good_state(name: str) -> None:
+    run = troubled(name)
+    for client, trained in (("c0", True), ("c1", False), ("c2", False)):
+        moved = image(private(run, 1, client)) != image(private(run, 2, client))
+        assert moved == (trained and has_private_state(name))
+
+
+@cache
+def diverged(name: str) -> Run:
+    """A run in which the loss of c2 is NaN in round 1."""
+    return record_run(again(name), world_of(again(name), faults={("c2", 1): math.nan}))
+
+
+@every_algorithm
+def test_nan_from_one_client_is_named_and_reaches_no_other(name: str) -> None:
+    first, _, last = diverged(name).rounds
+    if sends_anything(name):
+        assert "NaN or infinity" in first.excluded["c2"]
+    assert all(bool(t.isfinite().all()) for rnd in (first, last) for t in tensors_in(rnd.server))
+    for client in ("c0", "c1", "c3"):
+        assert math.isfinite(last.scores[client]["received"]["loss"])
+
+
+@every_algorithm
+def test_a_loss_of_nan_costs_its_client_a_round_and_no_more(name: str) -> None:
+    _, second, last = diverged(name).rounds
+    assert second.heard == CLIENTS
+    assert all(math.isfinite(second.scores["c2"][moment]["loss"]) for moment in ("received", "personal", "train"))
+    assert math.isfinite(last.scores["c2"]["received"]["loss"])
+
+
+FULL = Plan(rounds=2, quorum=4)
+
+
+@cache
+def stopped(name: str) -> tuple[Federation, Round, dict[str, dict[str, bytes]]]:
+    """A run that its quorum stopped in round 2: with round 1, and the shelves as they were after it."""
+    federation = Federation(again(name))
+    rounds = federation.run(FULL, lost(("c1", 2)))
+    first, shelves = next(rounds), federation.copies()
+    with pytest.raises(QuorumError, match=r"round 2: 3 usable replies, the quorum is 4 \(c1: no reply\)"):
+        next(rounds)
+    return federation, first, shelves
+
+
+@every_algorithm
+def test_below_the_quorum_the_run_stops_names_who_failed_and_can_be_resumed_bit_equal(name: str) -> None:
+    """From the checkpoint and the shelves of the round before, as a run folder keeps them."""
+    _, first, shelves = stopped(name)
+    rest = Federation(again(name), shelves=shelves).run(FULL, checkpoint=first.checkpoint)
+    assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in reference(name).rounds[1:]]
+
+
+@every_algorithm
+def test_a_round_stopped_by_its_quorum_leaves_no_trace_on_the_shelves(name: str) -> None:
+    """A client on another machine has only the shelf it has: repeating the round must not train it twice."""
+    federation, first, _ = stopped(name)
+    rest = Federation(again(name), shelves=federation.shelves).run(FULL, checkpoint=first.checkpoint)
+    assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in reference(name).rounds[1:]]
+
+
+# --- purity -------------------------------------------------------------------------------------------------------
+
+
+class Changed(AssertionError):
+    """An argument is not what it was."""
+
+
+class Watched:
+    """An algorithm whose six methods are checked to leave their arguments, and the algorithm, as they were."""
+
+    def __init__(self, inner: AnyAlgorithm) -> None:
+        self.inner, self.card, self.head = inner, inner.card, inner.head
+        self.shares, self.calls = inner.shares, set[str]()
+
+    def _unchanged(self, method: str, before: Any, *now: object) -> None:
+        self.calls.add(method)
+        if before != image((self.inner, *now)):
+            raise Changed(method)
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        before = image((self.inner, *map(_visible, arguments)))
+        value = getattr(self.inner, method)(*arguments)
+        self._unchanged(method, before, *map(_visible, arguments))
+        return value
+
+    def server_init(self, weights: Tensors) -> Any:
+        return self._call("server_init", weights)
+
+    def client_init(self, learner: Any) -> Any:
+        return self._call("client_init", learner)
+
+    def send(self, server: Any, client: str) -> Any:
+        return self._call("send", server, client)
+
+    def aggregate(self, server: Any, heard: Any) -> Any:
+        return self._call("aggregate", server, heard)
+
+    def model(self, local: Any, down: Any) -> Any:
+        return self._call("model", local, down)
+
+    def train(self, learner: Any, local: Any, down: Any) -> Any:
+        arguments = [_visible(learner), local, down]
+        before = image((self.inner, *arguments))
+        trained = yield from self._fits(self.inner.train(learner, local, down))
+        self._unchanged("train", before, *arguments)
+        return trained
+
+    def _fits(self, steps: Any) -> Any:
+        """Every `Fitted` that is handed in is an argument, too."""
+        problem = next(steps)
+        while True:
+            fitted = yield problem
+            before = image((self.inner, fitted.weights))
+            try:
+                problem = steps.send(fitted)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                self._unchanged("train", before, fitted.weights)
+
+
+def _visible(argument: object) -> object:
+    """What of an argument can be changed: of a learner, the weights everybody starts from."""
+    return getattr(argument, "initial", argument)
+
+
+@every_algorithm
+def test_no_method_changes_its_arguments(name: str) -> None:
+    watched = Watched(again(name))
+    rounds = list(Federation(watched, world_of(watched.inner)).run(PLAN))
+    assert not any(rnd.excluded for rnd in rounds)
+    assert image(rounds[-1].server) == image(reference(name).rounds[-1].server)
+    assert watched.calls == {"server_init", "client_init", "send", "train", "aggregate", "model"}
+
+
+class Scribbling(FedIT):
+    """FedIT that averages into the first reply."""
+
+    def aggregate(self, server: Any, heard: Any) -> Any:
+        first, *others = heard.values()
+        for name, tensor in first.weights.items():
+            tensor.copy_(mean([first.weights, *(up.weights for up in others)], [1] * len(heard))[name])
+        return dataclasses.replace(server, weights=first.weights)
+
+
+def test_a_method_that_writes_into_its_argument_is_noticed() -> None:
+    with pytest.raises(Changed, match="aggregate"):
+        list(Federation(Watched(Scribbling())).run(PLAN))
+
+
+# --- what travels -------------------------------------------------------------------------------------------------
+
+
+def private_bytes_that_travel(run: Run) -> list[str]:
+    """Where 32 consecutive bytes of a tensor of any client's `Local` cross, at whatever offset, in whatever round.
+
+    All that crosses is searched: orders and replies whole, so frames, scores and errors alike. A tensor of fewer than
+    32 bytes is searched for whole. Windows that repeat one number (the zeros of a B that has not moved) are left out:
+    they are the seed's, and tell nothing of a client.
+    """
+    wanted: dict[bytes, str] = {}
+    for index, shelves in enumerate(run.shelves, 1):
+        for client, shelf in shelves.items():
+            for tensor in tensors_in(run.federation.private(shelf)):
+                raw, number = image(tensor)[3], tensor.element_size()
+                size = min(32, len(raw))
+                for at in range(len(raw) - size + 1):
+                    window = raw[at : at + size]
+                    if window != (window[:number] * size)[:size]:
+                        wanted[window] = f"{client} round {index} {tuple(tensor.shape)} byte {at}"
+    crossed = [pack(order) for _, _, order in run.tape.orders] + [pack(reply) for _, _, reply in run.tape.replies]
+    assert sum(map(len, crossed)) > sum(len(reply.frame) for _, _, reply in run.tape.replies) > 0
+    found: list[str] = []
+    for size in {len(window) for window in wanted}:
+        for message in crossed:
+            there = {message[at : at + size] for at in range(len(message) - size + 1)}
+            found += sorted(wanted[window] for window in there & wanted.keys())
+    return found
+
+
+@every_algorithm
+def test_no_32_bytes_of_a_private_tensor_are_in_anything_that_crosses(name: str) -> None:
+    assert private_bytes_that_travel(reference(name)) == []
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith(("local", "fedsa", "ce-lora"))])
+def test_there_is_private_state_to_look_for(name: str) -> None:
+    assert has_private_state(name)
+
+
+class Leaking(FedSALoRA):
+    """FedSA-LoRA that sends the B it says it keeps."""
+
+    @property
+    def shares(self) -> Names:
+        return only("A", "B")
+
+
+class Whispering(FedSALoRA):
+    """FedSA-LoRA that hides nine numbers of its head among those of A."""
+
+    def train(self, learner: Any, local: Any, down: Any) -> Any:
+        trained = yield from FedSALoRA.train(self, learner, local, down)
+        sent = {name: tensor.clone() for name, tensor in trained.up.weights.items()}
+        sent["layer.A"].view(-1)[7:16] = trained.local.mine["head.weight"].view(-1)[3:12]
+        return Trained(trained.local, dataclasses.replace(trained.up, weights=sent), trained.model)
+
+
+def test_a_private_tensor_that_is_sent_is_found() -> None:
+    found = private_bytes_that_travel(record_run(Leaking()))
+    assert {line.split()[0] for line in found} == set(CLIENTS)
+    assert all("(8, 4)" in line for line in found)
+
+
+def test_nine_private_numbers_among_others_are_found() -> None:
+    found = private_bytes_that_travel(record_run(Whispering()))
+    assert {line.split()[0] for line in found} == set(CLIENTS)
+    assert any("(2, 8) byte 12" in line for line in found)
+
+
+@every_algorithm
+def test_a_reply_holds_exactly_the_names_that_the_algorithm_says_it_shares(name: str) -> None:
+    algorithm, run = VARIANTS[name], reference(name)
+    shared = {n for n in run.federation.world.initial if algorithm.shares(n)}
+    ups = [
+        unpack(algorithm.card.up, reply.frame, run.federation.schema) for _, _, reply in run.tape.replies if reply.frame
+    ]
+    assert len(ups) == PLAN.rounds * len(CLIENTS)
+    for up in ups:
+        fields = [getattr(up, f.name) for f in dataclasses.fields(up)]
+        sent = [set(value) for value in fields if isinstance(value, Mapping)]
+        assert sent == ([shared] if shared else [])
+
+
+@every_algorithm
+def test_a_model_holds_known_names_in_their_shapes_and_no_others(name: str) -> None:
+    algorithm, run = VARIANTS[name], reference(name)
+    downs = {(index, client): order.frame for index, client, order in run.tape.orders}
+    for index in range(2, PLAN.rounds + 2):
+        for client in CLIENTS:
+            down = unpack(algorithm.card.down, downs[index, client], run.federation.schema)
+            assert run.federation.schema.covers(algorithm.model(private(run, index - 1, client), down))
+
+
+@every_algorithm
+def test_the_four_records_come_back_from_the_wire_as_they_went(name: str) -> None:
+    algorithm, run = VARIANTS[name], reference(name)
+    schema, card = run.federation.schema, algorithm.card
+    frames = {
+        card.server: [rnd.checkpoint.server for rnd in run.rounds],
+        card.local: [unpack(Private, shelf["private"]).local for shelves in run.shelves for shelf in shelves.values()],
+        card.down: [order.frame for _, _, order in run.tape.orders],
+        card.up: [reply.frame for _, _, reply in run.tape.replies if reply.frame],
+    }
+    for kind, packed in frames.items():
+        for frame in packed:
+            value = unpack(kind, frame, schema)
+            assert pack(value, schema) == frame
+            assert image(unpack(kind, pack(value), Schema({}))) == image(value)
+            for other in frames.keys() - {kind}:
+                with pytest.raises(WireError, match=r"found a frame of kind \w+\.\w+, expected"):
+                    unpack(other, frame, schema)
+    for rnd in run.rounds:
+        assert image(unpack(card.server, rnd.checkpoint.server, schema)) == image(rnd.server)
+
+
+@every_algorithm
+def test_before_training_every_client_predicts_with_the_weights_of_the_seed(name: str) -> None:
+    """So ΔW = 0 at first, wherever the adapter is drawn with B = 0."""
+    federation = Federation(again(name))
+    algorithm, initial = federation.algorithm, federation.world.initial
+    server = algorithm.server_init(initial)
+    for client in CLIENTS:
+        learner = federation.world(client, 1)
+        model = {**initial, **algorithm.model(algorithm.client_init(learner), algorithm.send(server, client))}
+        assert image(model) == image(initial)
+
+
+@every_algorithm
+def test_what_is_frozen_stays_as_drawn_at_every_client(name: str) -> None:
+    """Of the trained model: the names that neither travel nor are kept are the seed's, to the bit."""
+    algorithm, run = VARIANTS[name], reference(name)
+    initial, learner = run.federation.world.initial, run.federation.world("c0", 1)
+    down = algorithm.send(algorithm.server_init(initial), "c0")
+    steps = algorithm.train(learner, algorithm.client_init(learner), down)
+    moves = next(steps).train
+    for client in CLIENTS:
+        weights = unpack(Model, run.shelves[-1][client][f"personal@{PLAN.rounds}"], run.federation.schema).weights
+        for factor, tensor in initial.items():
+            assert (image(weights[factor]) == image(tensor)) != moves(factor), factor
+
+
+# --- clients that are not drawn -----------------------------------------------------------------------------------
+
+
+@every_algorithm
+def test_with_a_fraction_only_the_drawn_train_and_everybody_is_scored(name: str) -> None:
+    run = record_run(again(name), plan=Plan(rounds=2, fraction=0.5))
+    assert run.rounds[0].heard != run.rounds[1].heard
+    for rnd, shelves in zip(run.rounds[:2], run.shelves, strict=False):
+        replies = {client: reply for index, client, reply in run.tape.replies if index == rnd.index}
+        assert len(rnd.heard) == 2
+        assert list(rnd.scores) == sorted(rnd.scores) == list(CLIENTS)
+        before = run.shelves[0] if rnd.index == 2 else {}
+        for client in CLIENTS:
+            assert set(rnd.scores[client]) == {"received", "personal", "train"}
+            assert bool(replies[client].frame) == (client in rnd.heard)
+            if client not in rnd.heard:
+                assert shelves[client].get("private") == before.get(client, {}).get("private")
+
+
+# --- training does something --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if "more" not in n])
+def test_the_toy_is_learnt(name: str) -> None:
+    """Otherwise the suite would compare runs in which nothing happens."""
+    rounds = reference(name).rounds
+    first, last = (
+        sum(s["received"]["loss"] for s in rnd.scores.values()) / len(CLIENTS) for rnd in (rounds[0], rounds[-1])
+    )
+    assert last < first - 0.05

@@ -1,0 +1,144 @@
+"""The whole way, from a TOML file to a run folder, with a real (small, random) transformer and real digits."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from celora.cli import app
+
+CONFIG = """
+[data]
+source = "digits"
+partition = "dirichlet"
+alpha = 1.0
+clients = 4
+rows = 40
+max_validation = 20
+max_test = 30
+
+[model]
+backbone = "random-vit"
+
+[adapter]
+targets = ["q_proj", "v_proj"]
+
+[train]
+lr = 0.01
+
+[plan]
+rounds = 2
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "digits.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def celora(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_run_leaves_its_folder_its_summary_and_an_adapter_for_every_client(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "one"
+    code, stdout, stderr = celora("run", config, "--out", out)
+    assert code == 0, stderr
+    assert "client-00" in stdout and str(out / "adapters") in stdout.replace("\n", "")
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "config.toml", "manifest.json", "events.jsonl", "metrics.csv", "bytes.csv", "similarity", "state", "adapters",
+        "report.html", "summary.json", "local",
+    }  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["schema"] == 1
+    assert summary["algorithm"] == "ce-lora"
+    assert set(summary["metrics"]) == {"mean", "weighted_mean", "worst_decile", "std", "lift_mean", "harmed"}
+    assert set(summary["clients"]) == {f"client-0{i}" for i in range(4)}
+    twin = json.loads((out / "local" / "summary.json").read_text())
+    for client, row in summary["clients"].items():
+        assert row["train"] == 40
+        assert row["local_only"] == twin["clients"][client]["score"]
+        assert row["lift"] == pytest.approx(row["score"] - row["local_only"])
+        assert (out / "adapters" / client / "adapter_model.safetensors").exists()
+    size, modules = summary["bytes"], 4
+    assert size["up_payload"] == modules * 64 * 4
+    assert size["head"] == 0
+    assert size["up_frame"] > size["up_payload"]
+    assert size["total"]["up_payload"] == 4 * 2 * modules * 64 * 4
+    weights = np.load(out / "similarity" / "round_0002.npy")
+    np.testing.assert_allclose(weights.sum(1), 1)
+    with open(out / "bytes.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["up_frame"]) for row in rows) == size["total"]["up_frame"]
+    rounds = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [event["index"] for event in rounds if event["event"] == "round"] == [1, 2, 3]
+
+
+def test_comparing_writes_a_list_of_summaries_with_local_first(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    code, stdout, stderr = celora(
+        "compare", config, "--algorithms", "fedit,ffa-lora,fedsa-lora", "--out", out, "--json"
+    )
+    assert code == 0, stderr
+    summaries = json.loads(stdout)
+    assert summaries == json.loads((out / "compare.json").read_text())
+    assert [summary["algorithm"] for summary in summaries] == ["local", "fedit", "ffa-lora", "fedsa-lora"]
+    up = {summary["algorithm"]: summary["bytes"]["up_payload"] for summary in summaries}
+    pair = 4 * 8 * 64 * 4
+    assert up == {"local": 0, "fedit": 2 * pair, "ffa-lora": pair, "fedsa-lora": pair}
+    head = {summary["algorithm"]: summary["bytes"]["head"] for summary in summaries}
+    assert head == {"local": 0, "fedit": 10 * 65 * 4, "ffa-lora": 10 * 65 * 4, "fedsa-lora": 0}
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(config: Path, tmp_path: Path) -> None:
+    def metrics(name: str, seed: int) -> object:
+        code, stdout, stderr = celora("run", config, "--out", tmp_path / name, "--json", "--set", f"plan.seed={seed}")
+        assert code == 0, stderr
+        summary = json.loads(stdout)
+        return {key: summary[key] for key in ("metrics", "moments", "clients", "bytes")}
+
+    one, two, other = metrics("one", 0), metrics("two", 0), metrics("three", 1)
+    assert one == two
+    assert one != other
+
+
+def test_a_label_of_the_overrides_is_an_algorithm_with_other_settings(config: Path, tmp_path: Path) -> None:
+    config.write_text(CONFIG + '\n[overrides.reset.algorithm]\nname = "ce-lora"\nrule = "reset"\n')
+    out = tmp_path / "labels"
+    code, stdout, stderr = celora("compare", config, "--algorithms", "ce-lora,reset", "--out", out, "--json")
+    assert code == 0, stderr
+    rules = [summary["settings"]["algorithm"].get("rule") for summary in json.loads(stdout)]
+    assert rules == [None, "similarity", "reset"]
+
+
+def test_resuming_a_finished_run_changes_nothing(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "one"
+    celora("run", config, "--out", out, "--quiet")
+    before = (out / "summary.json").read_text()
+    code, _, stderr = celora("resume", out, "--quiet")
+    assert code == 0, stderr
+    assert (out / "summary.json").read_text() == before
+
+
+def test_secret_bases_give_every_client_an_a_of_its_own(config: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    def rows_of_a(*sets: str) -> torch.Tensor:
+        out = tmp_path / f"run{len(sets)}"
+        code, _, stderr = celora("run", config, "--out", out, "--quiet", *sets)
+        assert code == 0, stderr
+        files = sorted((out / "adapters").glob("*/adapter_model.safetensors"))
+        name = next(key for key in load_file(files[0]) if "lora_A" in key)
+        a = torch.stack([load_file(file)[name].flatten() for file in files])
+        return torch.corrcoef(a)[0, 1:].abs().max()
+
+    assert rows_of_a() > 0.5
+    assert rows_of_a("--set", "adapter.bases=secret") < 0.3

@@ -1,0 +1,42 @@
+"""What an algorithm sends at MiniLM's size, measured in frames that were really built."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from celora.core.federation import run
+from celora.core.messages import Plan, Round
+from celora.engines.embedded import Embedded
+from celora.wire import Schema
+from tests.toy import Stub, pretend
+
+LAYERS, RANK, DIM, CLASSES = 12, 8, 384, 3
+"""Query and value of six layers, at rank 8, of MiniLM."""
+HEAD = (DIM + 1) * CLASSES * 4
+
+
+def weights(family: str) -> dict[str, Tensor]:
+    """All weights of an adapter of 12 matrices, and a head."""
+    draw = torch.Generator().manual_seed(0)
+    found: dict[str, Tensor] = {}
+    for layer in range(LAYERS // 2):
+        for matrix in ("query", "value"):
+            name = f"encoder.layer.{layer}.attention.self.{matrix}"
+            found[f"{name}.A"] = torch.randn(RANK, DIM, generator=draw)
+            found[f"{name}.B"] = torch.zeros(DIM, RANK)
+            if family == "tri":
+                found[f"{name}.C"] = torch.eye(RANK)
+    return {**found, "head.weight": torch.zeros(CLASSES, DIM), "head.bias": torch.zeros(CLASSES)}
+
+
+def rounds(algorithm: Any, clients: str = "ab") -> list[Round]:
+    """Two rounds and the closing one, of clients with 40 rows that end their training where they start."""
+    initial = weights(algorithm.card.family)
+
+    def world(client: str, round: int) -> Stub:
+        draw = torch.Generator().manual_seed(ord(client))
+        return Stub(initial, 40, (torch.randn(40, DIM, generator=draw), torch.arange(40) % 2))
+
+    engine = Embedded(algorithm, world, {}, Schema.of(initial), pretend)
+    return list(run(algorithm, engine, Plan(rounds=2), clients, initial))

@@ -1,0 +1,270 @@
+"""A federation that trains in milliseconds: a two-layer net, one layer adapted, and four clients with their own rows.
+
+    h = tanh(x W0ᵀ + s·x Aᵀ Cᵀ Bᵀ),   logits = h headᵀ + bias          W0 (8, 6), A (4, 6), C (4, 4), B (8, 4)
+
+`Toy` implements `celora.core.learner.Learner`. `Stub` is a learner that holds what it is given and trains nothing, for
+numbers worked out by hand.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.federation import run
+from celora.core.learner import Batch, Fit, Fitted, Metrics, Recipe, Split
+from celora.core.messages import Checkpoint, Exchange, Order, Plan, Private, Reply, Round
+from celora.engines.embedded import Embedded
+from celora.rng import generator
+from celora.tensors import Tensors
+from celora.wire import Schema, unpack
+
+CLIENTS = ("c0", "c1", "c2", "c3")
+D_IN, D_OUT, RANK, CLASSES = 6, 8, 4, 2
+SCALE = 2.0
+RECIPE = Recipe(lr=4e-2, batch_size=16)
+
+
+class World:
+    """What `Embedded` asks for: a client's learner in a round.
+
+    Args:
+        family: "lora" or "tri".
+        b: "zero", or "random" where the bases are to be frozen.
+        faults: (client, round) -> an exception that the client's loss raises there, or a factor of its loss.
+
+    Attributes:
+        reads: (client, split) -> how often the rows of that split were read.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        *,
+        recipe: Recipe = RECIPE,
+        seed: int = 0,
+        b: str = "zero",
+        faults: Mapping[tuple[str, int], Exception | float] | None = None,
+    ) -> None:
+        self.recipe, self.seed, self.faults = recipe, seed, faults or {}
+        self.reads: Counter[tuple[str, str]] = Counter()
+        draw = generator(seed, "initial")
+        self.backbone = torch.randn(D_OUT, D_IN, generator=draw) / 2
+        bases = torch.randn(RANK, D_IN, generator=draw), torch.randn(D_OUT, RANK, generator=draw) / 4
+        self.initial: dict[str, Tensor] = {
+            "layer.A": bases[0],
+            "layer.B": bases[1] if b == "random" else torch.zeros(D_OUT, RANK),
+            "head.weight": torch.randn(CLASSES, D_OUT, generator=draw) / 3,
+            "head.bias": torch.randn(CLASSES, generator=draw) / 3,
+        }
+        if family == "tri":
+            self.initial["layer.C"] = torch.eye(RANK)
+
+    def __call__(self, client: str, round: int) -> "Toy":
+        return Toy(self, client, round)
+
+    def rows(self, client: str, split: Split) -> tuple[Tensor, Tensor]:
+        """Inputs (n, 6) and classes (n,): x₀ decides, and another coordinate, the client's own, has a say."""
+        self.reads[client, split] += 1
+        own = int(client[1:])
+        draw = generator(self.seed, "rows", client, split)
+        x = torch.randn(24 + 6 * own if split == "train" else 20, D_IN, generator=draw)
+        return x, (x[:, 0] + 0.7 * x[:, 1 + own % (D_IN - 1)] > 0).long()
+
+
+class Toy:
+    """One client of a `World` in one round."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, world: World, client: str, round: int) -> None:
+        self.world, self.client, self.round = world, client, round
+        self.recipe, self.initial = world.recipe, world.initial
+        self.rng = generator(world.seed, "algorithm", client, round)
+        self.examples = 24 + 6 * int(client[1:])
+
+    def batches(self) -> Iterator[Batch]:
+        x, y = self.world.rows(self.client, "train")
+        draw, made = generator(self.world.seed, "fit", self.client, self.round), 0
+        for _ in range(self.recipe.epochs if self.recipe.steps is None else self.recipe.steps):
+            for rows in torch.randperm(len(x), generator=draw).split(self.recipe.batch_size):
+                if made == self.recipe.steps:
+                    return
+                made += 1
+                yield {"x": x[rows], "y": y[rows]}
+
+    def hidden(self, weights: Tensors, x: Tensor) -> Tensor:
+        core = weights.get("layer.C", torch.eye(RANK, dtype=x.dtype))
+        delta = x @ weights["layer.A"].mT @ core.mT @ weights["layer.B"].mT
+        return torch.tanh(x @ self.world.backbone.to(x.dtype).mT + SCALE * delta)
+
+    def logits(self, weights: Tensors, x: Tensor) -> Tensor:
+        return self.hidden(weights, x) @ weights["head.weight"].mT + weights["head.bias"].unsqueeze(-2)
+
+    def losses(self, weights: Tensors, batch: Batch) -> Tensor:
+        fault = self.world.faults.get((self.client, self.round), 1.0)
+        if isinstance(fault, Exception):
+            raise fault
+        logits = self.logits(weights, batch["x"])
+        loss = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none")
+        return fault * loss.view(batch["y"].shape).mean(-1)
+
+    def test(self, weights: Tensors, split: Split) -> Metrics:
+        x, y = self.world.rows(self.client, split)
+        logits = self.logits(weights, x)
+        right = (logits.argmax(-1) == y).double().mean()
+        return {"score": float(right), "loss": float(F.cross_entropy(logits, y)), "rows": float(len(y))}
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        x, y = self.world.rows(self.client, "train")
+        return torch.tanh(x @ self.world.backbone.mT), y
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A learner that holds what it is given; it can be asked for anything but to train."""
+
+    initial: Tensors
+    examples: int = 1
+    rows: tuple[Tensor, Tensor] = (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
+    recipe: Recipe = RECIPE
+    rng: torch.Generator = field(default_factory=lambda: generator(0, "stub"))
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    def batches(self) -> Iterator[Batch]:
+        raise AssertionError("a stub does not train")
+
+    def losses(self, weights: Tensors, batch: Batch) -> Tensor:
+        raise AssertionError("a stub does not train")
+
+    def test(self, weights: Tensors, split: Split) -> Metrics:
+        return {"score": 0.5, "loss": 1.0, "rows": 1.0}
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        return self.rows
+
+
+def turn(
+    algorithm: AnyAlgorithm, learner: Any, local: Any, down: Any, trained_to: Tensors
+) -> tuple[Fit, Trained[Any, Any]]:
+    """A client's turn whose only `Fit` is declared to end at `trained_to`: the problem posed, and what came of it."""
+    steps = algorithm.train(learner, local, down)
+    problem = next(steps)
+    end = {**learner.initial, **problem.weights, **trained_to}
+    try:
+        steps.send(Fitted(end, {"loss": 1.0, "steps": 1.0}))
+    except StopIteration as stop:
+        return problem, stop.value
+    raise AssertionError("a second Fit")
+
+
+def pretend(jobs: Sequence[Any]) -> list[Any]:
+    """A `Solve` that ends every `Fit` where it starts."""
+    values = []
+    for learner, steps in jobs:
+        try:
+            problem = next(steps)
+            while True:
+                end = {**learner.initial, **problem.weights}
+                problem = steps.send(Fitted(end, {"loss": 1.0, "steps": 0.0}))
+        except StopIteration as stop:
+            values.append(stop.value)
+    return values
+
+
+class Federation:
+    """An algorithm, a world, the clients' shelves, and the embedded engine between them."""
+
+    def __init__(
+        self,
+        algorithm: AnyAlgorithm,
+        world: World | None = None,
+        shelves: Mapping[str, Mapping[str, bytes]] | None = None,
+        clients: Sequence[str] = CLIENTS,
+    ) -> None:
+        self.algorithm, self.clients = algorithm, clients
+        self.world = world or world_of(algorithm)
+        self.schema = Schema.of(self.world.initial)
+        self.shelves = {client: dict(shelf) for client, shelf in (shelves or {}).items()}
+        self.engine = Embedded(algorithm, self.world, self.shelves, self.schema)
+
+    def run(
+        self,
+        plan: Plan,
+        around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
+        checkpoint: Checkpoint | None = None,
+    ) -> Iterator[Round]:
+        return run(self.algorithm, around(self.engine), plan, self.clients, self.world.initial, checkpoint=checkpoint)
+
+    def private(self, shelf: Mapping[str, bytes], name: str = "private") -> Any:
+        """The private state on a shelf."""
+        return unpack(self.algorithm.card.local, unpack(Private, shelf[name]).local, self.schema)
+
+    def copies(self) -> dict[str, dict[str, bytes]]:
+        """The shelves as they are now."""
+        return {client: dict(shelf) for client, shelf in self.shelves.items()}
+
+
+def world_of(algorithm: AnyAlgorithm, **options: Any) -> World:
+    """The world an algorithm needs: frozen bases need a B that is not 0."""
+    b = "random" if getattr(algorithm, "freeze_bases", False) else "zero"
+    return World(algorithm.card.family, b=b, **options)
+
+
+class Tape:
+    """An `Exchange` that remembers all that crosses it, as (round, client, order or reply)."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.orders: list[tuple[int, str, Order]] = []
+        self.replies: list[tuple[int, str, Reply]] = []
+
+    def __call__(self, orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        replies = self.exchange(orders)
+        self.orders += [(order.round, client, order) for client, order in orders.items()]
+        self.replies += [(orders[client].round, client, reply) for client, reply in replies.items()]
+        return replies
+
+
+def lost(*replies: tuple[str, int]) -> Callable[[Exchange], Exchange]:
+    """An `Exchange` on which these (client, round) never run."""
+
+    def around(exchange: Exchange) -> Exchange:
+        def exchange_without(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+            return exchange({c: order for c, order in orders.items() if (c, order.round) not in replies})
+
+        return exchange_without
+
+    return around
+
+
+def image(value: object) -> Any:
+    """A value as nested tuples that are equal only for equal types, dtypes, shapes and bits."""
+    if isinstance(value, Tensor):
+        flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        return ("tensor", str(value.dtype), tuple(value.shape), flat.numpy().tobytes())
+    if isinstance(value, Mapping):
+        return ("mapping", *sorted((key, image(item)) for key, item in value.items()))
+    if dataclasses.is_dataclass(value):
+        return (type(value).__name__, *(image(getattr(value, f.name)) for f in dataclasses.fields(value)))
+    if isinstance(value, tuple | list):
+        return ("tuple", *map(image, value))
+    return ("float", value.hex()) if isinstance(value, float) else (type(value).__name__, value)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor of a record."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, f.name))

@@ -1,0 +1,110 @@
+"""celora.track.report: one whole page that loads nothing, says the worst, and takes no text on trust."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from celora.track import report
+from tests.unit.summaries import round_event, summary
+
+EVIL = "<script>alert('x')</script>&\x1b[31m"
+EVENTS = [round_event(index) for index in range(1, 22)]
+WEIGHTS = np.array([[0.6, 0.3, 0.1], [0.34, 0.32, 0.34], [0.0, 0.0, 1.0]])
+
+
+class Tags(HTMLParser):
+    """Fails on a tag that is closed and was not open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page(**changes: object) -> str:
+    return report.page(summary(**changes), EVENTS, WEIGHTS, list(summary()["clients"]))  # type: ignore[arg-type]
+
+
+def test_the_page_is_balanced_holds_its_pictures_and_loads_nothing() -> None:
+    text = page()
+    tags = Tags(text)
+    assert tags.open == []
+    assert tags.seen.count("img") == 2
+    assert not {"script", "link", "iframe"} & set(tags.seen)
+    assert set(re.findall(r"(?:src|href)=.{6}|url\(", text)) == {'src="data:'}
+    assert "default-src 'none'" in text
+    for picture in re.findall(r"base64,([^\"]+)", text):
+        assert base64.b64decode(picture).startswith(b"\x89PNG")
+
+
+def test_every_text_from_outside_is_escaped() -> None:
+    told = summary(
+        EVIL, notices=[EVIL], excluded={EVIL: EVIL}, excluded_replies={"3": {EVIL: EVIL}}, settings={EVIL: EVIL}
+    )
+    told["clients"] = {EVIL: told["clients"]["site-a"]}
+    text = report.page(told, EVENTS, np.eye(2), [EVIL, "$x^{ 病院"])
+    assert "script" not in Tags(text).seen
+    assert "\x1b" not in text
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;" in text
+
+
+def test_harmed_clients_are_marked_rows() -> None:
+    rows = re.findall(r'<tr class="harmed"><td>([^<]+)', page())
+    assert rows == ["site-b"]
+    assert "▼ -0.020" in page()
+    assert "1 of 3 clients are below their local-only twin." in page()
+
+
+def test_head_and_data_summary_have_lines_of_their_own() -> None:
+    text = page()
+    assert re.search(r"<td>head, up[^<]*</td><td>2\.3 MiB</td>", text)
+    assert re.search(r"<td>data summary, up[^<]*</td><td>36\.0 KiB, once</td>", text)
+
+
+def test_who_learned_from_whom_is_said_in_sentences() -> None:
+    assert report.sentences(WEIGHTS, ["a", "b", "c"]) == [
+        "a kept 60 % of its own and learned most from b (30 %).",
+        "b kept 32 % of its own and learned from all others alike.",
+        "c kept 100 % of its own and was left alone.",
+    ]
+    assert "site-a kept 60 % of its own" in page()
+
+
+def test_what_was_left_out_is_told_with_its_reason() -> None:
+    text = page(excluded_replies={"3": {"site-a": "no reply within 5 s"}})
+    assert "site-z: 3 rows, fewer than 10" in text
+    assert "round 3: site-a: no reply within 5 s" in text
+    assert "class &#x27;rare&#x27; is withheld" in text
+    assert "&quot;lr&quot;: 0.001" in text
+
+
+@pytest.mark.parametrize("events", [[], EVENTS[:1]])
+def test_a_page_can_be_made_of_little(events: list[dict[str, object]]) -> None:
+    told = summary(clients={}, excluded={}, notices=[])
+    told["metrics"] = dict.fromkeys(told["metrics"])
+    assert "Who learned" not in report.page(told, events, None, [])
+
+
+def test_many_clients_fit_without_names() -> None:
+    many = [f"client-{i}" for i in range(60)]
+    assert Tags(report.page(summary(), EVENTS, np.full((60, 60), 1 / 60), many)).open == []
+
+
+def test_the_file_is_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    report.write(tmp_path, summary(), EVENTS, None, [])
+    report.write(tmp_path, summary(), EVENTS, None, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").endswith("</html>\n")

@@ -1,0 +1,69 @@
+"""celora.tensors: named tensors."""
+
+import pytest
+import torch
+
+from celora.tensors import but, flatten, mean, nbytes, only, part, select
+
+NAMES = ("enc.0.q.A", "enc.0.q.B", "enc.0.q.C", "head.weight", "head.bias", "header.A")
+TENSORS = {name: torch.tensor([float(i)]) for i, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("encoder.layer.0.attention.self.query.C", "C"),
+        ("q.A", "A"),
+        ("B", "B"),
+        ("head.weight", "head"),
+        ("head.dense.bias", "head"),
+        ("header.A", "A"),
+        ("encoder.head.B", "B"),
+    ],
+)
+def test_the_part_of_a_name_is_its_last_letter_or_the_head(name: str, expected: str) -> None:
+    assert part(name) == expected
+
+
+def test_only_and_but_choose_by_part() -> None:
+    assert list(select(TENSORS, only("C"))) == ["enc.0.q.C"]
+    assert list(select(TENSORS, only("A", "head"))) == ["enc.0.q.A", "head.weight", "head.bias", "header.A"]
+    assert list(select(TENSORS, but("A", "B", "C"))) == ["head.weight", "head.bias"]
+    assert select(TENSORS, only()) == {}
+    assert list(select(TENSORS, but())) == list(NAMES)
+
+
+def test_a_mean_counts_a_name_over_its_holders() -> None:
+    one, two = {"A": torch.tensor([1.0])}, {"A": torch.tensor([4.0]), "B": torch.tensor([5.0])}
+    assert {name: t.tolist() for name, t in mean([one, two], [2, 1]).items()} == {"A": [2.0], "B": [5.0]}
+
+
+def test_a_weight_of_zero_leaves_its_holder_out() -> None:
+    one, two = {"A": torch.tensor([1.0])}, {"A": torch.tensor([4.0])}
+    assert mean([one, two], [0, 3])["A"].tolist() == [4.0]
+
+
+def test_the_mean_of_nobody_is_nothing() -> None:
+    assert mean([], []) == {}
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [float("nan"), 1.0], [1.0, -1.0]])
+def test_weights_without_a_positive_sum_are_refused_with_the_name(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"the weights of 'A' sum to .*; a mean needs a positive sum"):
+        mean([{"A": torch.ones(1)}] * 2, weights)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0]])
+def test_as_many_weights_as_holders_are_needed(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        mean([{"A": torch.ones(1)}] * 2, weights)
+
+
+def test_flatten_goes_row_by_row_in_the_mappings_order() -> None:
+    tensors = {"b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "a": torch.tensor(5.0)}
+    assert flatten(tensors).tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert flatten({}).tolist() == []
+
+
+def test_nbytes_counts_content_in_its_own_dtype() -> None:
+    assert nbytes({"a": torch.zeros(3), "b": torch.zeros(2, 2, dtype=torch.bfloat16), "c": torch.zeros(0)}) == 20
