@@ -21,7 +21,12 @@ LONGER = CONFIG.replace("rounds = 2", "rounds = 8\nfraction = 0.75\nevaluate_eve
 def start(log: Path, *words: object) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "celora", *map(str, words), "--quiet"]
     with open(log, "wb") as stderr:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=_heed_ctrl_c)
+
+
+def _heed_ctrl_c() -> None:
+    """A shell that runs the tests in the background would have them, and what they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def numbers(folder: Path) -> dict[str, Any]:
