@@ -21,7 +21,7 @@ LONGER = CONFIG.replace("rounds = 2", "rounds = 8\nfraction = 0.75\nevaluate_eve
 def start(log: Path, *words: object) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "celora", *map(str, words), "--quiet"]
     with open(log, "wb") as stderr:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=_heed_ctrl_c)
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=_heed_ctrl_c)  # noqa: PLW1509
 
 
 def _heed_ctrl_c() -> None:
