@@ -18,7 +18,7 @@ from torch import Tensor
 
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.federation import run
-from celora.core.learner import Batch, Fit, Fitted, Metrics, Recipe, Split
+from celora.core.learner import Batch, Encode, Fit, Fitted, Metrics, Problem, Recipe, Score, Split
 from celora.core.messages import Checkpoint, Exchange, Order, Plan, Private, Reply, Round
 from celora.engines.embedded import Embedded
 from celora.rng import generator
@@ -65,6 +65,7 @@ class World:
         }
         if family == "tri":
             self.initial["layer.C"] = torch.eye(RANK)
+        self.shared = Together()
 
     def __call__(self, client: str, round: int) -> "Toy":
         return Toy(self, client, round)
@@ -78,6 +79,32 @@ class World:
         return x, (x[:, 0] + 0.7 * x[:, 1 + own % (D_IN - 1)] > 0).long()
 
 
+class Together:
+    """What the learners of one world share: a row is one token, `y` is -100 where there is none."""
+
+    capacity = 64
+
+    def __init__(self) -> None:
+        self.clients: list[int] = []  # in each joined mini-batch, for tests that ask whether there was one
+
+    def size(self, batch: Batch) -> tuple[int, int]:
+        return len(batch["y"]), 1
+
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        self.clients.append(len(batches))
+        most = max(len(batch["y"]) for batch in batches)
+        more = [most - len(batch["y"]) for batch in batches]
+        x = [F.pad(batch["x"], (0, 0, 0, n)) for batch, n in zip(batches, more, strict=True)]
+        y = [F.pad(batch["y"], (0, n), value=-100) for batch, n in zip(batches, more, strict=True)]
+        return {"x": torch.stack(x), "y": torch.stack(y)}
+
+    def scores(self, asked: Sequence[tuple[Any, Score]], most: int | None) -> list[Metrics]:
+        return [learner.test(score.weights, score.split) for learner, score in asked]
+
+    def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        return [learner.features() for learner in learners]
+
+
 class Toy:
     """One client of a `World` in one round."""
 
@@ -85,7 +112,7 @@ class Toy:
 
     def __init__(self, world: World, client: str, round: int) -> None:
         self.world, self.client, self.round = world, client, round
-        self.recipe, self.initial = world.recipe, world.initial
+        self.recipe, self.initial, self.shared = world.recipe, world.initial, world.shared
         self.rng = generator(world.seed, "algorithm", client, round)
         self.examples = 24 + 6 * int(client[1:])
 
@@ -112,8 +139,8 @@ class Toy:
         if isinstance(fault, Exception):
             raise fault
         logits = self.logits(weights, batch["x"])
-        loss = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none")
-        return fault * loss.view(batch["y"].shape).mean(-1)
+        loss = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none", ignore_index=-100)
+        return fault * loss.view(batch["y"].shape).sum(-1) / (batch["y"] >= 0).sum(-1)
 
     def test(self, weights: Tensors, split: Split) -> Metrics:
         x, y = self.world.rows(self.client, split)
@@ -136,6 +163,7 @@ class Stub:
     recipe: Recipe = RECIPE
     rng: torch.Generator = field(default_factory=lambda: generator(0, "stub"))
     device: ClassVar[torch.device] = torch.device("cpu")
+    shared: ClassVar[None] = None
 
     def batches(self) -> Iterator[Batch]:
         raise AssertionError("a stub does not train")
@@ -156,9 +184,10 @@ def turn(
     """A client's turn whose only `Fit` is declared to end at `trained_to`: the problem posed, and what came of it."""
     steps = algorithm.train(learner, local, down)
     problem = next(steps)
-    end = {**learner.initial, **problem.weights, **trained_to}
+    answer: object = Fitted({**learner.initial, **problem.weights, **trained_to}, {"loss": 1.0, "steps": 1.0})
     try:
-        steps.send(Fitted(end, {"loss": 1.0, "steps": 1.0}))
+        while not isinstance(following := steps.send(answer), Fit):
+            answer = _pretended(learner, following)
     except StopIteration as stop:
         return problem, stop.value
     raise AssertionError("a second Fit")
@@ -171,11 +200,20 @@ def pretend(jobs: Sequence[Any]) -> list[Any]:
         try:
             problem = next(steps)
             while True:
-                end = {**learner.initial, **problem.weights}
-                problem = steps.send(Fitted(end, {"loss": 1.0, "steps": 0.0}))
+                problem = steps.send(_pretended(learner, problem))
         except StopIteration as stop:
             values.append(stop.value)
     return values
+
+
+def _pretended(learner: Any, problem: Problem) -> object:
+    match problem:
+        case Fit():
+            return Fitted({**learner.initial, **problem.weights}, {"loss": 1.0, "steps": 0.0})
+        case Score():
+            return learner.test(problem.weights, problem.split)
+        case Encode():
+            return learner.features()
 
 
 class Federation:

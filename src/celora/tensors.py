@@ -70,6 +70,11 @@ def mean(many: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]
     return sums
 
 
+def common(many: Sequence[Tensor]) -> Tensor:
+    """One tensor (...) for all where all hold the same object, and else a stack (K, ...)."""
+    return many[0] if all(tensor is many[0] for tensor in many) else torch.stack(list(many))
+
+
 def flatten(tensors: Tensors) -> Tensor:
     """All entries as one vector, in the mapping's order; a leading client axis is not kept."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors.values()]) if tensors else torch.zeros(0)

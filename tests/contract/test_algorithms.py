@@ -6,7 +6,7 @@ A new algorithm is covered by its line in the table. `MORE` adds settings that t
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.messages import Checkpoint, Exchange, Model, Order, Plan, Private, Reply, Round
+from celora.core.solve import solve_together
 from celora.errors import QuorumError, WireError
 from celora.tensors import Names, Tensors, mean, only
 from celora.wire import Schema, pack, unpack
@@ -335,17 +336,17 @@ class Watched:
         return trained
 
     def _fits(self, steps: Any) -> Any:
-        """Every `Fitted` that is handed in is an argument, too."""
+        """Every answer that is handed in is an argument, too."""
         problem = next(steps)
         while True:
-            fitted = yield problem
-            before = image((self.inner, fitted.weights))
+            answer = yield problem
+            before = image((self.inner, answer))
             try:
-                problem = steps.send(fitted)
+                problem = steps.send(answer)
             except StopIteration as stop:
                 return stop.value
             finally:
-                self._unchanged("train", before, fitted.weights)
+                self._unchanged("train", before, answer)
 
 
 def _visible(argument: object) -> object:
@@ -375,6 +376,41 @@ class Scribbling(FedIT):
 def test_a_method_that_writes_into_its_argument_is_noticed() -> None:
     with pytest.raises(Changed, match="aggregate"):
         list(Federation(Watched(Scribbling())).run(PLAN))
+
+
+# --- one client or many in a pass -------------------------------------------------------------------------------
+
+
+def together(federation: Federation, plan: Plan, most: int | None) -> list[Round]:
+    federation.engine.solve, federation.engine.cohort = partial(solve_together, most=most), 3
+    return list(federation.run(plan))
+
+
+@every_algorithm
+@pytest.mark.parametrize("most", [None, 2])
+def test_clients_that_share_passes_learn_what_they_learn_alone(name: str, most: int | None) -> None:
+    """Of c0 … c3 with 24 … 42 rows three are run at a time: 2 or 3 batches of 16, the last ones of 2 to 14 rows."""
+    federation = Federation(again(name), world_of(VARIANTS[name]))
+    rounds, alone = together(federation, PLAN, most), reference(name)
+    assert max(federation.world.shared.clients) == (most or 3)
+    for found, expected in zip(rounds, alone.rounds, strict=True):
+        assert (found.heard, found.excluded) == (expected.heard, expected.excluded)
+        assert found.traffic == expected.traffic
+        for mine, its in zip(tensors_in(found.server), tensors_in(expected.server), strict=True):
+            torch.testing.assert_close(mine, its, atol=1e-5, rtol=0, equal_nan=True)
+        for client, moments in expected.scores.items():
+            for moment, metrics in moments.items():
+                assert found.scores[client][moment] == pytest.approx(metrics, abs=1e-5)
+    for client in CLIENTS:
+        mine, its = federation.private(federation.shelves[client]), private(alone, PLAN.rounds + 1, client)
+        for one, other in zip(tensors_in(mine), tensors_in(its), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@every_algorithm
+def test_sharing_passes_is_reproducible_to_the_bit(name: str) -> None:
+    first, second = (together(Federation(again(name), world_of(VARIANTS[name])), PLAN, None) for _ in range(2))
+    assert list(map(bits, first)) == list(map(bits, second))
 
 
 # --- what travels -------------------------------------------------------------------------------------------------

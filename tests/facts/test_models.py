@@ -14,7 +14,19 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
 from celora.core.learner import Recipe
-from celora.models import Adapter, Backbone, Family, Model, ModelLearner, Rows, export_peft, initial, load, predict
+from celora.models import (
+    Adapter,
+    Backbone,
+    Family,
+    Model,
+    ModelLearner,
+    Passes,
+    Rows,
+    export_peft,
+    initial,
+    load,
+    predict,
+)
 from celora.models.sources import embedded, quiet
 from celora.tensors import part
 
@@ -99,7 +111,7 @@ def test_slots_give_the_loss_and_gradients_of_plain_peft() -> None:
     weights = random_weights(backbone, adapter, "lora")
     weights = {name: w.requires_grad_() for name, w in weights.items()}
     rows = Rows(backbone.tokenize(["one", "a longer text than that", "two"]), torch.tensor([0, 4, 2]))
-    it = ModelLearner(backbone, {"train": rows}, weights, Recipe(), seed=0, client="a", round=1)
+    it = ModelLearner(Passes(backbone), {"train": rows}, weights, Recipe(), seed=0, client="a", round=1)
     batch = next(it.batches())
     loss = it.losses(weights, batch)
     names = [name for name in weights if part(name) in "AB"]

@@ -7,8 +7,8 @@ import pytest
 
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import Down, FedSALoRA, Up
-from celora.core.learner import solve
 from celora.core.messages import Exchange, Order, Plan, Reply
+from celora.core.solve import solve
 from celora.engines import embedded
 from celora.engines.embedded import Embedded
 from celora.errors import DataError, QuorumError

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from celora.core.learner import Fit, Learner, Recipe, fit
+from celora.core.learner import Fit, Learner, Recipe
+from celora.core.solve import fit
 from celora.errors import ModelError
-from celora.models import Adapter, Backbone, Family, Model, ModelLearner, Rows, initial, join, load, predict
-from celora.models.learner import bucketed, budgeted
+from celora.models import Adapter, Backbone, Family, Model, ModelLearner, Passes, Rows, initial, join, load, predict
+from celora.models.passes import bucketed, budgeted
 from celora.tensors import Tensors, but
 
 ADAPTER = Adapter(targets=("q_proj", "v_proj"), rank=3)
@@ -58,7 +59,7 @@ def learner(backbone: Backbone, rows: Rows, client: str = "a", round: int = 1, *
     """A client with these rows in every split."""
     splits: dict[Any, Rows] = {"train": rows, "test": rows}
     weights = start(backbone)
-    return ModelLearner(backbone, splits, weights, Recipe(**recipe), seed=0, client=client, round=round)
+    return ModelLearner(Passes(backbone), splits, weights, Recipe(**recipe), seed=0, client=client, round=round)
 
 
 def pixels(batches: list[Any]) -> list[str]:
@@ -82,10 +83,10 @@ def test_a_pass_covers_every_row_once_in_batches_of_like_length() -> None:
 
 def test_inference_batches_stay_within_the_token_budget() -> None:
     sizes = [900, 3, 700, 400, 2000, 5]
-    batches = list(budgeted(sizes))
+    batches = list(budgeted(sizes, 1024))
     assert Counter(row for batch in batches for row in batch) == Counter(range(6))
     assert batches == [[1, 5], [3], [2], [0], [4]]  # a row longer than the budget goes alone
-    assert list(budgeted([])) == []
+    assert list(budgeted([], 1024)) == []
 
 
 @pytest.mark.parametrize(("recipe", "sizes"), [({"epochs": 2}, [4, 4, 2] * 2), ({"steps": 4}, [4, 4, 4, 2])])
@@ -109,7 +110,7 @@ def test_batches_have_an_address() -> None:
 
 
 def test_a_client_without_training_rows_has_no_batches() -> None:
-    empty = ModelLearner(vit(), {}, start(vit()), Recipe(steps=3), seed=0, client="a", round=1)
+    empty = ModelLearner(Passes(vit()), {}, start(vit()), Recipe(steps=3), seed=0, client="a", round=1)
     assert (empty.examples, list(empty.batches()), empty.test({}, "test")) == (0, [], {"rows": 0.0})
     features, labels = empty.features()
     assert (features.shape, labels.shape) == ((0, 64), (0,))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from celora.core.algorithm import Card, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
+from celora.core.learner import Encode, Fit, Learner, Turn
 from celora.fields import Count, NonNegative, Positive, Share, setting, settings
 from celora.maths.cka import Estimator, cka
 from celora.maths.mixtures import Mixture, summarise
@@ -146,15 +146,16 @@ class CELoRA:
         if self.freeze_bases and not any(w.any() for w in select(learner.initial, only("B")).values()):
             raise ValueError("freeze_bases: B is 0, so no core could ever matter; set adapter.init = 'orthonormal'")
         fitted = yield Fit(self.model(local, down), train=trained(self.head, *bases))
-        summary, notes = self.introduce(learner) if down.introduce else (None, ())
+        summary, notes = self.introduce(learner, *(yield Encode())) if down.introduce else (None, ())
         mine = select(fitted.weights, private(self.head, "C", *bases))
         up = Up(select(fitted.weights, self.shares), learner.examples, summary)
         return Trained(Local(mine), up, fitted.weights, notes)
 
-    def introduce(self, learner: Learner) -> tuple[Mixture, tuple[str, ...]]:
+    def introduce(self, learner: Learner, features: Tensor, labels: Tensor) -> tuple[Mixture, tuple[str, ...]]:
         """The data summary, and what to tell the client of the classes that the disclosure floor withholds."""
         mixture, withheld = summarise(
-            *learner.features(),
+            features,
+            labels,
             components=self.components,
             min_rows=self.min_rows,
             min_component_rows=self.min_component_rows,

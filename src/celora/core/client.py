@@ -1,7 +1,7 @@
 """The client's side of a round: `answer` takes an order, reads and leaves private state, and gives the reply."""
 
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.learner import Learner, Metrics, Turn
+from celora.core.learner import Fitted, Learner, Metrics, Score, Turn
 from celora.core.messages import Model, Moment, Order, Private, Reply, Shelf
 from celora.core.screen import not_finite
 from celora.errors import WireError
@@ -14,9 +14,11 @@ def answer(algorithm: AnyAlgorithm, learner: Learner, order: Order, shelf: Shelf
 
     Notes to the client stay on the shelf under "notes", one a line.
     """
+    tested: dict[str, Metrics] = {}
     if order.task == "test":
-        kept = {name: unpack(Model, shelf[name], schema).weights for name in order.keep if name in shelf}
-        return Reply(b"", {name: learner.test(weights, "test") for name, weights in kept.items()}, None)
+        for name in [name for name in order.keep if name in shelf]:
+            tested[name] = yield Score(unpack(Model, shelf[name], schema).weights, "test")
+        return Reply(b"", tested, None)
     for name in [name for name in shelf if "@" in name and name not in order.keep]:
         del shelf[name]
     down: object = unpack(algorithm.card.down, order.frame, schema)
@@ -24,20 +26,20 @@ def answer(algorithm: AnyAlgorithm, learner: Learner, order: Order, shelf: Shelf
     local: object = algorithm.client_init(learner) if base is None else unpack(algorithm.card.local, base.local, schema)
     scores: dict[str, Metrics] = {}
 
-    def evaluate(moment: Moment, round: int, weights: Tensors) -> None:
+    def evaluate(moment: Moment, round: int, weights: Tensors) -> Turn[None]:
         complete = {**learner.initial, **weights}
-        scores[moment] = learner.test(complete, "validation")
+        scores[moment] = yield Score(complete, "validation")
         shelf[f"{moment}@{round}"] = pack(Model(complete), schema)
 
     if order.evaluate:
-        evaluate("received", order.round - 1, algorithm.model(local, down))
+        yield from evaluate("received", order.round - 1, algorithm.model(local, down))
     if order.task == "close":
         return Reply(b"", scores, None)
     trained, scores["train"] = yield from _metered(algorithm.train(learner, local, down))
     if broken := not_finite(trained.local, "local"):
         return Reply(b"", scores, f"training diverged: found NaN or infinity in {broken}; its last state is kept")
     if order.evaluate:
-        evaluate("personal", order.round, trained.model)
+        yield from evaluate("personal", order.round, trained.model)
     if order.task == "evaluate":
         return Reply(b"", scores, None)
     if base is not None:
@@ -72,8 +74,13 @@ def _metered(turn: Turn[Trained[object, object]]) -> Turn[tuple[Trained[object, 
     try:
         problem = next(turn)
         while True:
-            fitted = yield problem
-            metrics = fitted.metrics
-            problem = turn.send(fitted)
+            try:
+                answer = yield problem
+            except Exception as error:  # the turn's to handle, if it can
+                problem = turn.throw(error)
+                continue
+            if isinstance(answer, Fitted):
+                metrics = answer.metrics
+            problem = turn.send(answer)
     except StopIteration as end:
         return end.value, metrics

@@ -1,11 +1,9 @@
-"""The client's side of a local training problem: `Learner`, `Recipe`, `Fit`, `Fitted`, and `solve`.
+"""The client's side of a local training problem: what a turn may ask for, and the `Learner` that can do it.
 
-A client's turn is a generator: `fitted = yield Fit(weights, train=...)` hands a problem to whoever runs the client.
-`solve` runs the turns it is given one after another; a solver that trains K clients in one pass through the frozen
-backbone has the same signature, and no turn can tell which one ran it.
+A client's turn is a generator of problems: `fitted = yield Fit(weights, train=...)` hands one to whoever runs the
+client (`celora.core.solve`), which trains it alone or together with others; no turn can tell which.
 """
 
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from celora.fields import Count, NonNegative, Positive, setting, settings
-from celora.tensors import Names, Tensors, flatten
+from celora.tensors import Names, Tensors
 
 T = TypeVar("T")
 
@@ -54,10 +52,28 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A solved problem: all weights, trained or not, detached and on the CPU; `metrics` holds loss and steps."""
+    """A solved `Fit`: all weights on the CPU, the trained ones new and detached; `metrics` holds loss and steps."""
 
     weights: dict[str, Tensor]
     metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metrics of these weights on a split, as `Learner.test` gives them."""
+
+    weights: Tensors
+    split: Split
+
+
+@dataclass(frozen=True)
+class Encode:
+    """The frozen backbone's features of the training rows, as `Learner.features` gives them."""
+
+
+Problem = Fit | Score | Encode
+Turn = Generator[Problem, Any, T]
+"""A client's turn: a `Fit` is answered with `Fitted`, a `Score` with `Metrics`, an `Encode` with two tensors."""
 
 
 class Learner(Protocol):
@@ -83,6 +99,10 @@ class Learner(Protocol):
     def device(self) -> torch.device:
         """Where training happens."""
 
+    @property
+    def shared(self) -> "Shared | None":
+        """What it can share a pass with others through: learners with the same one; None: it runs alone."""
+
     def batches(self) -> Iterator[Batch]:
         """The mini-batches of one `Fit`, `recipe` long, in an order drawn from the round's address."""
 
@@ -96,87 +116,21 @@ class Learner(Protocol):
         """Frozen-backbone features (n, d) of the training rows and their class ids (n,)."""
 
 
-Turn = Generator[Fit, Fitted, T]
-Job = tuple[Learner, Turn[T]]
-Solve = Callable[[Sequence[Job[Any]]], list[Any]]
-"""Runs turns to their ends; in place of a turn's value stands the `Exception` it raised."""
+class Shared(Protocol):
+    """What several learners have in common, and what it can do for all of them in one pass."""
 
+    @property
+    def capacity(self) -> int:
+        """Tokens (or whatever `size` counts) of the largest pass that is worth it, or fits into memory."""
 
-def solve(jobs: Sequence[Job[T]]) -> list[T | Exception]:
-    """Run each turn to its end, one client after another."""
-    return [_drive(learner, turn) for learner, turn in jobs]
+    def size(self, batch: Batch) -> tuple[int, int]:
+        """(rows, tokens of the longest row) of a mini-batch: in a pass every row is filled up to the longest."""
 
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """Mini-batches of K clients as one, client-major, for weights with a leading client axis."""
 
-def _drive(learner: Learner, turn: Turn[T]) -> T | Exception:
-    try:
-        problem = next(turn)
-        while True:
-            problem = turn.send(fit(learner, problem))
-    except StopIteration as end:
-        value: T = end.value
-        return value
-    except Exception as error:  # one client's failure is the caller's to report, not the other clients' end
-        return error
+    def scores(self, asked: Sequence[tuple[Learner, Score]], most: int | None) -> list[Metrics]:
+        """`Learner.test` of each, at most `most` clients in a pass."""
 
-
-def fit(learner: Learner, problem: Fit) -> Fitted:
-    """Minimise the learner's loss over the trained weights, as the recipe says.
-
-    All trained weights are views of one vector, so clipping and AdamW are a handful of operations however many
-    matrices are adapted.
-
-    Raises:
-        ValueError: if nothing is to be trained.
-    """
-    recipe, device = learner.recipe, learner.device
-    start = {name: w.to(device) for name, w in {**learner.initial, **problem.weights}.items()}
-    shapes = {name: w.shape for name, w in start.items() if problem.train(name)}
-    if not shapes:
-        raise ValueError(f"nothing to train among {', '.join(start)}")
-    vector = flatten({name: start[name] for name in shapes}).clone()
-    adamw = AdamW(vector, recipe)
-    batches = list(learner.batches())
-    losses: list[Tensor] = []
-    for step, batch in enumerate(batches):
-        vector.requires_grad_(True)
-        weights = {**start, **_unflatten(vector, shapes)}
-        loss = learner.losses(weights, batch)
-        objective = loss if problem.penalty is None else loss + problem.penalty(weights)
-        (gradient,) = torch.autograd.grad(objective, vector)
-        rate = recipe.lr * (1 - step / len(batches) if recipe.decay == "linear" else 1.0)
-        vector = adamw.step(vector.detach(), gradient, rate)
-        losses.append(loss.detach())
-    loss_mean = float(torch.stack(losses).mean()) if losses else math.nan
-    fitted = {**start, **_unflatten(vector, shapes)}
-    metrics = {"loss": loss_mean, "steps": float(len(batches))}
-    return Fitted({name: w.detach().to("cpu", copy=True) for name, w in fitted.items()}, metrics)
-
-
-def _unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    pieces = torch.split(vector, [shape.numel() for shape in shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-
-
-class AdamW:
-    """AdamW (Loshchilov & Hutter, ICLR 2019, algorithm 2) with gradient clipping, on one vector.
-
-    torch's own optimiser gives the same numbers (a test holds them against each other); this one keeps the flat
-    vector flat and so costs a tenth of the time on a hundred small matrices.
-    """
-
-    beta1, beta2, eps = 0.9, 0.999, 1e-8
-
-    def __init__(self, like: Tensor, recipe: Recipe) -> None:
-        self.recipe, self.steps = recipe, 0
-        self.first, self.second = torch.zeros_like(like), torch.zeros_like(like)
-
-    def step(self, vector: Tensor, gradient: Tensor, rate: float) -> Tensor:
-        """The vector after one step, shape as given."""
-        if self.recipe.clip:
-            gradient = gradient * (self.recipe.clip / gradient.norm().clamp(min=self.recipe.clip))
-        self.steps += 1
-        self.first = self.first.lerp(gradient, 1 - self.beta1)
-        self.second = self.second.lerp(gradient * gradient, 1 - self.beta2)
-        root = (self.second / (1 - self.beta2**self.steps)).sqrt_().add_(self.eps)
-        move = self.first / (1 - self.beta1**self.steps) / root
-        return vector * (1 - rate * self.recipe.weight_decay) - rate * move
+    def features(self, learners: Sequence[Learner]) -> list[tuple[Tensor, Tensor]]:
+        """`Learner.features` of each."""

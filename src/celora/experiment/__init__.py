@@ -168,7 +168,7 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
 
     yield from notices([*world.notices, *(found[3] if found else [])])
     schema = Schema.of(world.initial)
-    engine = Embedded(algorithm, world.learner, shelves, schema)
+    engine = Embedded(algorithm, world.learner, shelves, schema, *experiment.engine.solver(world.backbone.device))
     twin_rounds = {e["index"]: e for e in twin.events() if e["event"] == "round"} if twin else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
     for done in federate(algorithm, engine, plan, world.clients, world.initial, checkpoint):
@@ -183,7 +183,7 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
         folder.save(done.checkpoint, shelves, event)
         checkpoint = done.checkpoint
         line = folder.event(event)
-        yield from notices(_notes(shelves))
+        yield from notices([*_notes(shelves), *world.passes.notices])
         yield line
     if checkpoint is None:
         raise RunFolderError(f"{job.folder}: no round was run")

@@ -14,7 +14,7 @@ from celora.core.algorithm import ClientId
 from celora.core.learner import Split
 from celora.errors import ConfigError
 from celora.experiment.config import Experiment
-from celora.models import Backbone, ModelLearner, Rows
+from celora.models import Backbone, ModelLearner, Passes, Prefixes, Rows
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -28,6 +28,7 @@ class Workshop:
         self._backbones: dict[object, Backbone] = {}
         self._federations: dict[object, data.Federation] = {}
         self._inputs: dict[object, Any] = {}
+        self._prefixes: dict[object, Prefixes] = {}
 
     def world(self, experiment: Experiment) -> "World":
         """The clients of an experiment, with their rows ready for its backbone."""
@@ -39,7 +40,7 @@ class Workshop:
         drawn = max(1, round(plan.fraction * len(federation.clients)))
         if plan.quorum > drawn:
             raise ConfigError([f"plan.quorum: found {plan.quorum}, but only {drawn} clients train in a round"])
-        shape = (repr(model), repr(adapter.targets), adapter.rank, adapter.scaling)
+        shape = (repr(model), repr(adapter.targets), adapter.layers, adapter.rank, adapter.scaling)
         if shape not in self._backbones:
             self._backbones[shape] = models.load(model, adapter, base)
         backbone = self._backbones[shape]
@@ -49,14 +50,19 @@ class Workshop:
             ready = inputs if isinstance(inputs, torch.Tensor) else backbone.tokenize(inputs)
             backbone.check(ready)
             self._inputs[read_as] = ready
-        return World(experiment, federation, backbone, self._inputs[read_as])
+        frozen = (read_as, backbone.depth, experiment.engine.cache_mb)
+        if backbone.depth and frozen not in self._prefixes:
+            self._prefixes[frozen] = Prefixes(backbone, experiment.engine.cache_mb << 20)
+        passes = Passes(backbone, self._prefixes.get(frozen))
+        return World(experiment, federation, passes, self._inputs[read_as])
 
 
 class World:
     """Every client of one experiment: its rows, its start, and its learner in any round."""
 
-    def __init__(self, experiment: Experiment, federation: data.Federation, backbone: Backbone, inputs: Any) -> None:
-        self.experiment, self.federation, self.backbone = experiment, federation, backbone
+    def __init__(self, experiment: Experiment, federation: data.Federation, passes: Passes, inputs: Any) -> None:
+        self.experiment, self.federation, self.passes = experiment, federation, passes
+        self.backbone = passes.backbone
         self.clients: list[ClientId] = list(federation.clients)
         self.excluded: Mapping[ClientId, str] = federation.excluded
         left_out = [f"{client} is left out: {why}" for client, why in federation.excluded.items()]
@@ -66,7 +72,7 @@ class World:
 
         def rows(chosen: list[int]) -> Rows:
             picked = inputs[chosen] if isinstance(inputs, torch.Tensor) else [inputs[row] for row in chosen]
-            return Rows(picked, labels[chosen])
+            return Rows(picked, labels[chosen], torch.tensor(chosen, dtype=torch.int64))
 
         self.rows: dict[ClientId, dict[Split, Rows]] = {
             client: {
@@ -103,7 +109,7 @@ class World:
         """The client's learner in a round."""
         experiment = self.experiment
         return ModelLearner(
-            self.backbone,
+            self.passes,
             self.rows[client],
             self.start(client),
             experiment.train,

@@ -5,7 +5,9 @@ from celora.models.export import export_peft
 from celora.models.export import load as load_adapters
 from celora.models.export import save as save_adapters
 from celora.models.families import Family, factors, initial
-from celora.models.learner import ModelLearner, Rows, join, predict
+from celora.models.learner import ModelLearner
+from celora.models.passes import Passes, Rows, join, predict
+from celora.models.prefixes import Prefixes
 
 __all__ = [
     "Adapter",
@@ -14,6 +16,8 @@ __all__ = [
     "Inputs",
     "Model",
     "ModelLearner",
+    "Passes",
+    "Prefixes",
     "Rows",
     "export_peft",
     "factors",

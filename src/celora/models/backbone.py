@@ -1,13 +1,15 @@
 """The frozen backbone: loaded once, adapted by stock PEFT, shared by every client of the process."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
@@ -17,6 +19,11 @@ from celora.models import sources
 from celora.models.slots import bound, inject
 
 _ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
+LAYERS = r"^(all|last:[1-9][0-9]*)$"
+_REGISTER = 16
+"""Tokens that a prefix is padded to a multiple of: float32 numbers in the widest vector register."""
+_PASS = 1024
+"""Tokens in one pass on a CPU: MiniLM is fastest at 512 to 1024 and loses a third at 8192."""
 Inputs = Sequence[Sequence[int]] | Tensor
 """Rows for a backbone: token ids of each text, or images (n, channels, height, width)."""
 
@@ -43,6 +50,7 @@ class Adapter:
     targets: tuple[str, ...] | str = setting(
         ("query", "value"), 'PEFT\'s way: suffixes of module names, one regular expression, or "all-linear"'
     )
+    layers: str = setting("all", 'which transformer layers: "all", or the topmost n as "last:n"', pattern=LAYERS)
     init: Literal["kaiming", "normal", "orthonormal"] = setting(
         "kaiming", "A as PEFT draws it; N(0, 1e-3²) as CE-LoRA's code; or A and B orthonormal with C = 0"
     )
@@ -69,6 +77,7 @@ class Backbone:
         device: where it runs.
         scaling: s, the factor of ΔW.
         fan_in_fan_out: whether the adapted modules store Wᵀ, as GPT-2's do; PEFT wants to know.
+        depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
         dropout: whether the backbone's own dropout is on while training.
         tokenizer: None for images.
         source: the folder or the Hub id it was loaded from.
@@ -80,13 +89,20 @@ class Backbone:
         config: Any = transformer.config
         if tokenizer and model.max_length > (limit := sources.longest(transformer, tokenizer)):
             raise ModelError(f"model.max_length = {model.max_length}, but {model.backbone} reads at most {limit}")
+        layers = sources.layers(transformer)
         names = sources.matching(transformer, adapter.targets, model.backbone)
+        names = sources.topmost(names, layers, adapter.layers, model.backbone)
         self._layers = inject(transformer, names, adapter.rank, adapter.lora_alpha)
         self.kind = sources.kind(transformer)
         self.width: int = config.hidden_size
         self.targets: dict[str, tuple[int, int]] = {
             name: (layer.out_features, layer.in_features) for name, layer in self._layers.items()
         }
+        self._stack = list(layers.values())
+        lowest = [at for at, path in enumerate(layers) if any(name.startswith(f"{path}.") for name in names)]
+        inside = all(any(name.startswith(f"{path}.") for path in layers) for name in names)
+        self.depth = lowest[0] if inside and not model.dropout else 0
+        self._answers_tuples = False
         self.scaling = adapter.scaling
         self.fan_in_fan_out = any(bool(layer.fan_in_fan_out) for layer in self._layers.values())
         self.device = device_of(model.device)
@@ -149,25 +165,40 @@ class Backbone:
             if found != expected:
                 raise ModelError(f"{name} reads images of shape {expected}; found {found}: resize them")
 
+    @cached_property
+    def capacity(self) -> int:
+        """Tokens in one pass: what is fastest on a CPU; on CUDA what half of the free memory holds.
+
+        Activations take h (34 + 5 a t / h) bytes a token and layer at 2 bytes a number, twice that at 4 (Korthikanti
+        et al., MLSys 2023, equation 2; a heads, t tokens a row, here the longest that is read).
+        """
+        if self.device.type != "cuda":
+            return _PASS
+        free, _ = torch.cuda.mem_get_info(self.device)
+        config, width = self._config, 2 if self._model.dtype == "bfloat16" else 4
+        inner = 34 * self.width + 5 * config.num_attention_heads * self._model.max_length
+        return max(_PASS, int(free / 2 / (config.num_hidden_layers * inner * width / 2)))
+
     def batch(self, inputs: Inputs, rows: Sequence[int]) -> dict[str, Tensor]:
-        """These rows as tensors on the device; texts are padded to the longest of them.
+        """These rows as tensors on the CPU; texts are padded to the longest of them.
 
         Returns:
             `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`.
         """
         if isinstance(inputs, Tensor):
-            return {"pixel_values": inputs[torch.as_tensor(rows)].to(self.device)}
+            return {"pixel_values": inputs[torch.as_tensor(rows)]}
         lengths = np.array([len(inputs[row]) for row in rows])
         mask = np.arange(lengths.max()) < lengths[:, None]
         ids = np.full(mask.shape, self._padding)
         ids[mask] = [token for row in rows for token in inputs[row]]
-        return {
-            "input_ids": torch.from_numpy(ids).to(self.device, non_blocking=True),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(self.device, non_blocking=True),
-        }
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
     def encode(
-        self, inputs: Batch, slots: Mapping[str, tuple[Tensor, Tensor]], dropout_seed: int | None = None
+        self,
+        inputs: Batch,
+        slots: Mapping[str, tuple[Tensor, Tensor]],
+        dropout_seed: int | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Pooled features (rows, d), float32.
 
@@ -176,14 +207,79 @@ class Backbone:
             slots: module -> (A, B), each with or without a leading client axis K (rows client-major); a
                 missing module stays frozen, so `{}` gives the features of the backbone itself.
             dropout_seed: given, the backbone's own dropout is on and draws from this seed.
+            hidden: (rows, t, d), what `prefix` gives for these rows, 0 where they are padded: the layers below
+                `depth` are then passed over.
         """
-        accepted = {name: inputs[name] for name in _ACCEPTED if name in inputs}
+        accepted = self._moved(inputs)
         with bound(self._layers, slots):
-            if dropout_seed is None:
-                hidden = self._transformer(**accepted).last_hidden_state
+            if dropout_seed is not None:
+                states = self._with_dropout(accepted, dropout_seed)
+            elif hidden is not None and self.depth:
+                with self._from(hidden):
+                    states = self._transformer(**accepted).last_hidden_state
             else:
-                hidden = self._with_dropout(accepted, dropout_seed)
-        return self._pool(hidden.float(), inputs.get("attention_mask"))
+                states = self._transformer(**accepted).last_hidden_state
+        return self._pool(states.float(), accepted.get("attention_mask"))
+
+    def _moved(self, inputs: Batch) -> dict[str, Tensor]:
+        """What the transformer reads of a batch, on the device; the copy does not wait."""
+        accepted = {name: inputs[name] for name in _ACCEPTED if name in inputs}
+        if self.device.type != "cuda":
+            return {name: tensor.to(self.device) for name, tensor in accepted.items()}
+        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in accepted.items()}
+
+    @torch.no_grad()
+    def prefix(self, inputs: Batch) -> list[Tensor]:
+        """Hidden states (t, d) of each row where it enters the first adapted layer, on the CPU; no padding.
+
+        Texts are padded to a multiple of 16 tokens. Then every row's numbers fill whole vector registers, and on a CPU
+        its result has the same bits in whatever company (a test holds it to that).
+        """
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            limit = sources.longest(self._transformer, self.tokenizer)
+            more = (0, min(-(-mask.shape[1] // _REGISTER) * _REGISTER, limit) - mask.shape[1])
+            ids = F.pad(inputs["input_ids"], more, value=self._padding)
+            inputs = {"input_ids": ids, "attention_mask": F.pad(mask, more)}
+        below, first = self._stack[self.depth - 1], self._stack[self.depth]
+
+        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+            raise _ReachedError(args[0] if args else kwargs["hidden_states"])
+
+        def look(module: nn.Module, args: Any, answer: Any) -> None:
+            self._answers_tuples = isinstance(answer, tuple)
+
+        hooks = below.register_forward_hook(look), first.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with bound(self._layers, {}):
+                self._transformer(**self._moved(inputs))
+        except _ReachedError as reached:
+            hidden = reached.hidden.cpu()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        lengths = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
+        return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+
+    @contextmanager
+    def _from(self, hidden: Tensor) -> Iterator[None]:
+        """Within this context the layers below `depth` pass on what they get, the lowest of them `hidden`."""
+
+        def passing(at: int) -> Callable[..., Any]:
+            def forward(states: Tensor, *_: Any, **__: Any) -> Any:
+                states = hidden.to(states.device, states.dtype) if at == 0 else states
+                return (states,) if self._answers_tuples else states
+
+            return forward
+
+        below = self._stack[: self.depth]
+        for at, layer in enumerate(below):
+            layer.forward = passing(at)
+        try:
+            yield
+        finally:
+            for layer in below:
+                del layer.forward  # the class's own shows again
 
     def _with_dropout(self, inputs: Batch, seed: int) -> Tensor:
         """One pass in training mode; it needs the global generator, which is put back afterwards."""
@@ -209,6 +305,14 @@ class Backbone:
                 return (weights.unsqueeze(1) @ hidden).squeeze(1) / weights.sum(1, keepdim=True)
             case _:
                 return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+
+
+class _ReachedError(Exception):
+    """The first adapted layer was reached; no more is to be computed."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
 def device_of(name: str) -> torch.device:

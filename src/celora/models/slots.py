@@ -26,13 +26,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: (rows, ..., in); with a client axis, rows = K · b, client-major.
         weight: (out, in), or (K, out, in).
-        bias: (out,), or (K, out).
+        bias: (out,), or (K, out), with or without an axis at the weight.
 
     Returns:
         (rows, ..., out).
     """
-    if weight.dim() == 2:
+    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
         return F.linear(x, weight, bias)
+    if weight.dim() == 2 and bias is not None:
+        weight = weight.expand(len(bias), -1, -1)
     groups = x.reshape(weight.shape[0], -1, x.shape[-1])
     y = groups @ weight.mT
     if bias is not None:

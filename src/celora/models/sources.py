@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -191,6 +191,37 @@ def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) 
             raise ModelError(
                 f"adapter.targets matches {path} in {name}, a {kind_found}; expected linear modules: {known}."
             )
+    return found
+
+
+def layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Path -> transformer layer, from the input up: the list of modules that holds most of the weights."""
+    lists = {path: module for path, module in transformer.named_modules() if isinstance(module, nn.ModuleList)}
+    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
+    if not sizes:
+        return {}
+    chosen = max(sizes, key=sizes.__getitem__)
+    return {f"{chosen}.{at}": layer for at, layer in lists[chosen].named_children()}
+
+
+def topmost(names: list[str], layers: Mapping[str, nn.Module], which: str, name: str) -> list[str]:
+    """Those of the modules `names` that lie in the layers that `which` ("all", "last:n") means.
+
+    Raises:
+        ModelError: if there are fewer layers, or none of the modules lies in them.
+    """
+    if which == "all":
+        return names
+    count = int(which.removeprefix("last:"))
+    if count > len(layers):
+        raise ModelError(f'adapter.layers = "{which}": {name} has {len(layers)} layers')
+    chosen = tuple(f"{path}." for path in list(layers)[-count:])
+    found = [path for path in names if path.startswith(chosen)]
+    if not found:
+        raise ModelError(
+            f'adapter.layers = "{which}": none of the {len(names)} modules that adapter.targets matches in {name} '
+            f"(first: {names[0]}) lies in layers {chosen[0].rstrip('.')} and above"
+        )
     return found
 
 

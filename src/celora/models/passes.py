@@ -1,0 +1,218 @@
+"""Forward passes through one backbone, for one client or for many: which rows go together, and what comes out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from celora.core.learner import Batch, Metrics, Score
+from celora.core.solve import passes
+from celora.models.backbone import Backbone, Inputs
+from celora.models.families import factors
+from celora.models.prefixes import Prefixes
+from celora.models.slots import linear
+from celora.tensors import Tensors, common
+
+_WINDOW = 8
+"""Batches among which rows are sorted by length: enough to bucket well, few enough to stay shuffled."""
+_IMAGE = 4
+"""Tokens that an image counts for in the size of a pass."""
+_ABSENT = -100
+"""The label of a row that only fills up a batch; cross entropy ignores it."""
+_FILLING = {"labels": _ABSENT, "row": -1}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split of a client.
+
+    Attributes:
+        inputs: token id lists, or images (n, channels, h, w).
+        labels: class ids (n,) int64.
+        numbers: the row's number (n,) int64 in the table that `Prefixes` caches; None if there is no such table.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    numbers: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Passes:
+    """What the learners of one backbone share (`celora.core.learner.Shared`).
+
+    Args:
+        prefixes: activations below the first adapted layer, kept from pass to pass; None recomputes nothing because
+            nothing can be kept: some lowest layer is adapted, or the rows have no numbers.
+    """
+
+    def __init__(self, backbone: Backbone, prefixes: Prefixes | None = None) -> None:
+        self.backbone, self._prefixes = backbone, prefixes
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the largest pass that is worth it (CPU) or fits into memory (CUDA)."""
+        return self.backbone.capacity
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know of the cache."""
+        return self._prefixes.notices if self._prefixes else []
+
+    def batch(self, rows: Rows, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """These rows with their labels, on the CPU."""
+        at = torch.as_tensor(chosen)
+        batch = {**self.backbone.batch(rows.inputs, chosen), "labels": rows.labels[at]}
+        return batch if rows.numbers is None else {**batch, "row": rows.numbers[at]}
+
+    def size(self, batch: Batch) -> tuple[int, int]:
+        """(rows, tokens of the longest); images are all alike."""
+        ids = batch.get("input_ids")
+        return len(batch["labels"]), _IMAGE if ids is None else ids.shape[1]
+
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """The mini-batches of K clients as one."""
+        return join(batches)
+
+    def logits(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+        """(rows, classes) of a batch; where weights carry a leading client axis, its rows are client-major."""
+        features = self._features(weights, batch, dropout_seed)
+        return linear(features, weights["head.weight"], weights["head.bias"])
+
+    def _features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+        hidden = None if self._prefixes is None or dropout_seed is not None else self._prefixes(batch)
+        return self.backbone.encode(batch, factors(weights), dropout_seed, hidden)
+
+    def losses(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+        """Mean cross entropy: `()`, or `(K,)` where the weights carry a leading client axis."""
+        scores = self.logits(weights, batch, dropout_seed)
+        labels = batch["labels"].to(scores.device, non_blocking=True)
+        clients = _clients(weights)
+        if clients is None:
+            return F.cross_entropy(scores, labels)
+        each = F.cross_entropy(scores, labels, reduction="none", ignore_index=_ABSENT).view(clients, -1)
+        return each.sum(1) / (labels.view(clients, -1) != _ABSENT).sum(1)
+
+    def scores(self, asked: Sequence[tuple[Any, Score]], most: int | None = None) -> list[Metrics]:
+        """`score` (accuracy), `loss` (mean cross entropy) and `rows` of each; `rows` alone on an empty split."""
+        rows = [learner.rows(score.split) for learner, score in asked]
+        weights = [{**learner.initial, **score.weights} for learner, score in asked]
+        found: list[Metrics] = []
+        for logits, one in zip(self._logits(weights, rows, most), rows, strict=True):
+            metrics = {"rows": float(len(one))}
+            if len(one):
+                right = (logits.argmax(1) == one.labels).float().mean()
+                metrics |= {"score": right.item(), "loss": F.cross_entropy(logits, one.labels).item()}
+            found.append(metrics)
+        return found
+
+    @torch.no_grad()
+    def _logits(self, weights: Sequence[Tensors], rows: Sequence[Rows], most: int | None) -> list[Tensor]:
+        """Logits (n, classes) on the CPU for each client's rows, in their order."""
+        parts = [(client, chosen) for client, own in enumerate(rows) for chosen in self._budgeted(own.inputs)]
+        sizes = [(len(chosen), lengths(rows[client].inputs)[chosen[-1]]) for client, chosen in parts]
+        classes = [len(one["head.bias"]) for one in weights]
+        device = self.backbone.device
+        found = [torch.zeros(len(own), n, device=device) for own, n in zip(rows, classes, strict=True)]
+        for group in passes(sizes, self.capacity, most):
+            members = [parts[at] for at in group]
+            batches = [self.batch(rows[client], chosen) for client, chosen in members]
+            many = [weights[client] for client, _ in members]
+            held = {name: common([one[name] for one in many]) for name in many[0]}
+            batch = batches[0] if len(batches) == 1 else join(batches)
+            scores = self.logits({name: w.to(device) for name, w in held.items()}, batch)
+            for (client, chosen), own in zip(members, scores.view(len(members), -1, scores.shape[-1]), strict=True):
+                found[client][torch.as_tensor(chosen)] = own[: len(chosen)]
+        return [logits.cpu() for logits in found]
+
+    def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        """Frozen-backbone features (n, d) of each learner's training rows, pooled, and their labels, on the CPU."""
+        rows = [learner.rows("train") for learner in learners]
+        return list(zip(self._encode(rows), (own.labels for own in rows), strict=True))
+
+    @torch.no_grad()
+    def _encode(self, many: Sequence[Rows]) -> list[Tensor]:
+        """The frozen backbone is one for all: rows share a pass whoever holds them."""
+        rows = _concatenated(many)
+        found = torch.zeros(len(rows), self.backbone.width, device=self.backbone.device)
+        for chosen in self._budgeted(rows.inputs):
+            found[torch.as_tensor(chosen)] = self._features({}, self.batch(rows, chosen))
+        return [part.clone() for part in torch.split(found.cpu(), [len(own) for own in many])]
+
+    def _budgeted(self, inputs: Inputs) -> Iterator[list[int]]:
+        return budgeted(lengths(inputs), self.capacity)
+
+
+def _concatenated(many: Sequence[Rows]) -> Rows:
+    """The rows of several clients as one."""
+    labels = torch.cat([rows.labels for rows in many])
+    numbers = [rows.numbers for rows in many if rows.numbers is not None]
+    images = [rows.inputs for rows in many if isinstance(rows.inputs, Tensor)]
+    inputs = torch.cat(images) if images else [row for rows in many for row in rows.inputs]
+    return Rows(inputs, labels, torch.cat(numbers) if len(numbers) == len(many) else None)
+
+
+def predict(backbone: Backbone, weights: Tensors, inputs: Inputs) -> Tensor:
+    """Logits (n, classes) of all rows in their order, on the CPU, for one client's weights."""
+    rows = Rows(inputs, torch.zeros(len(inputs), dtype=torch.int64))
+    return Passes(backbone)._logits([weights], [rows], most=1)[0]
+
+
+def lengths(inputs: Inputs) -> list[int]:
+    """Tokens in each row; images are all alike."""
+    return [_IMAGE] * len(inputs) if isinstance(inputs, Tensor) else [len(row) for row in inputs]
+
+
+def bucketed(sizes: Sequence[int], batch_size: int, order: torch.Generator) -> list[list[int]]:
+    """One pass over all rows, as shuffled batches of rows of like length; one batch may be smaller."""
+    shuffled: list[int] = torch.randperm(len(sizes), generator=order).tolist()
+    window = _WINDOW * batch_size
+    found: list[list[int]] = []
+    for start in range(0, len(shuffled), window):
+        rows = sorted(shuffled[start : start + window], key=sizes.__getitem__)
+        found += [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+    return [found[at] for at in torch.randperm(len(found), generator=order).tolist()]
+
+
+def budgeted(sizes: Sequence[int], capacity: int) -> Iterator[list[int]]:
+    """All rows sorted by length, in batches whose padded size stays within the capacity."""
+    batch: list[int] = []
+    for row in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if batch and sizes[row] * (len(batch) + 1) > capacity:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The mini-batches of K clients as one, client-major, for weights with a leading client axis.
+
+    Texts are padded to the longest row of all, and each client to the most rows of any; the loss ignores the
+    filling.
+    """
+    most = max(len(batch["labels"]) for batch in batches)
+    joined: dict[str, Tensor] = {}
+    for name in batches[0]:
+        shape = [max(sizes) for sizes in zip(*(batch[name].shape[1:] for batch in batches), strict=True)]
+        whole = batches[0][name].new_full((len(batches), most, *shape), _FILLING.get(name, 0))
+        if name == "attention_mask":
+            whole[..., 0] = 1  # a row without any token would have no softmax
+        for target, batch in zip(whole, batches, strict=True):
+            target[tuple(slice(size) for size in batch[name].shape)] = batch[name]
+        joined[name] = whole.flatten(0, 1)
+    return joined
+
+
+def _clients(weights: Mapping[str, Tensor]) -> int | None:
+    """K, if any weight carries a leading client axis (all matrices have two axes, the head's bias one)."""
+    for name, weight in weights.items():
+        if weight.dim() > (1 if name == "head.bias" else 2):
+            return weight.shape[0]
+    return None
