@@ -1,0 +1,163 @@
+"""celora.models.prefixes: what enters the first adapted layer is computed once, and no bit depends on it."""
+
+import errno
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from celora.core.learner import Fit, Recipe, Score
+from celora.core.solve import fit_together
+from celora.errors import ModelError
+from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Prefixes, Rows, initial, load
+from celora.models import prefixes as prefixes_module
+from celora.tensors import but
+from tests.toy import image
+
+ROOM = 1 << 30
+
+
+@cache
+def minilm(layers: str = "last:2") -> Backbone:
+    return load(Model(device="cpu"), Adapter(layers=layers), Path())
+
+
+@cache
+def vit(layers: str = "last:1", dropout: bool = False) -> Backbone:
+    adapter = Adapter(targets=("q_proj", "v_proj"), layers=layers)
+    return load(Model(backbone="random-vit", device="cpu", dropout=dropout), adapter, Path())
+
+
+def rows(backbone: Backbone, first: int, count: int = 10) -> Rows:
+    draw, labels = torch.Generator().manual_seed(first), torch.arange(count) % 2
+    inputs: Any = torch.rand(count, 1, 8, 8, generator=draw)
+    if backbone.kind == "text":
+        sizes = torch.randint(3, 50, (count,), generator=draw).tolist()
+        inputs = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in sizes]
+    return Rows(inputs, labels, torch.arange(first, first + count))
+
+
+def trained(backbone: Backbone, prefixes: Prefixes | None, most: int | None = 1) -> Any:
+    """Two rounds of three clients: their weights and scores."""
+    passes, weights = Passes(backbone, prefixes), initial(backbone, Adapter(), "lora", 2, seed=0)
+    found: list[Any] = []
+    for round in (1, 2):
+        learners = [
+            ModelLearner(
+                passes, {"train": rows(backbone, 10 * k)}, weights, Recipe(batch_size=4, lr=2e-3),
+                seed=0, client=str(k), round=round,
+            )
+            for k in range(3)
+        ]  # fmt: skip
+        fitted: Any = fit_together([(it, Fit({}, but())) for it in learners], most)
+        scores = passes.scores([(it, Score(f.weights, "train")) for it, f in zip(learners, fitted, strict=True)], most)
+        found.append(([f.weights for f in fitted], scores, passes.features(learners)))
+    return found
+
+
+def test_the_topmost_layers_are_adapted_and_the_others_are_the_depth() -> None:
+    assert (minilm().depth, len(minilm().targets)) == (4, 4)
+    assert all(name.startswith(("encoder.layer.4.", "encoder.layer.5.")) for name in minilm().targets)
+    assert (minilm("all").depth, len(minilm("all").targets)) == (0, 12)
+    assert (vit().depth, vit("all").depth) == (1, 0)
+    assert vit(dropout=True).depth == 0  # what dropout has touched cannot be kept
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (Adapter(layers="last:9"), r'adapter.layers = "last:9": minilm has 6 layers'),
+        (
+            Adapter(layers="last:2", targets=r"encoder\.layer\.0\.attention\.self\.query"),
+            "none of the 1 modules .* lies in layers encoder.layer.4 and above",
+        ),
+    ],
+)
+def test_layers_that_are_not_there(adapter: Adapter, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(Model(device="cpu"), adapter, Path())
+
+
+@pytest.mark.parametrize("layers", ["last", "first:2", "last:0", "2"])
+def test_layers_are_all_or_the_last_few(layers: str) -> None:
+    with pytest.raises(ValueError, match="layers"):
+        Adapter(layers=layers)
+
+
+@pytest.mark.parametrize("backbone", [minilm, vit])
+def test_a_row_has_the_same_prefix_in_whatever_company(backbone: Any) -> None:
+    shared, own = backbone(), rows(backbone(), 0, 12)
+    alone = [shared.prefix(shared.batch(own.inputs, [row]))[0] for row in range(12)]
+    for company in ([3, 1, 7], list(range(12)), [11, 0]):
+        together = shared.prefix(shared.batch(own.inputs, company))
+        assert all(torch.equal(hidden, alone[row]) for row, hidden in zip(company, together, strict=True))
+
+
+@pytest.mark.parametrize("backbone", [minilm, vit])
+@pytest.mark.parametrize("most", [1, None])
+def test_a_run_that_keeps_prefixes_is_bit_equal_to_one_that_does_not(backbone: Any, most: int | None) -> None:
+    expected = image(trained(backbone(), Prefixes(backbone(), 0), most))
+    for budget in (ROOM, 1):
+        kept = Prefixes(backbone(), budget)
+        assert image(trained(backbone(), kept, most)) == expected
+        assert (kept.spilled > 0) == (budget == 1)
+
+
+@pytest.mark.parametrize("backbone", [minilm, vit])
+def test_passing_over_layers_changes_nothing_but_rounding(backbone: Any) -> None:
+    shared, own = backbone(), rows(backbone(), 0)
+    batch = Passes(shared).batch(own, range(10))
+    hidden = Prefixes(shared, ROOM)(batch)
+    torch.testing.assert_close(shared.encode(batch, {}, hidden=hidden), shared.encode(batch, {}), atol=1e-5, rtol=0)
+
+
+def test_lower_layers_see_a_row_once() -> None:
+    seen: list[int] = []
+    backbone = minilm()
+    lowest, highest = backbone._stack[0], backbone._stack[-1]
+    hooks = [lowest.register_forward_hook(lambda module, args, answer: seen.append(len(args[0])))]
+    passed: list[int] = []
+    hooks += [highest.register_forward_hook(lambda module, args, answer: passed.append(len(args[0])))]
+    try:
+        trained(backbone, Prefixes(backbone, ROOM))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    lower = [count for count in seen if count]
+    assert sum(passed) == 2 * 3 * 10 * 3  # two rounds of three clients' ten rows: trained on, scored, encoded
+    assert sum(lower) - sum(passed) == 30  # passed over while suffixes run (the hook counts those), computed once
+
+
+def test_a_failed_pass_leaves_the_backbone_as_it_was() -> None:
+    backbone, own = minilm(), rows(minilm(), 0)
+    batch = backbone.batch(own.inputs, range(4))
+    before = backbone.encode(batch, {})
+    with pytest.raises(RuntimeError):
+        backbone.encode(batch, {}, hidden=torch.zeros(4, 3, 7))
+    assert torch.equal(backbone.encode(batch, {}), before)
+
+
+def test_a_full_disk_costs_time_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    expected = image(trained(minilm(), Prefixes(minilm(), 0)))
+    monkeypatch.setattr(prefixes_module.os, "posix_fallocate", full)
+    kept = Prefixes(minilm(), 1)
+    assert image(trained(minilm(), kept)) == expected
+    assert Passes(minilm(), kept).notices == kept.notices
+    assert len(kept.notices) == 1
+    assert "No space left on device" in kept.notices[0]
+    assert "engine.cache_mb" in kept.notices[0]
+
+
+def test_the_memory_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes_module, "_BLOCK", 1 << 17)
+    kept = Prefixes(minilm(), 1 << 18)
+    trained(minilm(), kept)
+    assert kept._held == 1 << 18
+    assert kept.spilled > 0
+    assert len(kept._kept) == 30
