@@ -44,6 +44,15 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="FOLDER", help="The run folder, a new one.", show_default="runs/<name>"),
 ]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        "--group",
+        metavar="K",
+        help="Clients in one pass through the backbone, as engine.group; 1: one after another.",
+        show_default="as many as pay",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout, and no progress.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the path of the run folder, and nothing else.")]
 
@@ -74,9 +83,17 @@ def _top(
         "celora run demo.toml --json > result.json",
     )
 )
-def run(*, config: Config, sets: Sets = None, out: Out = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def run(
+    *,
+    config: Config,
+    sets: Sets = None,
+    group: Group = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Run the experiment in CONFIG.toml, after its local-only twin of equal budget."""
-    _follow(lambda: experiment.run(experiment.read(config, sets or []), out), as_json, quiet)
+    _follow(lambda: experiment.run(_read(config, sets, group), out), as_json, quiet)
 
 
 @app.command(
@@ -93,6 +110,7 @@ def compare(
     ],
     seeds: Annotated[str | None, typer.Option(metavar="0,1,…", help="Whole numbers.", show_default="plan.seed")] = None,
     sets: Sets = None,
+    group: Group = None,
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -107,10 +125,14 @@ def compare(
             problems.append(f"--seeds: found {seeds!r}, expected whole numbers from 0 up, such as 0,1,2")
         if problems:
             raise ConfigError(problems)
-        chosen = experiment.read(config, sets or [])
+        chosen = _read(config, sets, group)
         return experiment.compare(chosen, labels, numbers or [chosen.plan.seed], out)
 
     _follow(start, as_json, quiet)
+
+
+def _read(config: Path, sets: list[str] | None, group: int | None) -> experiment.Experiment:
+    return experiment.read(config, [*(sets or []), *([] if group is None else [f"engine.group={group}"])])
 
 
 @app.command(epilog=_examples("celora resume runs/demo"))
