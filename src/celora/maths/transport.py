@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celora.maths.mixtures import Mixture
+from celora.maths.neighbours import most_alike
 
 ROWS, COLUMNS = 16, 32
 """How many clients are compared with how many at a time, so that what is between them fits into a cache."""
@@ -135,6 +136,8 @@ def distance_matrix(
     old = [i for i in told if i < len(known)]
     if distance[old][:, old].isnan().any():
         raise ValueError("known distances hold NaN between clients that have told of their data: leave them out")
+    if not told:
+        return distance.fill_diagonal_(0.0)
     order = told[len(old) :] + old  # the new ones first: a row for each of them
     new, at = len(told) - len(old), torch.tensor(order, dtype=torch.int64)
     atoms = _Atoms.of([mixture for i in order if (mixture := mixtures[i])])
@@ -162,8 +165,10 @@ def pair_distances(mixtures: Sequence[Mixture], pairs: Tensor, *, label_cost: fl
     """
     if empty := [i for i in torch.unique(pairs).tolist() if not mixtures[i].labels.numel()]:
         raise ValueError(f"an empty mixture is at no distance from anything: found some at positions {empty[:8]}")
-    atoms = _Atoms.of(mixtures)
     distances = torch.zeros(len(pairs), dtype=torch.float64)
+    if not len(pairs):
+        return distances
+    atoms = _Atoms.of(mixtures)
     rows, at = pairs[:, 0].sort(stable=True)
     firsts, counts = torch.unique_consecutive(rows, return_counts=True)
     for row, among in zip(firsts.tolist(), at.split(counts.tolist()), strict=True):
@@ -174,6 +179,55 @@ def pair_distances(mixtures: Sequence[Mixture], pairs: Tensor, *, label_cost: fl
     return distances
 
 
+def nearest(
+    mixtures: Sequence[Mixture],
+    count: int,
+    *,
+    label_cost: float = 1.0,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """For each client, the `count` others with the least lower bound, nearest bound first, and d to each of them.
+
+    The distances are exact; that these clients are the nearest is not: the bound (see above) ranks them, in float32.
+    No (m, m) matrix is ever held.
+
+    Args:
+        mixtures: one for each client, none empty.
+        count: from 1 to m − 1.
+        label_cost: λ.
+        known: pairs (P, 2) whose distances (P,) need not be computed again.
+
+    Returns:
+        (m, count) int32, positions in `mixtures`, and (m, count) float64.
+
+    Raises:
+        ValueError: if a mixture is empty, mixtures do not live in the same space, or `count` is out of range.
+    """
+    m = len(mixtures)
+    points = moments(mixtures)
+    points = (points - points.mean(dim=0)).float()
+    near = most_alike(points, count, less=points.square().sum(1) / 2)  # ‖x − y‖² = ‖x‖² − 2 (xy − ‖y‖² / 2)
+    keys = _keys(torch.arange(m).repeat_interleave(count), near.flatten().long(), m)
+    asked, back = torch.unique(keys, return_inverse=True)
+    old, held = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+    if known is not None and len(known[0]):
+        old, first = np.unique(_keys(*known[0].long().unbind(1), m).numpy(), return_index=True)
+        old, held = torch.from_numpy(old), known[1].double()[torch.from_numpy(first)]
+    distances = torch.full(asked.shape, torch.nan, dtype=torch.float64)
+    if len(old):
+        at = torch.searchsorted(old, asked).clamp(max=len(old) - 1)
+        distances = torch.where(old[at] == asked, held[at], torch.nan)
+    missing = distances.isnan()
+    pairs = torch.stack([asked[missing] // m, asked[missing] % m], dim=1)
+    distances[missing] = pair_distances(mixtures, pairs, label_cost=label_cost)
+    return near, distances[back].view(m, count)
+
+
+def _keys(one: Tensor, other: Tensor, m: int) -> Tensor:
+    """One number for a pair of clients, whichever is named first."""
+    return torch.minimum(one, other) * m + torch.maximum(one, other)
+
+
 def moments(mixtures: Sequence[Mixture]) -> Tensor:
     """[m; s] of each whole mixture, (n, 2 D), float64: √(1 + λ) times Euclidean distance here is at most d.
 
@@ -182,14 +236,21 @@ def moments(mixtures: Sequence[Mixture]) -> Tensor:
     """
     if not all(mixture.labels.numel() for mixture in mixtures):
         raise ValueError("an empty mixture has no mean: leave it out")
+    if not mixtures:
+        return torch.zeros(0, 0, dtype=torch.float64)
     _one_space(mixtures)
-    found = []
-    for mixture in mixtures:
-        mass = mixture.masses.double() / mixture.masses.double().sum()
-        mean = mass @ mixture.means.double()
-        variance = mass @ (mixture.spreads.double().square() + (mixture.means.double() - mean).square())
-        found.append(torch.cat([mean, variance.sqrt()]))
-    return torch.stack(found) if found else torch.zeros(0, 0, dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.tensor([len(mixture.labels) for mixture in mixtures]))
+
+    def average(values: Tensor) -> Tensor:
+        sums = torch.zeros(len(mixtures), *values.shape[1:], dtype=torch.float64)
+        return sums.index_add_(0, owner, values)
+
+    masses = torch.cat([mixture.masses for mixture in mixtures]).double()
+    masses = (masses / average(masses)[owner])[:, None]
+    means, spreads = (torch.cat([getattr(mixture, name) for mixture in mixtures]) for name in ("means", "spreads"))
+    mean = average(masses * means)
+    variance = average(masses * (spreads.double().square() + (means - mean[owner]).square()))
+    return torch.cat([mean, variance.sqrt()], dim=1)
 
 
 @dataclass(frozen=True)
@@ -200,8 +261,8 @@ class _Atoms:
     """
 
     order: Tensor  # (A,) where each was in its mixture, counted through
-    points: Tensor  # (A, 2 D) [μ; σ], less a common centre
-    squares: Tensor  # (A,) their squared norms
+    points: Tensor  # (A, 2 D) float32, [μ; σ]
+    centre: Tensor  # (2 D,) float64, of all points: less cancels in ‖x‖² + ‖y‖² − 2 xy without it
     masses: Tensor  # (A,) sum to 1 in each mixture
     classes: Tensor  # (A,) the class of each
     slots: Tensor  # (K, C) the components of each class, or its first once more
@@ -214,27 +275,24 @@ class _Atoms:
         _one_space(mixtures)
         sizes = torch.tensor([len(mixture.labels) for mixture in mixtures], dtype=torch.int64)
         owner = torch.repeat_interleave(sizes)
-        labels = torch.cat([mixture.labels for mixture in mixtures] or [sizes])
+        labels = torch.cat([mixture.labels for mixture in mixtures])
         order = torch.from_numpy(np.lexsort((labels.numpy(), owner.numpy())))
         owner, labels = owner[order], labels[order]
-        masses = torch.cat([mixture.masses for mixture in mixtures] or [sizes]).double()[order]
+        masses = torch.cat([mixture.masses for mixture in mixtures]).double()[order]
         masses = masses / torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, owner, masses)[owner]
 
-        points = torch.cat(
-            [torch.cat([mixture.means, mixture.spreads], dim=1) for mixture in mixtures] or [torch.zeros(0, 0)]
-        )[order].double()
-        if len(points):
-            points -= points.mean(dim=0)  # so that little cancels in ‖x‖² + ‖y‖² − 2 xy
+        points = torch.cat([torch.cat([getattr(x, name) for x in mixtures]) for name in ("means", "spreads")], dim=1)
+        points = points if torch.equal(order, torch.arange(len(order))) else points[order]
+        centre = points.mean(dim=0, dtype=torch.float64)
         same = torch.stack([owner, labels]).long()
         owners, classes, counts = torch.unique_consecutive(same, dim=1, return_inverse=True, return_counts=True)
         firsts = counts.cumsum(0) - counts
-        k = torch.arange(int(counts.max()) if len(counts) else 0)[:, None]
+        k = torch.arange(int(counts.max()))[:, None]
         slots = firsts + torch.where(k < counts, k, 0)
         shares = torch.where(k < counts, masses[slots], 0.0)
-        ends = torch.bincount(owners[0], minlength=len(sizes)) if len(owners[0]) else torch.zeros_like(sizes)
         return _Atoms(
-            order, points, points.square().sum(1), masses, classes, slots, shares / shares.sum(0), _from(sizes),
-            _from(ends),
+            order, points, centre, masses, classes, slots, shares / shares.sum(0), _from(sizes),
+            _from(torch.bincount(owners[0], minlength=len(sizes))),
         )  # fmt: skip
 
     def part(self, some: range) -> "_Atoms":
@@ -242,7 +300,7 @@ class _Atoms:
         start, end = some[0], some[-1] + 1
         (a, b), (c, d) = ((int(s[start]), int(s[end])) for s in (self.starts, self.class_starts))
         return _Atoms(
-            self.order[a:b], self.points[a:b], self.squares[a:b], self.masses[a:b], self.classes[a:b] - c,
+            self.order[a:b], self.points[a:b], self.centre, self.masses[a:b], self.classes[a:b] - c,
             self.slots[:, c:d] - a, self.shares[:, c:d], self.starts[start : end + 1] - a,
             self.class_starts[start : end + 1] - c,
         )  # fmt: skip
@@ -253,7 +311,7 @@ class _Atoms:
         classes, class_starts, class_back = _ranges(self.class_starts, which)
         shift = back[starts[:-1].repeat_interleave(class_starts.diff())]
         return _Atoms(
-            self.order[atoms], self.points[atoms], self.squares[atoms], self.masses[atoms],
+            self.order[atoms], self.points[atoms], self.centre, self.masses[atoms],
             self.classes[atoms] - class_back[class_starts[:-1].repeat_interleave(starts.diff())],
             self.slots[:, classes] - shift, self.shares[:, classes], starts, class_starts,
         )  # fmt: skip
@@ -297,11 +355,12 @@ def _distances(some: _Atoms, others: _Atoms, pairs: Tensor, label_cost: float) -
 
 def _squares(some: _Atoms, others: _Atoms) -> Tensor:
     """w2² between all components, (A, A'): by a product, but one by one where most of it would cancel."""
-    sizes = some.squares[:, None] + others.squares
-    cost = torch.addmm(sizes, some.points, others.points.T, alpha=-2)
+    x, y = (side.points.double() - side.centre for side in (some, others))
+    sizes = x.square().sum(1)[:, None] + y.square().sum(1)
+    cost = torch.addmm(sizes, x, y.T, alpha=-2)
     close = (cost <= 1e-6 * sizes).nonzero()
     for row, column in (pairs.unbind(1) for pairs in close.split(4096)):
-        cost[row, column] = (some.points[row] - others.points[column]).square().sum(1)
+        cost[row, column] = (x[row] - y[column]).square().sum(1)
     return cost
 
 
