@@ -15,13 +15,14 @@ ELEMENTS = 2**23
 """Numbers gathered at a time."""
 
 
-def most_alike(points: Tensor, count: int, *, less: Tensor | None = None) -> Tensor:
+def most_alike(points: Tensor, count: int, *, less: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
     """For each client the `count` others with the largest x·y − less_y: (m, count) int32, the largest first.
 
     Args:
         points: (m, d).
         count: from 1 to m − 1.
         less: (m,), or None for 0.
+        rows: positions (n,) of the clients that are asked for, the result then being (n, count); None for all.
 
     Raises:
         ValueError: if `count` is out of range.
@@ -30,11 +31,11 @@ def most_alike(points: Tensor, count: int, *, less: Tensor | None = None) -> Ten
     if not 1 <= count < m:
         raise ValueError(f"each of {m} clients has 1 to {m - 1} others: found a count of {count}")
     points, found = points.float(), []
-    for start in range(0, m, ROWS):
-        alike = points[start : start + ROWS] @ points.T
+    for some in (torch.arange(m) if rows is None else rows).split(ROWS):
+        alike = points[some] @ points.T
         if less is not None:
             alike -= less.float()
-        alike.diagonal(offset=start).fill_(-torch.inf)
+        alike[torch.arange(len(some)), some] = -torch.inf
         found.append(alike.topk(count, dim=1).indices.int())
     return torch.cat(found)
 
