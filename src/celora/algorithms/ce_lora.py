@@ -322,9 +322,9 @@ class CELoRA:
         silent[told] = False
         near = torch.zeros(m, count, dtype=torch.int64)
         near[told] = told[listed.long()].view(-1, count)
-        near[silent] = most_alike(at, count, rows=silent.nonzero().flatten()).long() if silent.any() else near[silent]
+        near[silent] = most_alike(at, count, rows=silent.nonzero().flatten()).long()
         near, distance = _with_self(near), torch.full((m, 1 + count), torch.nan, dtype=torch.float64)
-        distance[told, 1:] = distances.view(-1, count)
+        distance[told, 1:] = distances.double().view(-1, count)
         distance[:, 0] = 0.0
         own = near == torch.arange(m)[:, None]
         model = likeness(at, near).clamp(-1, 1).masked_fill(own, 1.0)
