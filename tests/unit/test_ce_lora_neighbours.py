@@ -1,4 +1,4 @@
-"""CE-LoRA's server with neighbours: the exact path, the path of many clients, and how near that comes to the exact one."""
+"""CE-LoRA's server with neighbours: the exact path, the path of many clients, and how near that comes to it."""
 
 from typing import Any
 
@@ -88,7 +88,7 @@ def test_what_is_received_is_the_average_that_the_lists_say(fields: dict[str, An
 
 @pytest.mark.usefixtures("many")
 def test_many_clients_find_nearly_the_neighbours_of_the_matrix_and_receive_nearly_its_averages() -> None:
-    """Recall of the five most alike in S, and the weight that their lists lose; five drawn would have a recall of .04."""
+    """Recall of the five most alike in S, and the weight on one's own group; five drawn would have a recall of .04."""
     found = after(heard(120), neighbours=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ce_lora, "DENSE", 1000)

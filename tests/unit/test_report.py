@@ -113,7 +113,9 @@ def test_lists_of_neighbours_are_told_and_not_drawn() -> None:
         "c kept 10 % of its own and learned most from b (90 %).",
     ]
     assert Tags(report.page(summary(), EVENTS, mixing)).seen.count("img") == 1
-    many = Mixing(tuple(map(str, range(500))), torch.full((500, 200), 1 / 200), torch.arange(200).expand(500, 200).int())
+    many = Mixing(
+        tuple(map(str, range(500))), torch.full((500, 200), 1 / 200), torch.arange(200).expand(500, 200).int()
+    )
     assert report.sentences(many)[0] == "0 kept 0 % of its own and learned from 199 others alike."
 
 

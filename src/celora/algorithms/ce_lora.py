@@ -29,7 +29,7 @@ neighbours are the `neighbours` most alike in S. Beyond, no (m, m) matrix is eve
 
 What is approximate is that a truly more alike client may be no candidate, and a client that has told nothing is no
 candidate of one that has. Also, the kernel's scale (a median, a maximum) is that of all pairs of 64 clients, evenly
-spaced among those that have told. What is exact: each distance, to 1e-9; each CKA, to float32; and W over the neighbours.
+spaced among those that have told. Each distance is exact, each CKA is to float32, and so is W over the neighbours.
 
 Does anything flow? C̄_i multiplies A_i and B_i that other clients' cores were not trained with. `rule` and
 `freeze_bases` hold the controls: CE-LoRA is vindicated only where "similarity" beats "reset" and "permuted".
@@ -258,7 +258,7 @@ class CELoRA:
         near, distances = nearest(mixtures, count, label_cost=self.label_cost, known=known)
         some = mixtures[:: -(-len(mixtures) // SAMPLE)]
         among = distance_matrix(some, label_cost=self.label_cost)
-        return distances, near, among[tuple(torch.triu_indices(*among.shape, offset=1))]
+        return distances, near, among[torch.ones_like(among).triu(1).bool()]
 
     def mixing(
         self,
@@ -270,7 +270,7 @@ class CELoRA:
         known: tuple[Tensor, Tensor, Tensor],
         rounds: int,
     ) -> Mixing:
-        """W by the rule, its rows summing to 1: (m, m), or (m, 1 + k) where a client has k neighbours besides itself."""
+        """W by the rule, rows summing to 1: (m, m), or (m, 1 + k) where a client has k neighbours besides itself."""
         m, count, near = len(clients), self.count(len(clients)), None
         draw = generator(self.permutation_seed, "permute", rounds)
         if self.rule == "permuted":

@@ -31,7 +31,7 @@ def most_alike(points: Tensor, count: int, *, less: Tensor | None = None, rows: 
     if not 1 <= count < m:
         raise ValueError(f"each of {m} clients has 1 to {m - 1} others: found a count of {count}")
     points, found = points.float(), []
-    for some in (torch.arange(m) if rows is None else rows).split(ROWS):
+    for some in torch.split(torch.arange(m) if rows is None else rows, ROWS):
         alike = points[some] @ points.T
         if less is not None:
             alike -= less.float()
@@ -44,7 +44,7 @@ def likeness(points: Tensor, neighbours: Tensor) -> Tensor:
     """x_i · x_j for j in row i of `neighbours` (m, k): (m, k) float64 numbers of float32 precision."""
     points = points.float()
     rows = max(1, ELEMENTS // max(1, points.shape[1] * neighbours.shape[1]))
-    parts = zip(points.split(rows), neighbours.long().split(rows), strict=True)
+    parts = zip(torch.split(points, rows), torch.split(neighbours.long(), rows), strict=True)
     return torch.cat([torch.einsum("md,mkd->mk", x, points[among]) for x, among in parts]).double()
 
 

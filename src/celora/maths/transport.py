@@ -171,8 +171,8 @@ def pair_distances(mixtures: Sequence[Mixture], pairs: Tensor, *, label_cost: fl
     atoms = _Atoms.of(mixtures)
     rows, at = pairs[:, 0].sort(stable=True)
     firsts, counts = torch.unique_consecutive(rows, return_counts=True)
-    for row, among in zip(firsts.tolist(), at.split(counts.tolist()), strict=True):
-        for some in among.split(ROWS * COLUMNS):
+    for row, among in zip(firsts.tolist(), torch.split(at, counts.tolist()), strict=True):
+        for some in torch.split(among, ROWS * COLUMNS):
             others = torch.stack([torch.zeros_like(some), torch.arange(len(some))], dim=1)
             one = atoms.part(range(row, row + 1))
             distances[some] = _distances(one, atoms.take(pairs[some, 1]), others, label_cost)
@@ -207,25 +207,22 @@ def nearest(
     points = moments(mixtures)
     points = (points - points.mean(dim=0)).float()
     near = most_alike(points, count, less=points.square().sum(1) / 2)  # ‖x − y‖² = ‖x‖² − 2 (xy − ‖y‖² / 2)
-    keys = _keys(torch.arange(m).repeat_interleave(count), near.flatten().long(), m)
+    keys = _keys(torch.stack([torch.arange(m).repeat_interleave(count), near.flatten().long()], dim=1), m)
     asked, back = torch.unique(keys, return_inverse=True)
-    old, held = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
-    if known is not None and len(known[0]):
-        old, first = np.unique(_keys(*known[0].long().unbind(1), m).numpy(), return_index=True)
-        old, held = torch.from_numpy(old), known[1].double()[torch.from_numpy(first)]
     distances = torch.full(asked.shape, torch.nan, dtype=torch.float64)
-    if len(old):
+    if known is not None and len(known[0]):
+        old, order = _keys(known[0].long(), m).sort()
         at = torch.searchsorted(old, asked).clamp(max=len(old) - 1)
-        distances = torch.where(old[at] == asked, held[at], torch.nan)
+        distances = torch.where(old[at] == asked, known[1].double()[order[at]], torch.nan)
     missing = distances.isnan()
     pairs = torch.stack([asked[missing] // m, asked[missing] % m], dim=1)
     distances[missing] = pair_distances(mixtures, pairs, label_cost=label_cost)
     return near, distances[back].view(m, count)
 
 
-def _keys(one: Tensor, other: Tensor, m: int) -> Tensor:
-    """One number for a pair of clients, whichever is named first."""
-    return torch.minimum(one, other) * m + torch.maximum(one, other)
+def _keys(pairs: Tensor, m: int) -> Tensor:
+    """One number for each pair (P, 2) of m clients, whichever is named first."""
+    return pairs.amin(dim=1) * m + pairs.amax(dim=1)
 
 
 def moments(mixtures: Sequence[Mixture]) -> Tensor:
@@ -359,7 +356,7 @@ def _squares(some: _Atoms, others: _Atoms) -> Tensor:
     sizes = x.square().sum(1)[:, None] + y.square().sum(1)
     cost = torch.addmm(sizes, x, y.T, alpha=-2)
     close = (cost <= 1e-6 * sizes).nonzero()
-    for row, column in (pairs.unbind(1) for pairs in close.split(4096)):
+    for row, column in (pairs.unbind(1) for pairs in torch.split(close, 4096)):
         cost[row, column] = (x[row] - y[column]).square().sum(1)
     return cost
 

@@ -220,8 +220,8 @@ class RunFolder:
                     if value.neighbours is None or len(value.clients) <= DENSE:
                         np.save(target.with_suffix(".npy"), value.dense().numpy())
                     else:
-                        lists = {"neighbours": value.neighbours.numpy(), "weights": value.weights.float().numpy()}
-                        np.savez(target.with_suffix(".npz"), **lists)
+                        neighbours, weights = value.neighbours.numpy(), value.weights.float().numpy()
+                        np.savez(target.with_suffix(".npz"), neighbours=neighbours, weights=weights)
                 self.write_json("similarity/clients.json", list(value.clients))
 
     def similarity(self) -> Mixing | None:
