@@ -4,12 +4,13 @@ import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from celora.core.algorithm import Mixing
-from celora.track import report
+from celora.track import folder, report
 from tests.unit.summaries import round_event, summary
 
 EVIL = "<script>alert('x')</script>&\x1b[31m"
@@ -117,6 +118,40 @@ def test_lists_of_neighbours_are_told_and_not_drawn() -> None:
         tuple(map(str, range(500))), torch.full((500, 200), 1 / 200), torch.arange(200).expand(500, 200).int()
     )
     assert report.sentences(many)[0] == "0 kept 0 % of its own and learned from 199 others alike."
+
+
+@pytest.mark.parametrize("dense", [2, 3])
+def test_who_learned_from_whom_is_kept_as_a_matrix_or_for_many_clients_as_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: int
+) -> None:
+    monkeypatch.setattr(folder, "DENSE", dense)
+    listed = torch.tensor([[0, 2], [1, 0], [2, 1]], dtype=torch.int32)
+    mixing = Mixing(("a", "b", "c"), torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], dtype=torch.float64), listed)
+    run = folder.RunFolder(tmp_path)
+    assert run.similarity() is None
+    for index in (1, 2):
+        run.mixing(SimpleNamespace(rounds=index, mixing=mixing), index)
+    names = sorted(path.name for path in (tmp_path / "similarity").iterdir())
+    suffix = "npy" if dense == 3 else "npz"
+    assert names == ["clients.json", f"round_0001.{suffix}", f"round_0002.{suffix}"]
+    found = run.similarity()
+    assert found is not None
+    assert found.clients == mixing.clients
+    assert torch.equal(found.dense().double(), mixing.dense())
+    assert report.sentences(found) == report.sentences(mixing)
+
+
+@pytest.mark.parametrize(
+    ("weights", "neighbours", "message"),
+    [
+        (torch.ones(2, 3), None, r"found \(2, 3\), expected \(2, 2\)"),
+        (torch.ones(2, 3), torch.zeros(2, 2), r"found \(2, 3\), expected \(2, 2\)"),
+        (torch.ones(3, 1), torch.zeros(3, 1), "weights of 2 clients"),
+    ],
+)
+def test_an_impossible_mixing_is_refused(weights: torch.Tensor, neighbours: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mixing(("a", "b"), weights, neighbours)
 
 
 def test_the_file_is_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
