@@ -35,6 +35,7 @@ Does anything flow? C̄_i multiplies A_i and B_i that other clients' cores were 
 `freeze_bases` hold the controls: CE-LoRA is vindicated only where "similarity" beats "reset" and "permuted".
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import ClassVar, Literal, TypeVar
 
@@ -274,7 +275,9 @@ class CELoRA:
         m, count, near = len(clients), self.count(len(clients)), None
         draw = generator(self.permutation_seed, "permute", rounds)
         if self.rule == "permuted":
-            return Mixing(clients, torch.ones(m, 1), torch.randperm(m, generator=draw)[:, None].int())
+            return Mixing(
+                clients, torch.ones(m, 1, dtype=torch.float64), torch.randperm(m, generator=draw)[:, None].int()
+            )
         if self.rule == "uniform":
             if count < m - 1:  # as many as the most alike would be, but drawn
                 steps = torch.cat([torch.zeros(1), 1 + torch.randperm(m - 1, generator=draw)[:count]])
@@ -344,17 +347,18 @@ def _sorted(by_client: Mapping[ClientId, T]) -> dict[ClientId, T]:
 
 def _of_one_space(summaries: Mapping[ClientId, Mixture]) -> dict[ClientId, Mixture]:
     """Those of the dimension that most have; a client whose features have another is asked again."""
-    told = [mixture.means.shape[1] for mixture in summaries.values() if len(mixture.labels)]
-    usual = max(told, key=told.count, default=0)
+    told = Counter(mixture.means.shape[1] for mixture in _told(summaries).values()).most_common(1)
     return {
-        c: mixture for c, mixture in summaries.items() if not len(mixture.labels) or mixture.means.shape[1] == usual
+        c: mixture
+        for c, mixture in summaries.items()
+        if not len(mixture.labels) or mixture.means.shape[1] == told[0][0]
     }
 
 
 def _placed(distances: Tensor, known: tuple[ClientId, ...], clients: tuple[ClientId, ...]) -> Tensor:
     """Distances (m, m) among `clients`, NaN for those that have not told of their data."""
-    places = [known.index(client) if client in known else -1 for client in clients]
-    at = torch.tensor(places)
+    places = {client: i for i, client in enumerate(known)}
+    at = torch.tensor([places.get(client, -1) for client in clients])
     among = torch.full((len(known) + 1, len(known) + 1), torch.nan, dtype=torch.float64)
     among[:-1, :-1] = distances
     placed = among[at][:, at]

@@ -236,6 +236,10 @@ def moments(mixtures: Sequence[Mixture]) -> Tensor:
     if not mixtures:
         return torch.zeros(0, 0, dtype=torch.float64)
     _one_space(mixtures)
+    return torch.cat([_moments(mixtures[start : start + 512]) for start in range(0, len(mixtures), 512)])
+
+
+def _moments(mixtures: Sequence[Mixture]) -> Tensor:
     owner = torch.repeat_interleave(torch.tensor([len(mixture.labels) for mixture in mixtures]))
 
     def average(values: Tensor) -> Tensor:
