@@ -58,7 +58,7 @@ Rule = Literal["similarity", "uniform", "reset", "permuted"]
 T = TypeVar("T")
 
 DENSE = 1000
-"""Clients up to which all pairs are compared; 1,000 clients of 30 components take about a minute, once."""
+"""Clients up to which all pairs are compared; 1,000 clients of 30 components each take a minute or two, once."""
 FEW = 32
 """Neighbours by default where there are more clients than that."""
 SAMPLE = 64
