@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linprog
 from torch import Tensor
 
 from celora.core.algorithm import AnyAlgorithm, Trained
@@ -306,3 +308,16 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             yield from tensors_in(getattr(value, f.name))
+
+
+def least_cost(a: Tensor, b: Tensor, cost: Tensor) -> float:
+    """Σ T · cost of a cheapest transport, by a linear program: the reference for celora.maths.transport."""
+    n, m = cost.shape
+    rows, columns = np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))
+    solved = linprog(
+        cost.double().numpy().ravel(),
+        A_eq=np.concatenate([rows, columns[:-1]]),  # the last column's mass follows from the others
+        b_eq=np.concatenate([a.double().numpy(), b.double().numpy()[:-1]]),
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    return float(solved.fun)

@@ -1,9 +1,9 @@
 """celora.maths.transport: exact plans, distances between mixtures, the matrix of all clients."""
 
 import itertools
-import warnings
 from math import sqrt
 
+import ot
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +14,12 @@ from celora.maths.transport import (
     component_costs,
     distance_matrix,
     mixture_distance,
+    moments,
+    pair_distances,
     plan,
     transport,
 )
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # POT looks for optional back ends
-    import ot
+from tests.toy import least_cost
 
 
 def draw(seed: int) -> torch.Generator:
@@ -52,11 +51,11 @@ def unit(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (4, 1), (2, 2), (3, 3), (4, 7), (12, 12), (30, 25)])
-def test_transport_equals_pot_and_the_plan_has_its_marginals(shape: tuple[int, int]) -> None:
+def test_transport_equals_the_linear_program_and_the_plan_has_its_marginals(shape: tuple[int, int]) -> None:
     a, b = masses(shape[0], 1), masses(shape[1], 2)
     cost = torch.rand(shape, generator=draw(3), dtype=torch.float64) * 50
     moved = plan(a, b, cost)
-    assert transport(a, b, cost) == pytest.approx(float(ot.emd2(a.numpy(), b.numpy(), cost.numpy())), rel=1e-9)
+    assert transport(a, b, cost) == pytest.approx(least_cost(a, b, cost), rel=1e-9)
     assert float(moved.min()) >= 0
     torch.testing.assert_close(moved.sum(1), a, atol=1e-9, rtol=0)
     torch.testing.assert_close(moved.sum(0), b, atol=1e-9, rtol=0)
@@ -65,7 +64,7 @@ def test_transport_equals_pot_and_the_plan_has_its_marginals(shape: tuple[int, i
 def test_masses_may_be_zero_equal_or_of_any_total() -> None:
     cost = torch.arange(12.0).reshape(3, 4)
     a, b = torch.tensor([0.0, 4.0, 4.0]), torch.tensor([2.0, 2.0, 2.0, 2.0])
-    assert transport(a, b, cost) == pytest.approx(float(ot.emd2(a.numpy(), b.numpy(), cost.numpy())))
+    assert transport(a, b, cost) == pytest.approx(least_cost(a, b, cost))
     assert transport(a, b, torch.zeros(3, 4)) == 0
     assert transport(a, b, -cost) == pytest.approx(-8 * 7.5)
 
@@ -86,19 +85,6 @@ def test_impossible_problems(a: list[float], b: list[float], cost: Tensor, messa
         plan(torch.tensor(a), torch.tensor(b), cost)
 
 
-@pytest.mark.parametrize("shape", list(itertools.product((1, 2, 3), repeat=2)))
-def test_vertices_are_all_the_spanning_trees_and_keep_the_marginals(shape: tuple[int, int]) -> None:
-    from celora.maths.transport import _vertices
-
-    n, m = shape
-    flows = _vertices(n, m)
-    assert len(flows) == n ** (m - 1) * m ** (n - 1)
-    ends = torch.cat([masses(n, 0), masses(m, 1)])
-    moved = (flows @ ends).reshape(-1, n, m)
-    torch.testing.assert_close(moved.sum(2), ends[:n].expand(len(flows), n))
-    torch.testing.assert_close(moved.sum(1), ends[n:].expand(len(flows), m))
-
-
 def test_component_costs_are_the_wasserstein_distances_of_gaussians() -> None:
     """POT's closed form for full covariances, on diagonal ones."""
     p, q = mixture([0, 0], seed=1), mixture([0, 1, 1], seed=2)
@@ -112,7 +98,7 @@ def test_component_costs_are_the_wasserstein_distances_of_gaussians() -> None:
 
 
 @pytest.mark.parametrize("per_class", [1, 2, 3, 5])
-def test_class_distances_equal_pot(per_class: int) -> None:
+def test_class_distances_equal_the_linear_program(per_class: int) -> None:
     """Two classes against three, one of them with fewer components: padding must not count."""
     p = mixture([7] * per_class + [1] * per_class, seed=1)
     q = mixture([3] * per_class + [0] * per_class + [9], seed=2)
@@ -121,7 +107,7 @@ def test_class_distances_equal_pot(per_class: int) -> None:
     for row, column in itertools.product(range(2), range(3)):
         mine, other = p.labels == [1, 7][row], q.labels == [0, 3, 9][column]
         a, b = unit(p.masses[mine]), unit(q.masses[other])
-        exact = float(ot.emd2(a.numpy(), b.numpy(), costs[mine][:, other].numpy()))
+        exact = least_cost(a, b, costs[mine][:, other])
         assert float(found[row, column]) == pytest.approx(exact, rel=1e-9)
 
 
@@ -131,7 +117,7 @@ def test_mixture_distance_equals_the_sum_written_out(label_cost: float) -> None:
     between = class_distances(p, q)
     rows, columns = [0, 0, 0, 1, 1], [0, 0, 1, 1]
     cost = component_costs(p, q) + label_cost * between[rows][:, columns]
-    exact = float(ot.emd2(unit(p.masses).numpy(), unit(q.masses).numpy(), cost.numpy()))
+    exact = least_cost(unit(p.masses), unit(q.masses), cost)
     assert mixture_distance(p, q, label_cost=label_cost) == pytest.approx(sqrt(exact), rel=1e-9)
 
 
@@ -174,7 +160,8 @@ def test_matrix_is_symmetric_with_zero_diagonal_and_knows_what_it_does_not_know(
     assert torch.equal(distance, distance.T) or torch.equal(distance.nan_to_num(-1), distance.T.nan_to_num(-1))
     assert not distance[told][:, told].isnan().any()
     assert int(distance.isnan().sum()) == 20 - 6
-    assert distance[0, 4] == mixture_distance(clients[0], clients[4])  # type: ignore[arg-type]
+    expected = mixture_distance(clients[0], clients[4])  # type: ignore[arg-type]
+    assert float(distance[0, 4]) == pytest.approx(expected, rel=1e-9)
 
 
 def test_matrix_follows_a_permutation_of_the_clients() -> None:
@@ -188,3 +175,85 @@ def test_matrix_follows_a_permutation_of_the_clients() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_matrix_of_nobody_and_of_one(count: int) -> None:
     assert torch.equal(distance_matrix([mixture([0])] * count), torch.zeros(count, count, dtype=torch.float64))
+
+
+def federation(count: int, components: int = 3, dim: int = 5, offset: float = 0.0) -> list[Mixture]:
+    """Clients of 1 to 4 classes of 1 to `components` components, the last of them a copy of the first."""
+    clients = []
+    for seed in range(count - 1):
+        sizes = torch.randint(1, components + 1, (1 + seed % 4,), generator=draw(seed)).tolist()
+        one = mixture([label for label, size in enumerate(sizes) for _ in range(size)], dim, seed)
+        clients.append(shuffled(Mixture(one.labels, one.masses, one.means + offset, one.spreads), seed))
+    return [*clients, clients[0]]
+
+
+@pytest.mark.parametrize(("components", "label_cost"), [(1, 1.0), (2, 0.0), (3, 1.0), (3, 0.3), (5, 1.0)])
+def test_matrix_equals_the_double_loop_across_tiles(components: int, label_cost: float) -> None:
+    """More clients than a tile has rows or columns; far from the origin, so that something could cancel."""
+    clients = federation(34, components, offset=100.0)
+    found = distance_matrix(clients, label_cost=label_cost)
+    for i, j in list(itertools.combinations(range(len(clients)), 2))[::3]:
+        expected = mixture_distance(clients[i], clients[j], label_cost=label_cost)
+        assert float(found[i, j]) == pytest.approx(expected, rel=1e-9)
+    assert float(found[0, -1]) == 0
+
+
+def test_equal_mixtures_are_at_zero_in_whatever_order_their_components_are() -> None:
+    clients = [shuffled(mixture([0, 0, 0, 1, 1, 2], dim=30, seed=3), seed) for seed in range(5)]
+    assert not bool(distance_matrix(clients).any())
+
+
+@pytest.mark.parametrize("old", [0, 1, 20, 36, 37])
+def test_matrix_of_some_that_are_known_and_some_that_are_new_is_the_matrix_of_all(old: int) -> None:
+    clients: list[Mixture | None] = [*federation(35), None, mixture([0, 1], 5, seed=99)]
+    before = distance_matrix(clients[:old])
+    found, all_at_once = distance_matrix(clients, known=before), distance_matrix(clients)
+    assert torch.equal(found[:old, :old].nan_to_num(-1), before.nan_to_num(-1))
+    torch.testing.assert_close(found, all_at_once, rtol=1e-9, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        (torch.zeros(2, 3), r"\(k, k\): found \(2, 3\)"),
+        (torch.zeros(4, 4), "first k of 3"),
+        (torch.full((2, 2), torch.nan), "leave them out"),
+    ],
+)
+def test_impossible_known_distances(known: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        distance_matrix(federation(3), known=known)
+
+
+def test_distances_of_pairs_are_those_of_the_matrix() -> None:
+    clients = federation(20)
+    matrix = distance_matrix(clients, label_cost=0.4)
+    pairs = torch.tensor([[3, 1], [0, 19], [3, 18], [7, 7], [18, 3], [3, 1]])
+    found = pair_distances(clients, pairs, label_cost=0.4)
+    torch.testing.assert_close(found, matrix[pairs[:, 0], pairs[:, 1]], rtol=1e-9, atol=0)
+    assert pair_distances(clients, torch.zeros(0, 2, dtype=torch.int64)).shape == (0,)
+    with pytest.raises(ValueError, match=r"empty mixture.*positions \[1\]"):
+        pair_distances([clients[0], mixture([], 5)], torch.tensor([[0, 1]]))
+
+
+def test_moments_are_those_of_rows_drawn_from_the_mixture() -> None:
+    """Means -1 and 3, spreads 1 and 2, masses 1/4 and 3/4: mean 2; variance (1/4)(1 + 9) + (3/4)(4 + 1) = 25/4."""
+    one = Mixture(
+        torch.tensor([0, 1]), torch.tensor([0.25, 0.75]), torch.tensor([[-1.0], [3.0]]), torch.tensor([[1.0], [2.0]])
+    )
+    torch.testing.assert_close(moments([one, one]), torch.tensor([[2.0, 2.5]] * 2, dtype=torch.float64))
+    assert moments([]).shape == (0, 0)
+    with pytest.raises(ValueError, match="no mean"):
+        moments([mixture([])])
+
+
+@pytest.mark.parametrize("label_cost", [0.0, 1.0, 3.0])
+def test_distance_of_moments_is_a_lower_bound(label_cost: float) -> None:
+    clients = federation(20)
+    bound = sqrt(1 + label_cost) * torch.cdist(*[moments(clients)] * 2)
+    assert bool((bound <= distance_matrix(clients, label_cost=label_cost) + 1e-6).all())
+
+
+def test_the_lower_bound_is_reached_by_single_components() -> None:
+    clients = [mixture([0], seed=seed) for seed in range(4)]
+    torch.testing.assert_close(distance_matrix(clients), sqrt(2) * torch.cdist(*[moments(clients)] * 2))

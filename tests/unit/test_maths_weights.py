@@ -144,7 +144,7 @@ def test_equal_similarities_are_a_plain_mean() -> None:
     [
         (lambda: kernel(torch.zeros(2, 3)), r"\(m, m\)"),
         (lambda: kernel(torch.zeros(2, 2), "cosine"), "found kernel 'cosine'"),  # type: ignore[arg-type]
-        (lambda: combine(ONES, torch.ones(2, 2)), "3 and of 2"),
+        (lambda: combine(ONES, torch.ones(2, 2)), r"shapes \(3, 3\) and \(2, 2\)"),
         (lambda: combine(ONES, ONES, "sum"), "found combination 'sum'"),  # type: ignore[arg-type]
         (lambda: combine(ONES, ONES, share=1.5), "share of 1.5"),
         (lambda: combine(ONES, ONES * nan), "NaN among model"),

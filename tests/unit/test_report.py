@@ -4,16 +4,18 @@ import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import torch
 
-from celora.track import report
+from celora.core.algorithm import Mixing
+from celora.track import folder, report
 from tests.unit.summaries import round_event, summary
 
 EVIL = "<script>alert('x')</script>&\x1b[31m"
 EVENTS = [round_event(index) for index in range(1, 22)]
-WEIGHTS = np.array([[0.6, 0.3, 0.1], [0.34, 0.32, 0.34], [0.0, 0.0, 1.0]])
+WEIGHTS = torch.tensor([[0.6, 0.3, 0.1], [0.34, 0.32, 0.34], [0.0, 0.0, 1.0]])
 
 
 class Tags(HTMLParser):
@@ -35,7 +37,7 @@ class Tags(HTMLParser):
 
 
 def page(**changes: object) -> str:
-    return report.page(summary(**changes), EVENTS, WEIGHTS, list(summary()["clients"]))  # type: ignore[arg-type]
+    return report.page(summary(**changes), EVENTS, Mixing(tuple(summary()["clients"]), WEIGHTS))  # type: ignore[arg-type]
 
 
 def test_the_page_is_balanced_holds_its_pictures_and_loads_nothing() -> None:
@@ -55,7 +57,7 @@ def test_every_text_from_outside_is_escaped() -> None:
         EVIL, notices=[EVIL], excluded={EVIL: EVIL}, excluded_replies={"3": {EVIL: EVIL}}, settings={EVIL: EVIL}
     )
     told["clients"] = {EVIL: told["clients"]["site-a"]}
-    text = report.page(told, EVENTS, np.eye(2), [EVIL, "$x^{ 病院"])
+    text = report.page(told, EVENTS, Mixing((EVIL, "$x^{ 病院"), torch.eye(2)))
     assert "script" not in Tags(text).seen
     assert "\x1b" not in text
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;" in text
@@ -75,7 +77,7 @@ def test_head_and_data_summary_have_lines_of_their_own() -> None:
 
 
 def test_who_learned_from_whom_is_said_in_sentences() -> None:
-    assert report.sentences(WEIGHTS, ["a", "b", "c"]) == [
+    assert report.sentences(Mixing(("a", "b", "c"), WEIGHTS)) == [
         "a kept 60 % of its own and learned most from b (30 %).",
         "b kept 32 % of its own and learned from all others alike.",
         "c kept 100 % of its own and was left alone.",
@@ -95,16 +97,65 @@ def test_what_was_left_out_is_told_with_its_reason() -> None:
 def test_a_page_can_be_made_of_little(events: list[dict[str, object]]) -> None:
     told = summary(clients={}, excluded={}, notices=[])
     told["metrics"] = dict.fromkeys(told["metrics"])
-    assert "Who learned" not in report.page(told, events, None, [])
+    assert "Who learned" not in report.page(told, events, None)
 
 
 def test_many_clients_fit_without_names() -> None:
-    many = [f"client-{i}" for i in range(60)]
-    assert Tags(report.page(summary(), EVENTS, np.full((60, 60), 1 / 60), many)).open == []
+    many = tuple(f"client-{i}" for i in range(60))
+    assert Tags(report.page(summary(), EVENTS, Mixing(many, torch.full((60, 60), 1 / 60)))).open == []
+
+
+def test_lists_of_neighbours_are_told_and_not_drawn() -> None:
+    mixing = Mixing(("a", "b", "c"), torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.1, 0.9]]),
+                    torch.tensor([[0, 2], [1, 0], [2, 1]], dtype=torch.int32))  # fmt: skip
+    assert report.sentences(mixing) == [
+        "a kept 50 % of its own and learned most from c (50 %).",
+        "b kept 100 % of its own and was left alone.",
+        "c kept 10 % of its own and learned most from b (90 %).",
+    ]
+    assert Tags(report.page(summary(), EVENTS, mixing)).seen.count("img") == 1
+    many = Mixing(
+        tuple(map(str, range(500))), torch.full((500, 200), 1 / 200), torch.arange(200).expand(500, 200).int()
+    )
+    assert report.sentences(many)[0] == "0 kept 0 % of its own and learned from 199 others alike."
+
+
+@pytest.mark.parametrize("dense", [2, 3])
+def test_who_learned_from_whom_is_kept_as_a_matrix_or_for_many_clients_as_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: int
+) -> None:
+    monkeypatch.setattr(folder, "DENSE", dense)
+    listed = torch.tensor([[0, 2], [1, 0], [2, 1]], dtype=torch.int32)
+    mixing = Mixing(("a", "b", "c"), torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], dtype=torch.float64), listed)
+    run = folder.RunFolder(tmp_path)
+    assert run.similarity() is None
+    for index in (1, 2):
+        run.mixing(SimpleNamespace(rounds=index, mixing=mixing), index)
+    names = sorted(path.name for path in (tmp_path / "similarity").iterdir())
+    suffix = "npy" if dense == 3 else "npz"
+    assert names == ["clients.json", f"round_0001.{suffix}", f"round_0002.{suffix}"]
+    found = run.similarity()
+    assert found is not None
+    assert found.clients == mixing.clients
+    assert torch.equal(found.dense().double(), mixing.dense())
+    assert report.sentences(found) == report.sentences(mixing)
+
+
+@pytest.mark.parametrize(
+    ("weights", "neighbours", "message"),
+    [
+        (torch.ones(2, 3), None, r"found \(2, 3\), expected \(2, 2\)"),
+        (torch.ones(2, 3), torch.zeros(2, 2), r"found \(2, 3\), expected \(2, 2\)"),
+        (torch.ones(3, 1), torch.zeros(3, 1), "weights of 2 clients"),
+    ],
+)
+def test_an_impossible_mixing_is_refused(weights: torch.Tensor, neighbours: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mixing(("a", "b"), weights, neighbours)
 
 
 def test_the_file_is_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
-    report.write(tmp_path, summary(), EVENTS, None, [])
-    report.write(tmp_path, summary(), EVENTS, None, [])
+    report.write(tmp_path, summary(), EVENTS, None)
+    report.write(tmp_path, summary(), EVENTS, None)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text(encoding="utf-8").endswith("</html>\n")

@@ -8,7 +8,7 @@
     client i   C_i <- C̄_i;   A_i, B_i, C_i  <-  AdamW on its rows;   sends C_i
     once       client i sends a class-conditional Gaussian mixture G_i of its frozen-backbone features
     server     S_data(i, j)  = kernel(OT(G_i, G_j))       S_model(i, j) = mean over layers of CKA(C_i, C_j)
-               W = normalise(combine(S_data, S_model))    C̄_i = Σ_j W_ij C_j
+               W = normalise(combine(S_data, S_model))    C̄_i = Σ_j W_ij C_j       j over i and its neighbours
 
 What travels: C, both ways, r² numbers a layer, and the mixture once: G (2 d + 1) numbers and G class ids for G
 components. A_i, B_i and the head stay.
@@ -20,10 +20,22 @@ whether n_j does. The code trains A, B and C, although its comments say C alone:
 It fits mixtures to classes of two rows; here a class below the disclosure floor is withheld, because such a
 mixture is its rows.
 
+Many clients. Up to 1,000, or where everybody is a neighbour, S is the matrix of all pairs, exactly, and a client's
+neighbours are the `neighbours` most alike in S. Beyond, no (m, m) matrix is ever held, and
+
+    candidates   the 2 · neighbours others with the least lower bound of OT (`celora.maths.transport`); by CKA, among
+                 all, for a client that has told nothing, and for all while no more than 2 · neighbours clients have
+    neighbours   the most alike in S among the candidates
+
+What is approximate is that a truly more alike client may be no candidate, and a client that has told nothing is no
+candidate of one that has. Also, the kernel's scale (a median, a maximum) is that of all pairs of 64 clients, evenly
+spaced among those that have told. Each distance is exact, each CKA is to float32, and so is W over the neighbours.
+
 Does anything flow? C̄_i multiplies A_i and B_i that other clients' cores were not trained with. `rule` and
 `freeze_bases` hold the controls: CE-LoRA is vindicated only where "similarity" beats "reset" and "permuted".
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import ClassVar, Literal, TypeVar
 
@@ -33,9 +45,10 @@ from torch import Tensor
 from celora.core.algorithm import Card, ClientId, Head, Mixing, Trained, private, shared, trained
 from celora.core.learner import Encode, Fit, Learner, Turn
 from celora.fields import Count, NonNegative, Positive, Share, setting, settings
-from celora.maths.cka import Estimator, cka
+from celora.maths.cka import Estimator, cka, points
 from celora.maths.mixtures import Mixture, summarise
-from celora.maths.transport import distance_matrix
+from celora.maths.neighbours import average, likeness, most_alike
+from celora.maths.transport import distance_matrix, nearest
 from celora.maths.weights import Combination, Kernel, Normalisation, SelfWeight, combine, kernel, row_weights
 from celora.rng import generator
 from celora.tensors import Names, Tensors, only, select
@@ -44,16 +57,30 @@ from celora.wire import record
 Rule = Literal["similarity", "uniform", "reset", "permuted"]
 T = TypeVar("T")
 
+DENSE = 1000
+"""Clients up to which all pairs are compared; 1,000 clients of 30 components each take a minute or two, once."""
+FEW = 32
+"""Neighbours by default where there are more clients than that."""
+SAMPLE = 64
+"""Clients whose distances to each other then set the scale of the kernel."""
+
 
 @record
 class Server:
-    """What the server remembers of each client; `distances` are those between the known summaries, in their order."""
+    """What the server remembers of each client.
+
+    `distances` (n, n) are those between the known summaries, in their order. Where clients are too many for that, they
+    are (n, c), of each client that has told of its data to those of them listed in `near` (n, c), and `typical` holds
+    some between clients of any kind.
+    """
 
     start: Tensors
     cores: Mapping[str, Tensors]
     examples: Mapping[str, int]
     summaries: Mapping[str, Mixture]
     distances: Tensor
+    near: Tensor
+    typical: Tensor
     mixing: Mixing
     received: Mapping[str, Tensors]
     rounds: int
@@ -112,13 +139,16 @@ class CELoRA:
     self_weight: SelfWeight = setting("natural", "the client's own core: counts by S_ii, is excluded, or is fixed")
     self_share: Share = setting(0.5, "W_ii where self_weight is fixed")
     by_rows: bool = setting(False, "whether n_j multiplies W_ij")
+    neighbours: Count | None = setting(
+        None, "how many others, the most alike, enter an average; none: all, or 32 where there are over 1,000 clients"
+    )
 
     components: Count = setting(3, "largest number of mixture components in a class")
     min_rows: Count = setting(10, "disclosure floor: classes with fewer rows are withheld")
     min_component_rows: Count = setting(5, "disclosure floor: rows a mixture component must stand for")
 
     rule: Rule = setting("similarity", "W as in the paper, or a control: uniform, C reset to its start, permuted")
-    permutation_seed: int = setting(0, "of the permutations drawn by the control", ge=0)
+    permutation_seed: int = setting(0, "of what controls draw: permutations, and neighbours where not all are", ge=0)
     freeze_bases: bool = setting(False, "control: A and B stay as drawn (needs adapter.init = 'orthonormal')")
 
     @property
@@ -128,8 +158,8 @@ class CELoRA:
 
     def server_init(self, weights: Tensors) -> Server:
         """Nobody has been heard."""
-        nobody = Mixing((), torch.zeros(0, 0))
-        return Server(select(weights, only("C")), {}, {}, {}, torch.zeros(0, 0), nobody, {}, 0)
+        none, nobody = torch.zeros(0, 0), Mixing((), torch.zeros(0, 0))
+        return Server(select(weights, only("C")), {}, {}, {}, none, none.int(), none, nobody, {}, 0)
 
     def client_init(self, learner: Learner) -> Local:
         """Nothing of its own yet: A, B and the head are as drawn."""
@@ -175,40 +205,137 @@ class CELoRA:
         examples = {**server.examples, **{client: up.examples for client, up in heard.items()}}
         new = {client: up.summary for client, up in heard.items() if up.summary is not None}
         summaries = _of_one_space(_sorted({**server.summaries, **new}))
-        distances = server.distances
-        if new:
-            distances = distance_matrix(list(summaries.values()), label_cost=self.label_cost)
         clients, rounds = tuple(cores), server.rounds + 1
-        similar = self.model_similarity(server.start, list(cores.values()))
-        data = kernel(_placed(distances, tuple(summaries), clients), self.kernel)
-        rows = torch.tensor([float(examples[client]) for client in clients]) if self.by_rows else None
-        weights = self.weights(data, similar, rows, rounds)
-        received = dict(zip(clients, _averages(weights, list(cores.values())), strict=True))
+        stacks = {name: torch.stack([c[name] for c in cores.values()]) for name in next(iter(cores.values()))}
+        if self.count(len(clients)) == len(clients) - 1 or len(clients) <= DENSE:
+            known = self.all_distances(server, summaries, set(new)), server.near, server.typical
+        else:
+            known = self.near_distances(server, summaries, set(new), self.candidates(len(clients)))
+        mixing = self.mixing(clients, stacks, server.start, examples, summaries, known, rounds)
+        means = {name: average(stack, mixing.weights, mixing.neighbours).unbind() for name, stack in stacks.items()}
+        received = {client: {name: means[name][i] for name in means} for i, client in enumerate(clients)}
         if self.rule == "reset":
-            received = {client: {**average, **server.start} for client, average in received.items()}
-        mixing = Mixing(clients, weights)
-        return Server(server.start, cores, examples, summaries, distances, mixing, received, rounds)
+            received = {client: {**mean, **server.start} for client, mean in received.items()}
+        return Server(server.start, cores, examples, summaries, *known, mixing, received, rounds)
 
-    def model_similarity(self, start: Tensors, cores: list[Tensors]) -> Tensor:
-        """S_model (m, m): CKA of the cores, or of what they have moved, averaged over layers."""
-        offset = torch.stack(list(start.values())) if self.cka_of == "C-I" else 0.0
-        stacked = [torch.stack([core[name] for name in start]) - offset for core in cores]
-        return cka(torch.stack(stacked), self.cka_estimator)
+    def count(self, m: int) -> int:
+        """How many others enter a client's average."""
+        wanted = self.neighbours or (m if m <= DENSE else FEW)
+        return min(wanted, m - 1)
 
-    def weights(self, data: Tensor, model: Tensor, rows: Tensor | None, rounds: int) -> Tensor:
-        """W (m, m), rows summing to 1, by the rule."""
-        m = len(model)
+    def candidates(self, m: int) -> int:
+        """How many others are looked at for that where there are too many to look at all."""
+        return min(2 * self.count(m), m - 1)
+
+    def all_distances(self, server: Server, summaries: Mapping[ClientId, Mixture], new: set[ClientId]) -> Tensor:
+        """d (n, n) between the summaries; only what is new is computed."""
+        if not new:
+            return server.distances
+        places = {client: i for i, client in enumerate(server.summaries) if client in summaries and client not in new}
+        order = [*places, *(client for client in summaries if client not in places)]
+        at = torch.tensor(list(places.values()), dtype=torch.int64)
+        found = distance_matrix(
+            [summaries[client] for client in order], label_cost=self.label_cost, known=server.distances[at][:, at]
+        )
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+        return found[back][:, back]
+
+    def near_distances(
+        self, server: Server, summaries: Mapping[ClientId, Mixture], new: set[ClientId], count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """d (n, count) from each client that has told to its candidates, those candidates, and typical distances."""
+        told = _told(summaries)
+        if len(told) <= count:
+            return torch.zeros(0, 0), torch.zeros(0, 0).int(), torch.zeros(0, 0)
+        if not new and server.near.shape == (len(told), count):
+            return server.distances, server.near, server.typical
+        known = None
+        if len(server.near):
+            places = {client: i for i, client in enumerate(told) if client not in new}
+            at = torch.tensor([places.get(client, -1) for client in _told(server.summaries)])
+            pairs = torch.stack([at[:, None].expand_as(server.near), at[server.near.long()]], dim=-1)
+            still = (pairs >= 0).all(dim=-1)
+            known = pairs[still], server.distances[still]
+        mixtures = list(told.values())
+        near, distances = nearest(mixtures, count, label_cost=self.label_cost, known=known)
+        some = mixtures[:: -(-len(mixtures) // SAMPLE)]
+        among = distance_matrix(some, label_cost=self.label_cost)
+        return distances, near, among[torch.ones_like(among).triu(1).bool()]
+
+    def mixing(
+        self,
+        clients: tuple[ClientId, ...],
+        stacks: Tensors,
+        start: Tensors,
+        examples: Mapping[ClientId, int],
+        summaries: Mapping[ClientId, Mixture],
+        known: tuple[Tensor, Tensor, Tensor],
+        rounds: int,
+    ) -> Mixing:
+        """W by the rule, rows summing to 1: (m, m), or (m, 1 + k) where a client has k neighbours besides itself."""
+        m, count, near = len(clients), self.count(len(clients)), None
+        draw = generator(self.permutation_seed, "permute", rounds)
         if self.rule == "permuted":
-            order = torch.randperm(m, generator=generator(self.permutation_seed, "permute", rounds))
-            return torch.eye(m, dtype=torch.float64)[order]
-        return row_weights(
-            torch.ones(m, m) if self.rule == "uniform" else combine(data, model, self.combination, self.data_share),
+            return Mixing(
+                clients, torch.ones(m, 1, dtype=torch.float64), torch.randperm(m, generator=draw)[:, None].int()
+            )
+        if self.rule == "uniform":
+            if count < m - 1:  # as many as the most alike would be, but drawn
+                steps = torch.cat([torch.zeros(1), 1 + torch.randperm(m - 1, generator=draw)[:count]])
+                near = (torch.arange(m)[:, None] + steps.long()) % m
+            alike = torch.ones(m, m if near is None else count + 1)
+        elif count < m - 1 and m > DENSE:
+            near, alike = self.among_candidates(clients, self.moved(stacks, start), summaries, known)
+        else:
+            distances = _placed(known[0], tuple(summaries), clients)
+            model = cka(self.moved(stacks, start), self.cka_estimator)
+            alike = combine(kernel(distances, self.kernel), model, self.combination, self.data_share)
+            if count < m - 1:
+                near = _with_self(alike.clone().fill_diagonal_(-torch.inf).topk(count).indices)
+                alike = alike.gather(1, near)
+        rows = torch.tensor([float(examples[client]) for client in clients]) if self.by_rows else None
+        weights = row_weights(
+            alike,
             normalise=self.normalise,
             temperature=self.temperature,
             self_weight=self.self_weight,
             self_share=self.self_share,
-            rows=rows,
+            rows=rows if rows is None or near is None else rows[near],
+            own=None if near is None else near == torch.arange(m)[:, None],
         )
+        return Mixing(clients, weights, None if near is None else near.int())
+
+    def moved(self, stacks: Tensors, start: Tensors) -> Tensor:
+        """What CKA compares, (m, L, r, r): the cores, or what they have moved."""
+        cores = torch.stack([stacks[name] for name in start], dim=1)
+        return cores - torch.stack(list(start.values())) if self.cka_of == "C-I" else cores
+
+    def among_candidates(
+        self,
+        clients: tuple[ClientId, ...],
+        cores: Tensor,
+        summaries: Mapping[ClientId, Mixture],
+        known: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Each client itself and its neighbours, and S to them: both (m, 1 + k)."""
+        m, count = len(clients), self.candidates(len(clients))
+        place = {client: i for i, client in enumerate(clients)}
+        (distances, listed, typical), at = known, points(cores, self.cka_estimator).float()
+        told = torch.tensor([place[c] for c in _told(summaries)] if len(listed) else [], dtype=torch.int64)
+        silent = torch.ones(m, dtype=torch.bool)
+        silent[told] = False
+        near = torch.zeros(m, count, dtype=torch.int64)
+        near[told] = told[listed.long()].view(-1, count)
+        near[silent] = most_alike(at, count, rows=silent.nonzero().flatten()).long()
+        near, distance = _with_self(near), torch.full((m, 1 + count), torch.nan, dtype=torch.float64)
+        distance[told, 1:] = distances.double().view(-1, count)
+        distance[:, 0] = 0.0
+        own = near == torch.arange(m)[:, None]
+        model = likeness(at, near).clamp(-1, 1).masked_fill(own, 1.0)
+        data = kernel(distance, self.kernel, own=own, typical=typical)
+        alike = combine(data, model, self.combination, self.data_share)
+        best = _with_self(alike[:, 1:].topk(self.count(m)).indices + 1, 0)
+        return near.gather(1, best), alike.gather(1, best)
 
     def model(self, local: Local, down: Down) -> Tensors:
         """C̄_i between the client's own A_i and B_i, under its own head."""
@@ -221,29 +348,30 @@ def _sorted(by_client: Mapping[ClientId, T]) -> dict[ClientId, T]:
 
 def _of_one_space(summaries: Mapping[ClientId, Mixture]) -> dict[ClientId, Mixture]:
     """Those of the dimension that most have; a client whose features have another is asked again."""
-    told = [mixture.means.shape[1] for mixture in summaries.values() if len(mixture.labels)]
-    usual = max(told, key=told.count, default=0)
+    told = Counter(mixture.means.shape[1] for mixture in _told(summaries).values()).most_common(1)
     return {
-        c: mixture for c, mixture in summaries.items() if not len(mixture.labels) or mixture.means.shape[1] == usual
+        c: mixture
+        for c, mixture in summaries.items()
+        if not len(mixture.labels) or mixture.means.shape[1] == told[0][0]
     }
 
 
 def _placed(distances: Tensor, known: tuple[ClientId, ...], clients: tuple[ClientId, ...]) -> Tensor:
     """Distances (m, m) among `clients`, NaN for those that have not told of their data."""
-    places = [known.index(client) if client in known else -1 for client in clients]
-    at = torch.tensor(places)
+    places = {client: i for i, client in enumerate(known)}
+    at = torch.tensor([places.get(client, -1) for client in clients])
     among = torch.full((len(known) + 1, len(known) + 1), torch.nan, dtype=torch.float64)
     among[:-1, :-1] = distances
     placed = among[at][:, at]
     return placed.fill_diagonal_(0.0)
 
 
-def _averages(weights: Tensor, cores: list[Tensors]) -> list[dict[str, Tensor]]:
-    """Σ_j W_ij C_j for each i, as one product a name."""
-    means: list[dict[str, Tensor]] = [{} for _ in cores]
-    for name in cores[0]:
-        stacked = torch.stack([core[name] for core in cores])
-        mixed = (weights @ stacked.flatten(1).double()).to(stacked.dtype).view_as(stacked)
-        for average, tensor in zip(means, mixed, strict=True):
-            average[name] = tensor
-    return means
+def _told(summaries: Mapping[ClientId, Mixture]) -> dict[ClientId, Mixture]:
+    """Those that say anything."""
+    return {client: mixture for client, mixture in summaries.items() if len(mixture.labels)}
+
+
+def _with_self(others: Tensor, itself: int | None = None) -> Tensor:
+    """Each row after its own position, or after `itself`."""
+    first = torch.arange(len(others)) if itself is None else torch.full((len(others),), itself)
+    return torch.cat([first[:, None], others], dim=1)

@@ -121,10 +121,29 @@ def private(head: Head, *shared_or_frozen: str) -> Names:
 
 @record
 class Mixing:
-    """Who learns from whom: `weights[i, j]` (m, m) is the share of client j in what client i receives.
+    """Who learned from whom: client i received Σ_n weights[i, n] · what client neighbours[i, n] sent.
 
     A server record that holds one gets it written to the run folder after each round.
+
+    Raises:
+        ValueError: if shapes disagree.
     """
 
     clients: tuple[str, ...]
-    weights: Tensor
+    weights: Tensor  # (m, m), column j about client j; with neighbours (m, k)
+    neighbours: Tensor | None = None  # (m, k) int32, positions in `clients`, none twice in a row
+
+    def __post_init__(self) -> None:
+        expected = (len(self.clients),) * 2 if self.neighbours is None else tuple(self.neighbours.shape)
+        if tuple(self.weights.shape) != expected or expected[:1] != (len(self.clients),):
+            raise ValueError(
+                f"weights of {len(self.clients)} clients are (m, m), or (m, k) as their neighbours: "
+                f"found {tuple(self.weights.shape)}, expected {expected}"
+            )
+
+    def dense(self) -> Tensor:
+        """W (m, m), 0 where a client is no neighbour: for few clients."""
+        if self.neighbours is None:
+            return self.weights
+        m = len(self.clients)
+        return self.weights.new_zeros(m, m).scatter_(1, self.neighbours.long(), self.weights)

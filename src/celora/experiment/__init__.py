@@ -196,8 +196,7 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
             weights = unpack(Model, shelves[client][chosen], schema).weights
             world.export(job.folder / "adapters" / client, weights)
     events = folder.events()
-    matrix, among = folder.similarity()
-    report.write(job.folder, summary, events, matrix, among)
+    report.write(job.folder, summary, events, folder.similarity())
     line = folder.event({"event": "end", **who, "folder": str(job.folder), "summary": summary})
     folder.write_json("summary.json", summary)  # last: a job with a summary is done
     yield line

@@ -3,5 +3,6 @@
 mixtures    a client's data as class-conditional Gaussian mixtures, with a disclosure floor
 transport   exact optimal transport between such mixtures: distances between clients
 cka         linear centred kernel alignment between r × r cores
+neighbours  the most alike of many clients, and averages over them
 weights     distances and similarities -> a row of averaging weights for every client
 """

@@ -16,6 +16,7 @@ Kornblith, ICLR 2021), which is ⟨U_X, U_Y⟩ / (n(n − 3)) for the U-centred 
 Statist. 2014). It is about 0 on average for independent cores, noisy at r = 8, and can be negative.
 """
 
+from math import sqrt
 from typing import Literal
 
 import torch
@@ -41,6 +42,13 @@ def cka(cores: Tensor, estimator: Estimator = "linear") -> Tensor:
     Raises:
         ValueError: if the cores are of another shape or not finite, L is 0, or r < 4 with "debiased".
     """
+    at = points(cores, estimator)
+    similarity = at @ at.T
+    return ((similarity + similarity.T) / 2).clamp(-1, 1).fill_diagonal_(1.0)
+
+
+def points(cores: Tensor, estimator: Estimator = "linear") -> Tensor:
+    """A unit vector for each client, (m, L (r² + 1)) float64, whose inner products are `cka`; same errors."""
     if cores.dim() != 4 or cores.shape[2] != cores.shape[3] or not cores.shape[1:].numel():
         raise ValueError(f"cores have shape (clients, layers >= 1, r, r): found {tuple(cores.shape)}")
     if not cores.isfinite().all():
@@ -56,9 +64,7 @@ def cka(cores: Tensor, estimator: Estimator = "linear") -> Tensor:
     grams = examples @ examples.mT
     grams = _unit(_u_centred(grams) if estimator == "debiased" else grams).flatten(2)
     degenerate = (grams == 0).all(dim=-1, keepdim=True).double()
-    points = torch.cat([grams, degenerate], dim=-1).flatten(1)  # (m, L (r² + 1)), one unit vector a layer
-    similarity = points @ points.T / cores.shape[1]
-    return ((similarity + similarity.T) / 2).clamp(-1, 1).fill_diagonal_(1.0)
+    return torch.cat([grams, degenerate], dim=-1).flatten(1) / sqrt(cores.shape[1])
 
 
 def _unit(matrices: Tensor, zero: float = 1e-12) -> Tensor:

@@ -5,12 +5,14 @@
 CE-LoRA (arXiv 2503.23869) says that both similarities are considered; what is readable of it does not say
 how. Every choice is therefore an option here; no default claims to be the paper's.
 
-Row i of every matrix is client i's view. All are (m, m) and float64; NaN means "not known", and only
-distances and data similarities may hold it.
+Row i of every matrix is client i's view. All are float64; NaN means "not known", and only distances and data
+similarities may hold it. They are (m, m), or (m, k): then row i is about k clients of its own choice, each at most
+once, and `own` (m, k), bool, says which of them is i itself, exactly one.
 """
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,9 @@ Normalisation = Literal["sum", "softmax"]
 SelfWeight = Literal["natural", "excluded", "fixed"]
 
 
-def kernel(distance: Tensor, kind: Kernel = "gaussian") -> Tensor:
+def kernel(
+    distance: Tensor, kind: Kernel = "gaussian", *, own: Tensor | None = None, typical: Tensor | None = None
+) -> Tensor:
     """Similarities in [0, 1] from distances, 1 on the diagonal; NaN stays NaN.
 
     gaussian  exp(−d² / 2h²)
@@ -32,16 +36,23 @@ def kernel(distance: Tensor, kind: Kernel = "gaussian") -> Tensor:
     similarity is relative to this federation, and says nothing about how alike its clients are as a whole.
     Where nobody differs, all score 1.
 
+    Args:
+        distance: (m, m) or, with `own`, (m, k).
+        kind: as above.
+        own: see above.
+        typical: distances between different clients, in any shape, from which h and max d are taken instead: where
+            `distance` is about each client's nearest, its own median says little of the federation.
+
     Raises:
-        ValueError: if the matrix is not square or `kind` is unknown.
+        ValueError: if the matrix is not square, `own` does not fit or `kind` is unknown.
     """
-    distance = _square(distance, "distances")
-    others = distance[~_eye(distance)]
+    distance, own = _checked(distance, "distances", own)
+    others = distance[~own] if typical is None else typical.double()
     known = others[~others.isnan()]
     positive = known[known > 0]
     if positive.numel():
-        typical = torch.quantile(known, 0.5)
-        width = typical if typical > 0 else positive.mean()
+        median = torch.as_tensor(np.median(known.numpy()))
+        width = median if median > 0 else positive.mean()
         furthest = positive.max()
     else:
         width = furthest = distance.new_ones(())  # every known distance is 0: any scale gives 1
@@ -51,10 +62,10 @@ def kernel(distance: Tensor, kind: Kernel = "gaussian") -> Tensor:
         case "inverse":
             similarity = 1 / (1 + distance / width)
         case "linear":
-            similarity = 1 - distance / furthest
+            similarity = (1 - distance / furthest).clamp(min=0)
         case _:
             raise ValueError(f"found kernel {kind!r}, expected 'gaussian', 'inverse' or 'linear'")
-    return similarity.masked_fill(_eye(distance), 1.0)
+    return similarity.masked_fill(own, 1.0)
 
 
 def combine(data: Tensor, model: Tensor, how: Combination = "mean", share: float = 0.5) -> Tensor:
@@ -69,9 +80,9 @@ def combine(data: Tensor, model: Tensor, how: Combination = "mean", share: float
     Raises:
         ValueError: if shapes disagree, `share` is outside [0, 1], `model` holds NaN or `how` is unknown.
     """
-    data, model = _square(data, "data similarities"), _square(model, "model similarities")
+    data, model = data.double(), model.double()
     if data.shape != model.shape:
-        raise ValueError(f"similarities of {len(data)} and of {len(model)} clients cannot be combined")
+        raise ValueError(f"similarities of shapes {tuple(data.shape)} and {tuple(model.shape)} cannot be combined")
     if not 0 <= share <= 1:
         raise ValueError(f"found a share of {share}, expected one from 0 to 1")
     if model.isnan().any():
@@ -98,8 +109,9 @@ def row_weights(
     self_weight: SelfWeight = "natural",
     self_share: float = 0.5,
     rows: Tensor | None = None,
+    own: Tensor | None = None,
 ) -> Tensor:
-    """W (m, m): W_ij ≥ 0 is the weight of client j in client i's average; every row sums to 1.
+    """W, as `similarity`: W_ij ≥ 0 is the weight of client j in client i's average; every row sums to 1.
 
     sum       W_ij ∝ n_j max(S_ij, 0)                    softmax   W_ij ∝ n_j exp(S_ij / temperature)
 
@@ -111,16 +123,18 @@ def row_weights(
     mean of the others. A client that is alone keeps its own core, whatever the options.
 
     Args:
-        similarity: (m, m), finite.
+        similarity: (m, m) or, with `own`, (m, k), finite.
         normalise, self_weight: as above.
         temperature: positive; read by "softmax" only.
         self_share: from 0 to 1; read by "fixed" only.
-        rows: (m,) positive n_j, or None for n_j = 1.
+        rows: positive n_j, (m,) or, with `own`, (m, k); None for n_j = 1.
+        own: see the top of this file.
 
     Raises:
         ValueError: if an argument is not as said.
     """
-    similarity = _square(similarity, "similarities")
+    square = own is None
+    similarity, mine = _checked(similarity, "similarities", own)
     m = len(similarity)
     if not similarity.isfinite().all():
         raise ValueError("found NaN or infinity among similarities: no weight follows from it")
@@ -133,13 +147,14 @@ def row_weights(
             f"found temperature {temperature}, expected a positive one, "
             f"and self_share {self_share}, expected one from 0 to 1"
         )
-    counts = torch.ones(m, dtype=torch.float64) if rows is None else rows.double()
-    if counts.shape != (m,) or not (counts > 0).all() or not counts.isfinite().all():
+    counts = torch.ones(m if square else similarity.shape, dtype=torch.float64) if rows is None else rows.double()
+    shape = (m,) if square else similarity.shape
+    if counts.shape != shape or not (counts > 0).all() or not counts.isfinite().all():
         raise ValueError(f"rows holds one positive number for each of {m} clients: found {rows}")
-    own = torch.eye(m, dtype=torch.float64)
-    if m == 1:
-        return own
-    others = torch.ones_like(own) if self_weight == "natural" else 1 - own
+    itself = mine.double()
+    if similarity.shape[1] == 1:
+        return itself
+    others = torch.ones_like(itself) if self_weight == "natural" else 1 - itself
     if normalise == "sum":
         mass = similarity.clamp(min=0)
     else:  # the largest exponent among those who count is 0, so the row cannot vanish
@@ -147,16 +162,20 @@ def row_weights(
         mass = torch.exp((similarity - top).clamp(max=0) / temperature)
     mass = mass * others * counts
     total = mass.sum(dim=1, keepdim=True)
-    alone = others / (m - 1) if self_weight == "excluded" else own
+    alone = others / others.sum(dim=1, keepdim=True) if self_weight == "excluded" else itself
     weights = torch.where(total > 0, mass / total, alone)
-    return self_share * own + (1 - self_share) * weights if self_weight == "fixed" else weights
+    return self_share * itself + (1 - self_share) * weights if self_weight == "fixed" else weights
 
 
-def _square(matrix: Tensor, what: str) -> Tensor:
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"{what} between m clients are (m, m): found {tuple(matrix.shape)}")
-    return matrix.double()
-
-
-def _eye(matrix: Tensor) -> Tensor:
-    return torch.eye(len(matrix), dtype=torch.bool)
+def _checked(matrix: Tensor, what: str, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The matrix in float64, and which of its entries are about the client itself."""
+    if own is None:
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"{what} between m clients are (m, m): found {tuple(matrix.shape)}")
+        own = torch.eye(len(matrix), dtype=torch.bool)
+    elif matrix.dim() != 2 or own.shape != matrix.shape or not (own.sum(dim=1) == 1).all():
+        raise ValueError(
+            f"own says of {what} of shape {tuple(matrix.shape)} which one in each row is of the client itself: "
+            f"found shape {tuple(own.shape)}"
+        )
+    return matrix.double(), own

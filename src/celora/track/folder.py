@@ -2,7 +2,7 @@
 
     events.jsonl            every event, one a line
     metrics.csv, bytes.csv  the same, a row for each client, round and moment, and for each client and round
-    similarity/             who learned from whom: round_0003.npy (m, m), its clients in clients.json
+    similarity/             who learned from whom: round_0003.npy (m, m), its clients in clients.json; .npz for many
     state/round_0003/       what resuming needs: server.bin, event.json, clients/<client>.bin; the last two are kept
 
 A checkpoint is written to a temporary name, flushed, and renamed; the journal line follows it. Whatever moment a
@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from celora.core.algorithm import ClientId, Mixing
@@ -31,6 +32,8 @@ from celora.wire import pack, record, unpack
 
 Event = dict[str, Any]
 KEPT = 2
+DENSE = 1000
+"""Clients up to which who learned from whom is written as a matrix."""
 METRICS = ("round", "client", "moment", "score", "loss", "rows")
 BYTES = (
     "round", "client", "up_payload", "up_frame", "down_payload", "down_frame", "head_up", "head_down", "summary",
@@ -211,17 +214,26 @@ class RunFolder:
         """Write who learned from whom after a round, if the server's state says so."""
         for value in vars(server).values():
             if isinstance(value, Mixing) and value.clients:
-                with _disk(self.path):
-                    (self.path / "similarity").mkdir(exist_ok=True)
-                    np.save(self.path / "similarity" / f"round_{index:04d}.npy", value.weights.numpy())
+                target = self.path / "similarity" / f"round_{index:04d}"
+                with _disk(target):
+                    target.parent.mkdir(exist_ok=True)
+                    if value.neighbours is None or len(value.clients) <= DENSE:
+                        np.save(target.with_suffix(".npy"), value.dense().numpy())
+                    else:
+                        neighbours, weights = value.neighbours.numpy(), value.weights.float().numpy()
+                        np.savez(target.with_suffix(".npz"), neighbours=neighbours, weights=weights)
                 self.write_json("similarity/clients.json", list(value.clients))
 
-    def similarity(self) -> tuple[np.ndarray[Any, Any] | None, list[ClientId]]:
-        """The last matrix of who learned from whom, and its clients; None where the algorithm has none."""
-        files = sorted((self.path / "similarity").glob("round_*.npy"))
+    def similarity(self) -> Mixing | None:
+        """Who learned from whom in the last round that says so; None where the algorithm does not."""
+        files = sorted((self.path / "similarity").glob("round_*.np[yz]"))
         if not files:
-            return None, []
-        return np.load(files[-1], allow_pickle=False), self.read_json("similarity/clients.json")
+            return None
+        clients, found = tuple(self.read_json("similarity/clients.json")), np.load(files[-1], allow_pickle=False)
+        if files[-1].suffix == ".npy":
+            return Mixing(clients, torch.from_numpy(found))
+        with found:
+            return Mixing(clients, torch.from_numpy(found["weights"]), torch.from_numpy(found["neighbours"]))
 
 
 def _metric_rows(event: Event) -> list[tuple[Any, ...]]:

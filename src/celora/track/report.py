@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from celora.core.algorithm import Mixing
 from celora.track.figures import curves, heat_map, inline
 from celora.track.tables import headline
 from celora.track.text import HARMED, MISSING, duration, lift, printable, score, share, size
@@ -41,26 +40,24 @@ def write(
     folder: Path,
     summary: Mapping[str, Any],
     events: Sequence[Event],
-    similarity: np.ndarray[Any, Any] | None,
-    clients: Sequence[str],
+    mixing: Mixing | None,
 ) -> None:
     """Write `folder/report.html`, whole or not at all.
 
     Args:
         summary: summary.json.
         events: the journal; only the rounds of this algorithm and seed are drawn.
-        similarity: who learned from whom (m, m), a row for each of `clients`; None if all learned the same.
+        mixing: who learned from whom; None if all learned the same.
     """
     temporary = folder / "report.html.tmp"
-    temporary.write_text(page(summary, events, similarity, clients), encoding="utf-8")
+    temporary.write_text(page(summary, events, mixing), encoding="utf-8")
     os.replace(temporary, folder / "report.html")
 
 
 def page(
     summary: Mapping[str, Any],
     events: Sequence[Event],
-    similarity: np.ndarray[Any, Any] | None,
-    clients: Sequence[str],
+    mixing: Mixing | None,
 ) -> str:
     """The report as HTML."""
     name = f"{summary['algorithm']}, seed {summary['seed']}"
@@ -75,12 +72,11 @@ def page(
         "<h2>Bytes</h2>",
         _bytes(summary),
     ]
-    if similarity is not None and len(clients) > 1:
-        learned = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences(similarity, clients))
-        parts += [
-            "<h2>Who learned from whom</h2>",
-            inline(heat_map(similarity, clients), "averaging weights"),
-        ]
+    if mixing is not None and len(mixing.clients) > 1:
+        learned = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences(mixing))
+        parts += ["<h2>Who learned from whom</h2>"]
+        if mixing.neighbours is None:
+            parts += [inline(heat_map(mixing.weights.numpy(), mixing.clients), "averaging weights")]
         parts += [f'<p class="note">Averaging weights of the last round of training.</p><ul>{learned}</ul>']
     parts += _remarks(summary)
     settings = json.dumps(summary.get("settings", {}), indent=2, ensure_ascii=False)
@@ -91,26 +87,30 @@ def page(
     return f'<!doctype html>\n<html lang="en"><head>{policy}{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def sentences(similarity: np.ndarray[Any, Any], clients: Sequence[str]) -> list[str]:
+def sentences(mixing: Mixing) -> list[str]:
     """Each row of the averaging weights in words.
 
-    >>> weights = np.array([[0.7, 0.3, 0.0], [0.1, 0.2, 0.7], [1.0, 0.0, 0.0]])
-    >>> print(*sentences(weights, ["a", "b", "c"]), sep="\\n")
+    >>> import torch
+    >>> weights = torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.2, 0.7], [1.0, 0.0, 0.0]])
+    >>> print(*sentences(Mixing(("a", "b", "c"), weights)), sep="\\n")
     a kept 70 % of its own and learned most from b (30 %).
     b kept 20 % of its own and learned most from c (70 %).
     c kept 0 % of its own and learned most from a (100 %).
     """
-    told = []
-    for i, client in enumerate(clients):
-        others = {clients[j]: float(similarity[i, j]) for j in range(len(clients)) if j != i}
-        kept = f"{client} kept {share(float(similarity[i, i]))} of its own"
+    told, clients = [], mixing.clients
+    everybody = list(range(len(clients)))
+    for i, row in enumerate(mixing.weights.tolist()):
+        among = everybody if mixing.neighbours is None else mixing.neighbours[i].tolist()
+        others = dict(zip(among, row, strict=True))
+        kept = f"{clients[i]} kept {share(others.pop(i, 0.0))} of its own"
         if sum(others.values()) <= EVEN:
             told.append(f"{kept} and was left alone.")
         elif len(others) > 1 and max(others.values()) - min(others.values()) < EVEN:
-            told.append(f"{kept} and learned from all others alike.")
+            group = "all others" if len(others) == len(clients) - 1 else f"{len(others)} others"
+            told.append(f"{kept} and learned from {group} alike.")
         else:
             most = max(others, key=lambda other: others[other])
-            told.append(f"{kept} and learned most from {most} ({share(others[most])}).")
+            told.append(f"{kept} and learned most from {clients[most]} ({share(others[most])}).")
     return told
 
 
