@@ -368,7 +368,7 @@ class Scribbling(FedIT):
     def aggregate(self, server: Any, heard: Any) -> Any:
         first, *others = heard.values()
         for name, tensor in first.weights.items():
-            tensor.copy_(mean([first.weights, *(up.weights for up in others)], [1] * len(heard))[name])
+            tensor.copy_(mean((up.weights, 1) for up in (first, *others))[name])
         return dataclasses.replace(server, weights=first.weights)
 
 
