@@ -16,9 +16,12 @@ tensors = st.lists(numbers, min_size=4, max_size=4).map(torch.tensor)
 holders = st.dictionaries(st.sampled_from(NAMES), tensors, min_size=1)
 weighted = st.lists(st.tuples(holders, st.integers(1, 10_000)), min_size=1, max_size=5)
 
+Weighted = list[tuple[dict[str, Tensor], int]]
+
+
 @some
 @given(weighted)
-def test_a_mean_stays_in_the_hull_of_those_who_hold_the_name(many: list[tuple[dict[str, Tensor], int]]) -> None:
+def test_a_mean_stays_in_the_hull_of_those_who_hold_the_name(many: Weighted) -> None:
     found = mean(many)
     assert set(found) == {name for tensors, _ in many for name in tensors}
     for name, tensor in found.items():
@@ -30,7 +33,7 @@ def test_a_mean_stays_in_the_hull_of_those_who_hold_the_name(many: list[tuple[di
 
 @some
 @given(weighted)
-def test_a_mean_is_the_weighted_sum_over_the_holders_alone(many: list[tuple[dict[str, Tensor], int]]) -> None:
+def test_a_mean_is_the_weighted_sum_over_the_holders_alone(many: Weighted) -> None:
     for name, tensor in mean(many).items():
         held = [(tensors[name].double(), weight) for tensors, weight in many if name in tensors]
         expected = sum(w * x for x, w in held) / sum(w for _, w in held)  # type: ignore[operator]
@@ -39,7 +42,7 @@ def test_a_mean_is_the_weighted_sum_over_the_holders_alone(many: list[tuple[dict
 
 @some
 @given(weighted, st.randoms(use_true_random=False), st.integers(2, 50))
-def test_a_mean_depends_on_neither_the_order_nor_the_unit_of_the_weights(many: list[tuple[dict[str, Tensor], int]], random, unit: int) -> None:  # type: ignore[no-untyped-def]
+def test_a_mean_depends_on_neither_the_order_nor_the_unit_of_the_weights(many: Weighted, random, unit: int) -> None:  # type: ignore[no-untyped-def]
     others = [(tensors, weight * unit) for tensors, weight in many]
     random.shuffle(others)
     found, expected = mean(others), mean(many)
@@ -49,7 +52,7 @@ def test_a_mean_depends_on_neither_the_order_nor_the_unit_of_the_weights(many: l
 
 @some
 @given(weighted)
-def test_a_mean_changes_nothing_it_was_given(many: list[tuple[dict[str, Tensor], int]]) -> None:
+def test_a_mean_changes_nothing_it_was_given(many: Weighted) -> None:
     before = [image(tensors) for tensors, _ in many]
     found = mean(many)
     for tensor in found.values():

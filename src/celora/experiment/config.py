@@ -5,6 +5,7 @@
     [adapter]    rank, targets, initialisation        celora.models.Adapter
     [train]      local training                       celora.core.learner.Recipe
     [plan]       rounds, participation, seed          celora.core.messages.Plan
+    [engine]     how clients are run here             celora.engines.embedded.Engine
     [algorithm]  name, and that algorithm's fields    celora.algorithms.ALGORITHMS
     [overrides.LABEL.SECTION]                         what differs when LABEL is run by `compare`
 
@@ -26,6 +27,7 @@ from celora.core.algorithm import AnyAlgorithm
 from celora.core.learner import Recipe
 from celora.core.messages import Plan
 from celora.data import Data
+from celora.engines.embedded import Engine
 from celora.errors import ConfigError
 from celora.models import Adapter, Model
 
@@ -36,6 +38,7 @@ SECTIONS: Mapping[str, type] = {
     "adapter": Adapter,
     "train": Recipe,
     "plan": Plan,
+    "engine": Engine,
 }
 
 
@@ -57,6 +60,7 @@ class Experiment:
     adapter: Adapter
     train: Recipe
     plan: Plan
+    engine: Engine
     algorithm: AnyAlgorithm
     base: Path
     tree: Tree

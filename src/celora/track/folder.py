@@ -3,14 +3,15 @@
     events.jsonl            every event, one a line
     metrics.csv, bytes.csv  the same, a row for each client, round and moment, and for each client and round
     similarity/             who learned from whom: round_0003.npy (m, m), its clients in clients.json
-    state/round_0003/       what resuming needs: server.bin, event.json, clients/<client>.bin; the last two are kept
+    state/round_0003/       what resuming needs: server.bin, event.json, clients.json; the last two are kept
+    state/shelves/          what each client keeps: <name>.bin for each name in a clients.json (`track.shelves`)
 
-A checkpoint is written to a temporary name, flushed, and renamed; the journal line follows it. Whatever moment a
-process is killed at, the newest whole checkpoint and the lines up to its round are one consistent state.
+A checkpoint is written to a temporary name, flushed, and renamed, after the files it names and before the journal
+line. Whatever moment a process is killed at, the newest whole checkpoint and the lines up to its round are one
+consistent state.
 """
 
 import csv
-import errno
 import json
 import os
 import shutil
@@ -19,15 +20,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from celora.core.algorithm import ClientId, Mixing
-from celora.core.messages import Checkpoint, Shelf
+from celora.core.messages import Checkpoint
 from celora.errors import RunFolderError, WireError
-from celora.wire import pack, record, unpack
+from celora.track.disk import put, sync, writing
+from celora.track.shelves import Shelves, check, sweep
+from celora.wire import pack, unpack
 
 Event = dict[str, Any]
 KEPT = 2
@@ -36,11 +38,6 @@ BYTES = (
     "round", "client", "up_payload", "up_frame", "down_payload", "down_frame", "head_up", "head_down", "summary",
     "report",
 )  # fmt: skip
-
-
-@record
-class _Items:
-    items: Mapping[str, bytes]
 
 
 def stamped(event: Mapping[str, Any]) -> Event:
@@ -66,7 +63,7 @@ class RunFolder:
                 f"{path} exists already: choose another name (--out), delete it, or continue it with "
                 f"`celora resume {path}`"
             )
-        with _disk(path):
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         return RunFolder(path)
 
@@ -88,12 +85,12 @@ class RunFolder:
     def write(self, name: str, content: str) -> None:
         """A whole file or none."""
         target = self.path / name
-        with _disk(target):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(target.name + ".tmp")
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(content)
-                _flush(file.fileno())
+                os.fsync(file.fileno())
             os.replace(temporary, target)
 
     def write_json(self, name: str, value: object) -> None:
@@ -113,11 +110,11 @@ class RunFolder:
     def event(self, event: Mapping[str, Any]) -> Event:
         """Append to the journal; gives back the line as written, with its time."""
         line = stamped(event)
-        with _disk(self.path):
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with _disk(self.path), open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            _flush(file.fileno())
+            os.fsync(file.fileno())
         if line["event"] == "round":
             self._rows("metrics.csv", METRICS, _metric_rows(line))
             self._rows("bytes.csv", BYTES, _byte_rows(line))
@@ -150,7 +147,7 @@ class RunFolder:
                     self._rows(name, header, rows(e))
 
     def _rows(self, name: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-        with _disk(self.path), open(self.path / name, "a", encoding="utf-8", newline="") as file:
+        with writing(self.path), open(self.path / name, "a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
                 writer.writerow(header)
@@ -158,8 +155,13 @@ class RunFolder:
 
     # --- checkpoints
 
-    def save(self, checkpoint: Checkpoint, shelves: Mapping[ClientId, Shelf], event: Event) -> None:
-        """Write `state/round_NNNN` whole, and forget all but the last two.
+    @property
+    def shelves(self) -> Path:
+        """Where `Shelves` keeps its files."""
+        return self.path / "state" / "shelves"
+
+    def save(self, checkpoint: Checkpoint, shelves: Shelves, event: Event) -> None:
+        """Write the shelves that changed and `state/round_NNNN` whole, and forget all but the last two rounds.
 
         Raises:
             RunFolderError: if the disk is full; the last checkpoint is intact.
@@ -167,21 +169,25 @@ class RunFolder:
         state = self.path / "state"
         target = state / f"round_{checkpoint.round:04d}"
         temporary = state / f".{target.name}.tmp"
-        with _disk(target):
+        names = shelves.flush()
+        with writing(target):
             shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "clients").mkdir(parents=True)
-            _put(temporary / "server.bin", pack(checkpoint))
-            _put(temporary / "event.json", json.dumps(event).encode())
-            for client, shelf in shelves.items():
-                _put(temporary / "clients" / f"{quote(client, safe='')}.bin", pack(_Items(dict(shelf))))
+            temporary.mkdir(parents=True)
+            put(temporary / "server.bin", pack(checkpoint))
+            put(temporary / "event.json", json.dumps(event).encode())
+            put(temporary / "clients.json", json.dumps(names).encode())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-            _flush_folder(state)
+            sync(state)
         for old in sorted(state.glob("round_*"))[:-KEPT]:
             shutil.rmtree(old)
+        if self.shelves.exists():
+            sweep(self.shelves, {name for kept in state.glob("round_*") for name in _names(kept).values()})
 
-    def latest(self) -> tuple[Checkpoint, dict[ClientId, Shelf], Event, list[str]] | None:
-        """The newest whole checkpoint, the clients' shelves, its event, and what was wrong with newer ones.
+    def latest(self) -> tuple[Checkpoint, dict[ClientId, str], Event, list[str]] | None:
+        """The newest whole checkpoint, the names of the clients' shelves, its event, what was wrong with newer ones.
+
+        Every file of the checkpoint is read once and held against its name.
 
         Raises:
             RunFolderError: if there are checkpoints and none is whole.
@@ -191,15 +197,14 @@ class RunFolder:
             try:
                 checkpoint = unpack(Checkpoint, (state / "server.bin").read_bytes())
                 event = json.loads((state / "event.json").read_bytes())
-                shelves: dict[ClientId, Shelf] = {}
-                for file in sorted((state / "clients").iterdir()):
-                    shelves[unquote(file.stem)] = dict(unpack(_Items, file.read_bytes()).items)
-                if missing := sorted(set(event["clients"]) - set(shelves)):
+                names = _names(state)
+                if missing := sorted(set(event["clients"]) - set(names)):
                     raise WireError(f"the state of {missing[0]} is missing")
+                check(self.shelves, names)
             except (OSError, ValueError, KeyError, WireError) as error:
                 damage.append(f"{state} is damaged ({error})")
                 continue
-            return checkpoint, shelves, event, damage
+            return checkpoint, names, event, damage
         if damage:
             raise RunFolderError(
                 "; ".join(damage) + f". No whole checkpoint is left: restore one from a backup, or delete {self.path} "
@@ -211,7 +216,7 @@ class RunFolder:
         """Write who learned from whom after a round, if the server's state says so."""
         for value in vars(server).values():
             if isinstance(value, Mixing) and value.clients:
-                with _disk(self.path):
+                with writing(self.path):
                     (self.path / "similarity").mkdir(exist_ok=True)
                     np.save(self.path / "similarity" / f"round_{index:04d}.npy", value.weights.numpy())
                 self.write_json("similarity/clients.json", list(value.clients))
@@ -222,6 +227,12 @@ class RunFolder:
         if not files:
             return None, []
         return np.load(files[-1], allow_pickle=False), self.read_json("similarity/clients.json")
+
+
+def _names(state: Path) -> dict[ClientId, str]:
+    """client -> the name of its shelf's file, in a checkpoint."""
+    names: dict[ClientId, str] = json.loads((state / "clients.json").read_bytes())
+    return names
 
 
 def _metric_rows(event: Event) -> list[tuple[Any, ...]]:
@@ -236,32 +247,3 @@ def _byte_rows(event: Event) -> list[tuple[Any, ...]]:
     return [
         (event["index"], client, *(traffic[name] for name in BYTES[2:])) for client, traffic in event["traffic"].items()
     ]
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "check the folder's permissions"
-        raise RunFolderError(
-            f"cannot write {path}: {error.strerror or error}. Nothing written so far is lost; {hint} and resume the run"
-        ) from error
-
-
-def _put(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        _flush(file.fileno())
-
-
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
