@@ -25,7 +25,7 @@ REPLIES = 16 * 2**20
 class Engine:
     """How the clients are run on this machine; no result depends on it."""
 
-    state_mb: Whole = setting(64, "MB of clients' states held in memory; those of other clients lie in the run folder")
+    state_mb: Whole = setting(32, "MB of clients' states held in memory; those of other clients lie in the run folder")
 
 
 class Embedded:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,11 @@ class RunFolder:
             sync(state)
         for old in sorted(state.glob("round_*"))[:-KEPT]:
             shutil.rmtree(old)
-        if self.shelves.exists():
-            sweep(self.shelves, {name for kept in state.glob("round_*") for name in _names(kept).values()})
+        named = set(names.values())
+        for kept in state.glob("round_*"):
+            with suppress(OSError, ValueError):  # a damaged checkpoint names nothing
+                named |= set(_names(kept).values())
+        sweep(self.shelves, named)
 
     def latest(self) -> tuple[Checkpoint, dict[ClientId, str], Event, list[str]] | None:
         """The newest whole checkpoint, the names of the clients' shelves, its event, what was wrong with newer ones.

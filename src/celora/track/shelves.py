@@ -147,6 +147,6 @@ def check(folder: Path, names: Mapping[ClientId, str]) -> None:
 
 def sweep(folder: Path, named: set[str]) -> None:
     """Delete the files that no checkpoint names, what a killed process left included."""
-    for file in folder.iterdir():
+    for file in list(folder.iterdir()) if folder.exists() else []:
         if file.suffix != ".bin" or file.stem not in named:
             file.unlink()
