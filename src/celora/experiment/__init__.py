@@ -172,6 +172,7 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
     engine = Embedded(algorithm, world.learner, shelves, schema)
     twin_rounds = {e["index"]: e["validation"] for e in twin.events() if e["event"] == "round"} if twin else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
+    best = checkpoint.best if checkpoint else None
     for done in federate(algorithm, engine, plan, world.clients, world.initial, checkpoint):
         sent += sum(traffic.up_frame for traffic in done.traffic.values())
         event = {
@@ -182,14 +183,15 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
         event |= {**who, "rounds": plan.rounds}
         folder.mixing(done.server, done.index)
         folder.save(done.checkpoint, shelves, event)
-        checkpoint = done.checkpoint
+        best = done.checkpoint.best
+        del done  # the server's state and its frame, before the next round makes others
         line = folder.event(event)
         yield from notices(_notes(engine.notes))
         yield line
-    if checkpoint is None:
+    if best is None:
         raise RunFolderError(f"{job.folder}: no round was run")
     alone = {c: row["score"] for c, row in twin.read_json("summary.json")["clients"].items()} if twin else None
-    summary = summarise(experiment, world, engine, checkpoint.best, folder.events(), alone)
+    summary = summarise(experiment, world, engine, best, folder.events(), alone)
     summary |= {"folder": str(job.folder), "adapters": str(job.folder / "adapters")}
     chosen = f"{summary['moment']}@{summary['round']}"
     for client in world.clients:

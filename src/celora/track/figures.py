@@ -51,7 +51,7 @@ def heat_map(similarity: np.ndarray[Any, Any], clients: Sequence[str]) -> Figure
     first = np.arange(0, m, -(-m // CELLS))
     size = np.diff(first, append=m)
     blocks = np.add.reduceat(np.add.reduceat(similarity, first, axis=0), first, axis=1) / np.outer(size, size)
-    image = axes.imshow(blocks, cmap="Blues", vmin=0.0, extent=(-0.5, m - 0.5, m - 0.5, -0.5))
+    image = axes.imshow(blocks.astype(np.float32), cmap="Blues", vmin=0.0, extent=(-0.5, m - 0.5, m - 0.5, -0.5))
     axes.set(xlabel="… from", ylabel="receives …")
     if m <= NAMED:
         names = [printable(client)[:24] for client in clients]
