@@ -8,7 +8,7 @@ numbers worked out by hand.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,11 +21,11 @@ from torch import Tensor
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.federation import run
 from celora.core.learner import Batch, Encode, Fit, Fitted, Metrics, Problem, Recipe, Score, Split
-from celora.core.messages import Checkpoint, Exchange, Order, Plan, Private, Reply, Round
+from celora.core.messages import Checkpoint, Exchange, Order, Plan, Reply, Round, Shelf, frame_of, opened
 from celora.engines.embedded import Embedded
 from celora.rng import generator
 from celora.tensors import Tensors
-from celora.wire import Schema, unpack
+from celora.wire import Schema
 
 CLIENTS = ("c0", "c1", "c2", "c3")
 D_IN, D_OUT, RANK, CLASSES = 6, 8, 4, 2
@@ -225,13 +225,13 @@ class Federation:
         self,
         algorithm: AnyAlgorithm,
         world: World | None = None,
-        shelves: Mapping[str, Mapping[str, bytes]] | None = None,
+        shelves: Mapping[str, Mapping[str, object]] | None = None,
         clients: Sequence[str] = CLIENTS,
     ) -> None:
         self.algorithm, self.clients = algorithm, clients
         self.world = world or world_of(algorithm)
         self.schema = Schema.of(self.world.initial)
-        self.shelves = {client: dict(shelf) for client, shelf in (shelves or {}).items()}
+        self.shelves: MutableMapping[str, Shelf] = {c: dict(shelf) for c, shelf in (shelves or {}).items()}
         self.engine = Embedded(algorithm, self.world, self.shelves, self.schema)
 
     def run(
@@ -242,13 +242,21 @@ class Federation:
     ) -> Iterator[Round]:
         return run(self.algorithm, around(self.engine), plan, self.clients, self.world.initial, checkpoint=checkpoint)
 
-    def private(self, shelf: Mapping[str, bytes], name: str = "private") -> Any:
-        """The private state on a shelf."""
-        return unpack(self.algorithm.card.local, unpack(Private, shelf[name]).local, self.schema)
+    def private(self, shelf: Mapping[str, object]) -> Any:
+        """The newest private state on a shelf."""
+        return opened(self.algorithm.card.local, shelf[newest(shelf)], self.schema)
 
     def copies(self) -> dict[str, dict[str, bytes]]:
-        """The shelves as they are now."""
-        return {client: dict(shelf) for client, shelf in self.shelves.items()}
+        """The shelves as they are now, as frames."""
+        return {
+            client: {name: frame_of(value, self.schema) for name, value in shelf.items()}
+            for client, shelf in self.shelves.items()
+        }
+
+
+def newest(shelf: Mapping[str, object]) -> str:
+    """The name of the newest private state on a shelf; "private@0" if there is none."""
+    return max((name for name in shelf if name.startswith("private@")), key=lambda n: int(n[8:]), default="private@0")
 
 
 def world_of(algorithm: AnyAlgorithm, **options: Any) -> World:

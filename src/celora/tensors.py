@@ -4,7 +4,7 @@ A factor's name ends in its letter, `encoder.layer.0.attention.self.query.C`; th
 `head.weight` and `head.bias`. `part` of a name is that letter, or "head".
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,36 +38,36 @@ def select(tensors: Tensors, names: Names) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if names(name)}
 
 
-def mean(many: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Weighted mean of each name over those who hold it.
+def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
+    """Weighted mean of each name over those who hold it, in one pass: only one holder's tensors are needed at a time.
 
     Args:
-        many: one mapping per holder; a name absent from a mapping does not count there.
-        weights: one non-negative number per mapping; they need not sum to 1.
+        weighted: for each holder its tensors and a non-negative weight; the weights need not sum to 1, and a name that
+            a holder does not have does not count there.
 
     Returns:
-        Every name that anybody holds, `sum_i (w_i / sum_j w_j) x_i`, accumulated in the order given.
+        Every name that anybody holds, `sum_i w_i x_i / sum_j w_j`, summed in float64 in the order given and cast back.
 
     Raises:
-        ValueError: if there are more mappings than weights or the other way round, or all weights of a name are 0.
+        ValueError: if all weights of a name are 0.
 
     >>> one, two = {"A": torch.tensor([1.0])}, {"A": torch.tensor([4.0]), "B": torch.tensor([5.0])}
-    >>> mean([one, two], [2, 1])
+    >>> mean([(one, 2), (two, 1)])
     {'A': tensor([2.]), 'B': tensor([5.])}
     """
     totals: dict[str, float] = {}
-    for tensors, weight in zip(many, weights, strict=True):
-        for name in tensors:
-            totals[name] = totals.get(name, 0.0) + weight
-    empty = sorted(name for name, total in totals.items() if not total > 0)
-    if empty:
-        raise ValueError(f"the weights of {empty[0]!r} sum to {totals[empty[0]]}; a mean needs a positive sum")
     sums: dict[str, Tensor] = {}
-    for tensors, weight in zip(many, weights, strict=True):
-        for name, tensor in tensors.items():  # shares, not weights: a finite mean must not overflow on its way
-            share = weight / totals[name] * tensor
-            sums[name] = sums[name] + share if name in sums else share
-    return sums
+    dtypes: dict[str, torch.dtype] = {}
+    for tensors, weight in weighted:
+        for name, tensor in tensors.items():
+            wide = tensor.to(torch.promote_types(tensor.dtype, torch.float64), copy=True).mul_(weight)
+            sums[name] = sums[name].add_(wide) if name in sums else wide
+            totals[name] = totals.get(name, 0.0) + weight
+            dtypes.setdefault(name, tensor.dtype)
+    for name, total in totals.items():
+        if not total > 0:
+            raise ValueError(f"the weights of {name!r} sum to {total}; a mean needs a positive sum")
+    return {name: summed.div_(totals[name]).to(dtypes[name]) for name, summed in sums.items()}
 
 
 def common(many: Sequence[Tensor]) -> Tensor:

@@ -5,8 +5,10 @@ A new algorithm is covered by its line in the table. `MORE` adds settings that t
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,14 @@ from celora.algorithms import ALGORITHMS
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.messages import Checkpoint, Exchange, Model, Order, Plan, Private, Reply, Round
+from celora.core.messages import Checkpoint, Exchange, Model, Notes, Order, Plan, Reply, Round
 from celora.core.solve import solve_together
+from celora.engines import embedded
 from celora.errors import QuorumError, WireError
 from celora.tensors import Names, Tensors, mean, only
+from celora.track.shelves import Shelves
 from celora.wire import Schema, pack, unpack
-from tests.toy import CLIENTS, Federation, Tape, World, image, lost, tensors_in, world_of
+from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, tensors_in, world_of
 
 HEADS = ("private", "shared", "frozen")
 MORE: Mapping[str, list[dict[str, Any]]] = {
@@ -171,7 +175,7 @@ def test_the_order_in_which_clients_are_listed_run_and_heard_changes_nothing(nam
 
     federation = Federation(again(name), clients=CLIENTS[::-1])
     assert [bits(rnd) for rnd in federation.run(PLAN, shuffled)] == [bits(rnd) for rnd in reference(name).rounds]
-    assert federation.shelves == reference(name).shelves[-1]
+    assert federation.copies() == reference(name).shelves[-1]
 
 
 @every_algorithm
@@ -182,7 +186,7 @@ def test_a_run_resumed_from_bytes_is_bit_equal_to_one_that_was_never_stopped(nam
         federation = Federation(again(name), shelves=expected.shelves[done - 1])
         rest = list(federation.run(PLAN, checkpoint=unpack(Checkpoint, frame)))
         assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in expected.rounds[done:]]
-        assert federation.shelves == expected.shelves[-1]
+        assert federation.copies() == expected.shelves[-1]
 
 
 @every_algorithm
@@ -190,6 +194,61 @@ def test_a_finished_run_has_nothing_to_resume(name: str) -> None:
     expected = reference(name)
     federation = Federation(again(name), shelves=expected.shelves[-1])
     assert list(federation.run(PLAN, checkpoint=expected.rounds[-1].checkpoint)) == []
+
+
+# --- where states are ---------------------------------------------------------------------------------------------
+
+
+@every_algorithm
+@pytest.mark.parametrize("room", [0, 1 << 30], ids=["on disk", "in memory"])
+def test_whether_states_and_replies_are_in_memory_or_on_disk_changes_no_bit(
+    name: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "REPLIES", room)
+    federation = Federation(again(name))
+    federation.shelves = federation.engine.shelves = Shelves(None, federation.schema, room)
+    assert [bits(rnd) for rnd in federation.run(PLAN)] == [bits(rnd) for rnd in reference(name).rounds]
+    assert federation.copies() == reference(name).shelves[-1]
+    frames = [isinstance(value, bytes) for shelf in federation.shelves.values() for value in shelf.values()]
+    assert set(frames) == {room == 0}
+
+
+@every_algorithm
+def test_in_process_what_a_client_keeps_is_neither_packed_nor_unpacked(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, unpacked = list[type](), list[type]()
+
+    def packing(value: object, *schema: Schema) -> bytes:
+        packed.append(type(value))
+        return pack(value, *schema)
+
+    def unpacking(kind: Any, *frame: Any) -> Any:
+        unpacked.append(kind)
+        return unpack(kind, *frame)
+
+    for module in [module for path, module in sys.modules.items() if path.startswith("celora.")]:
+        for function, counting in ((pack, packing), (unpack, unpacking)):
+            if getattr(module, function.__name__, None) is function:
+                monkeypatch.setattr(module, function.__name__, counting)
+    list(Federation(again(name)).run(PLAN))
+    card = VARIANTS[name].card
+    assert not {card.local, Model, Notes} & {*packed, *unpacked}
+    for kind, turns in ((card.down, 3), (card.up, 2)):  # what crosses is built, every time
+        assert packed.count(kind) == turns * len(CLIENTS)
+        assert unpacked.count(kind) >= turns * len(CLIENTS)
+
+
+@every_algorithm
+def test_what_is_on_a_shelf_is_never_changed_and_keeps_nothing_larger_alive(name: str) -> None:
+    """A view would keep whatever it is a view of: of a state on disk, nothing would be gained."""
+    for earlier, later in pairwise(reference(name).shelves):
+        for client, shelf in earlier.items():
+            for key in (shelf.keys() & later[client].keys()) - {"notes"}:
+                assert later[client][key] == shelf[key], key
+    for kept in reference(name).federation.shelves.values():
+        for tensor in tensors_in(kept):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 # --- clients that do not deliver ----------------------------------------------------------------------------------
@@ -323,7 +382,7 @@ class Watched:
         return self._call("send", server, client)
 
     def aggregate(self, server: Any, heard: Any) -> Any:
-        return self._call("aggregate", server, heard)
+        return self._call("aggregate", server, dict(heard))  # `heard` itself gives a new value each time
 
     def model(self, local: Any, down: Any) -> Any:
         return self._call("model", local, down)
@@ -369,7 +428,7 @@ class Scribbling(FedIT):
     def aggregate(self, server: Any, heard: Any) -> Any:
         first, *others = heard.values()
         for name, tensor in first.weights.items():
-            tensor.copy_(mean([first.weights, *(up.weights for up in others)], [1] * len(heard))[name])
+            tensor.copy_(mean((up.weights, 1) for up in (first, *others))[name])
         return dataclasses.replace(server, weights=first.weights)
 
 
@@ -513,7 +572,7 @@ def test_the_four_records_come_back_from_the_wire_as_they_went(name: str) -> Non
     schema, card = run.federation.schema, algorithm.card
     frames = {
         card.server: [rnd.checkpoint.server for rnd in run.rounds],
-        card.local: [unpack(Private, shelf["private"]).local for shelves in run.shelves for shelf in shelves.values()],
+        card.local: [shelf[newest(shelf)] for shelves in run.shelves for shelf in shelves.values()],
         card.down: [order.frame for _, _, order in run.tape.orders],
         card.up: [reply.frame for _, _, reply in run.tape.replies if reply.frame],
     }
@@ -571,7 +630,8 @@ def test_with_a_fraction_only_the_drawn_train_and_everybody_is_scored(name: str)
             assert set(rnd.scores[client]) == {"received", "personal", "train"}
             assert bool(replies[client].frame) == (client in rnd.heard)
             if client not in rnd.heard:
-                assert shelves[client].get("private") == before.get(client, {}).get("private")
+                earlier = before.get(client, {})
+                assert shelves[client].get(newest(shelves[client])) == earlier.get(newest(earlier))
 
 
 # --- training does something --------------------------------------------------------------------------------------

@@ -154,15 +154,14 @@ def test_the_jump_on_download_is_that_of_the_core_alone() -> None:
 
 
 def test_freezing_the_bases_leaves_everybody_on_the_seeds_bases() -> None:
-    from celora.core.messages import Model
-    from celora.wire import unpack
+    from celora.core.messages import Model, opened
     from tests.toy import world_of
 
     algorithm = CELoRA(freeze_bases=True, data_share=0.0)
     federation = Federation(algorithm, world_of(algorithm))
     list(federation.run(Plan(rounds=1)))
     for shelf in federation.shelves.values():
-        weights = unpack(Model, shelf["personal@1"], federation.schema).weights
+        weights = opened(Model, shelf["personal@1"], federation.schema).weights
         for name in ("layer.A", "layer.B"):
             assert torch.equal(weights[name], federation.world.initial[name])
         assert not torch.equal(weights["layer.C"], torch.eye(RANK))

@@ -32,12 +32,11 @@ def test_the_update_served_is_the_mean_of_the_updates_made() -> None:
 
 
 def test_after_training_every_client_still_has_the_seeds_a() -> None:
-    from celora.core.messages import Model, Plan
-    from celora.wire import unpack
+    from celora.core.messages import Model, Plan, opened
 
     federation = Federation(FFALoRA())
     list(federation.run(Plan(rounds=2)))
     for shelf in federation.shelves.values():
-        weights = unpack(Model, shelf["personal@2"], federation.schema).weights
+        weights = opened(Model, shelf["personal@2"], federation.schema).weights
         assert torch.equal(weights["layer.A"], federation.world.initial["layer.A"])
         assert bool(weights["layer.B"].any())

@@ -19,14 +19,10 @@ weighted = st.lists(st.tuples(holders, st.integers(1, 10_000)), min_size=1, max_
 Weighted = list[tuple[dict[str, Tensor], int]]
 
 
-def mean_of(many: Weighted) -> dict[str, Tensor]:
-    return mean([tensors for tensors, _ in many], [weight for _, weight in many])
-
-
 @some
 @given(weighted)
 def test_a_mean_stays_in_the_hull_of_those_who_hold_the_name(many: Weighted) -> None:
-    found = mean_of(many)
+    found = mean(many)
     assert set(found) == {name for tensors, _ in many for name in tensors}
     for name, tensor in found.items():
         held = torch.stack([tensors[name] for tensors, _ in many if name in tensors])
@@ -38,7 +34,7 @@ def test_a_mean_stays_in_the_hull_of_those_who_hold_the_name(many: Weighted) -> 
 @some
 @given(weighted)
 def test_a_mean_is_the_weighted_sum_over_the_holders_alone(many: Weighted) -> None:
-    for name, tensor in mean_of(many).items():
+    for name, tensor in mean(many).items():
         held = [(tensors[name].double(), weight) for tensors, weight in many if name in tensors]
         expected = sum(w * x for x, w in held) / sum(w for _, w in held)  # type: ignore[operator]
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-4, atol=1e-3)
@@ -49,7 +45,7 @@ def test_a_mean_is_the_weighted_sum_over_the_holders_alone(many: Weighted) -> No
 def test_a_mean_depends_on_neither_the_order_nor_the_unit_of_the_weights(many: Weighted, random, unit: int) -> None:  # type: ignore[no-untyped-def]
     others = [(tensors, weight * unit) for tensors, weight in many]
     random.shuffle(others)
-    found, expected = mean_of(others), mean_of(many)
+    found, expected = mean(others), mean(many)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-3)
 
@@ -58,7 +54,7 @@ def test_a_mean_depends_on_neither_the_order_nor_the_unit_of_the_weights(many: W
 @given(weighted)
 def test_a_mean_changes_nothing_it_was_given(many: Weighted) -> None:
     before = [image(tensors) for tensors, _ in many]
-    found = mean_of(many)
+    found = mean(many)
     for tensor in found.values():
         tensor.zero_()
     assert [image(tensors) for tensors, _ in many] == before
@@ -67,14 +63,14 @@ def test_a_mean_changes_nothing_it_was_given(many: Weighted) -> None:
 @some
 @given(holders, st.integers(1, 10_000))
 def test_the_mean_of_copies_is_the_copy(tensors: dict[str, Tensor], weight: int) -> None:
-    for name, tensor in mean([tensors] * 3, [weight, 2 * weight, 1]).items():
+    for name, tensor in mean((tensors, share) for share in (weight, 2 * weight, 1)).items():
         torch.testing.assert_close(tensor, tensors[name], rtol=1e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_mean_keeps_the_dtype_and_stands_large_weights(dtype: torch.dtype) -> None:
     one = {"layer.A": torch.full((2,), 8.0, dtype=dtype)}
-    found = mean([one, one], [1 << 20, 1 << 20])
+    found = mean([(one, 1 << 20)] * 2)
     assert image(found) == image(one)
 
 
@@ -82,7 +78,7 @@ def test_a_mean_keeps_the_dtype_and_stands_large_weights(dtype: torch.dtype) -> 
 def test_a_mean_of_finite_numbers_is_finite(dtype: torch.dtype, number: float) -> None:
     """One client's large number must not become everybody's infinity."""
     one = {"layer.A": torch.full((2,), number, dtype=dtype)}
-    torch.testing.assert_close(mean([one, one], [10_000, 30_000]), one, rtol=1e-2, atol=0)
+    torch.testing.assert_close(mean([(one, 10_000), (one, 30_000)]), one, rtol=1e-2, atol=0)
 
 
 @some

@@ -1,17 +1,19 @@
 """celora.engines.embedded: clients in this process, and nothing but frames between."""
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from celora.algorithms.fedit import FedIT
-from celora.algorithms.fedsa_lora import Down, FedSALoRA, Up
+from celora.algorithms.fedsa_lora import Down, FedSALoRA, Local, Up
 from celora.core.messages import Exchange, Order, Plan, Reply
 from celora.core.solve import solve
 from celora.engines import embedded
-from celora.engines.embedded import Embedded
-from celora.errors import DataError, QuorumError
+from celora.engines.embedded import Embedded, Replies
+from celora.errors import DataError, QuorumError, RunFolderError
 from celora.wire import pack, unpack
 from tests.toy import CLIENTS, Federation, World, image
 
@@ -25,13 +27,13 @@ def down(federation: Federation) -> bytes:
     return pack(Down({}), federation.schema)
 
 
-def test_replies_are_frames_and_private_state_is_bytes_on_the_shelf() -> None:
+def test_replies_are_frames_and_private_state_is_handed_over_as_it_is() -> None:
     federation = Federation(FedSALoRA())
     replies = federation.engine({"c0": order(frame=down(federation))})
     assert list(replies) == ["c0"]
     assert sorted(unpack(Up, replies["c0"].frame, federation.schema).weights) == ["layer.A"]
     assert list(federation.shelves) == ["c0"]
-    assert {key: type(value) for key, value in federation.shelves["c0"].items()} == {"private": bytes}
+    assert {key: type(value) for key, value in federation.shelves["c0"].items()} == {"private@1": Local}
 
 
 def test_a_client_that_raises_answers_with_the_error_and_the_others_are_run() -> None:
@@ -40,7 +42,7 @@ def test_a_client_that_raises_answers_with_the_error_and_the_others_are_run() ->
     assert replies["c1"].error == "ZeroDivisionError: no rows"
     assert (replies["c1"].frame, replies["c1"].scores) == (b"", {})
     assert [client for client, reply in replies.items() if reply.frame] == ["c0", "c2", "c3"]
-    assert "private" not in federation.shelves["c1"]
+    assert "c1" not in federation.shelves
 
 
 def test_an_order_that_cannot_be_read_is_answered_with_what_is_wrong_with_it() -> None:
@@ -52,10 +54,10 @@ def test_an_order_that_cannot_be_read_is_answered_with_what_is_wrong_with_it() -
 
 def test_a_private_state_that_cannot_be_read_is_told_and_left_as_it_is() -> None:
     """Starting afresh in silence would throw a client's training away."""
-    federation = Federation(FedSALoRA(), shelves={"c0": {"private": b"celo\x01 torn"}})
+    federation = Federation(FedSALoRA(), shelves={"c0": {"private@0": b"celo\x01 torn"}})
     reply = federation.engine({"c0": order(frame=down(federation))})["c0"]
     assert "WireError" in str(reply.error)
-    assert federation.shelves["c0"]["private"] == b"celo\x01 torn"
+    assert federation.shelves["c0"]["private@0"] == b"celo\x01 torn"
 
 
 def test_a_client_whose_world_cannot_be_built_is_a_client_that_did_not_deliver() -> None:
@@ -142,3 +144,34 @@ def test_an_error_that_quotes_a_name_which_is_not_unicode_is_still_one_clients_e
     first = next(federation.run(Plan(rounds=1)))
     assert first.heard == ("c0", "c2", "c3")
     assert first.excluded["c1"].startswith("ValueError: cannot read caf")
+
+
+def test_beyond_their_room_replies_lie_in_a_file_and_come_back_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "REPLIES", 10)
+    replies, sent = Replies(), {f"c{i}": Reply(bytes([i]) * i, {"train": {"loss": float(i)}}, None) for i in range(8)}
+    for client, reply in sent.items():
+        replies.add(client, reply)
+    assert list(replies) == list(sent) and len(replies) == 8
+    for client in ["c7", "c0", "c5", "c7", "c2"]:
+        assert image(replies[client]) == image(sent[client])
+    assert "c8" not in replies and replies.get("c8") is None
+    held = sum(len(reply.frame) for reply in replies._replies.values())
+    assert held <= 10
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_for_replies_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "REPLIES", 0)
+    monkeypatch.setattr(embedded.tempfile, "TemporaryFile", partial(open, "/dev/full", "w+b", buffering=0))
+    with pytest.raises(RunFolderError, match=r"a temporary file in .*: No space left on device; free some space"):
+        Replies().add("c0", Reply(b"frame", {}, None))
+
+
+def test_a_turn_that_fails_leaves_the_shelf_as_it_was() -> None:
+    world = World("lora", faults={("c0", 2): ZeroDivisionError("no rows")})
+    federation = Federation(FedSALoRA(), world)
+    federation.engine({"c0": order(frame=down(federation), evaluate=True)})
+    before = federation.copies()
+    reply = federation.engine({"c0": order(2, frame=down(federation), evaluate=True)})["c0"]
+    assert reply.error == "ZeroDivisionError: no rows"
+    assert federation.copies() == before

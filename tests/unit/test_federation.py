@@ -11,7 +11,7 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core import federation as loop
 from celora.core.federation import improved, run
-from celora.core.messages import Best, Exchange, Model, Order, Plan, Reply, Round
+from celora.core.messages import Best, Exchange, Model, Notes, Order, Plan, Reply, Round, opened
 from celora.wire import Schema, contents, pack, unpack
 from tests.toy import CLIENTS, Federation, Tape, image
 
@@ -143,12 +143,14 @@ def test_kept_models_are_those_of_the_best_rounds_and_the_last() -> None:
     wanted = {f"{moment}@{standing.round}" for moment, standing in best.items()} | {"personal@4", "received@4"}
     before = {f"{moment}@{standing.round}" for moment, standing in rounds[-2].checkpoint.best.items()}
     for client in CLIENTS:
-        assert wanted <= {key for key in federation.shelves[client] if "@" in key} <= wanted | before
+        assert (
+            wanted <= {key for key in federation.shelves[client] if not key.startswith("private@")} <= wanted | before
+        )
         learner = federation.world(client, 5)
         for name in wanted & set(federation.shelves[client]):
             moment, _, of_round = name.partition("@")
             scored_in = int(of_round) + (moment == "received")
-            weights = unpack(Model, federation.shelves[client][name], federation.schema).weights
+            weights = opened(Model, federation.shelves[client][name], federation.schema).weights
             found = learner.test(weights, "validation")
             assert image(found) == image(rounds[scored_in - 1].scores[client][moment])
 
@@ -297,6 +299,30 @@ def test_who_does_not_answer_costs_the_download_and_who_is_refused_the_frame_it_
     assert (first.traffic["c2"].up_frame, first.traffic["c2"].report > 0) == (0, True)
 
 
+def test_what_everybody_is_sent_is_in_memory_once_and_of_replies_one_at_a_time() -> None:
+    class Watched(dict[str, Reply]):
+        """Replies that are read one after another, never all at once."""
+
+        def items(self) -> Any:
+            raise AssertionError("all replies at once")
+
+        values = items
+
+    orders = list[Mapping[str, Order]]()
+
+    def around(exchange: Exchange) -> Exchange:
+        def watched(given: Mapping[str, Order]) -> Mapping[str, Reply]:
+            orders.append(given)
+            return Watched(exchange(given))
+
+        return watched
+
+    rounds = list(Federation(FedIT()).run(Plan(rounds=2), around))
+    assert rounds[0].heard == CLIENTS
+    for given in orders:
+        assert len({id(order.frame) for order in given.values()}) == 1
+
+
 # --- the caller owns the loop -------------------------------------------------------------------------------------
 
 
@@ -327,10 +353,11 @@ def test_notes_to_a_client_stay_on_its_shelf_once_each() -> None:
     """min_rows above every class: nothing is disclosed, and the client is told, not the server."""
     federation = Federation(CELoRA(min_rows=1000))
     rounds, tape = taped(federation, Plan(rounds=2))
-    notes = federation.shelves["c0"]["notes"].decode().splitlines()
+    notes = opened(Notes, federation.shelves["c0"]["notes"], federation.schema).lines
     assert any("below min_rows = 1000" in note for note in notes)
     assert any("known by its core alone" in note for note in notes)
     assert len(notes) == len(set(notes))
+    assert federation.engine.notes["c0"] == notes
     crossed = b"".join(pack(reply) for _, _, reply in tape.replies)
     assert b"min_rows" not in crossed
     assert rounds[-1].server.mixing.clients == CLIENTS  # type: ignore[attr-defined]

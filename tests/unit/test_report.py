@@ -6,11 +6,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from celora.core.algorithm import Mixing
 from celora.track import folder, report
+from celora.track.figures import heat_map
 from tests.unit.summaries import round_event, summary
 
 EVIL = "<script>alert('x')</script>&\x1b[31m"
@@ -159,3 +161,15 @@ def test_the_file_is_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
     report.write(tmp_path, summary(), EVENTS, None)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
+
+
+def test_a_heat_map_of_many_clients_shows_means_of_neighbours() -> None:
+    weights = np.random.default_rng(0).random((1001, 1001))
+    (image,) = heat_map(weights, [f"c{i}" for i in range(1001)]).axes[0].images
+    shown = np.asarray(image.get_array())
+    assert shown.shape == (334, 334)
+    assert shown[0, 1] == pytest.approx(weights[:3, 3:6].mean())
+    assert shown[-1, -1] == pytest.approx(weights[999:, 999:].mean())
+    assert list(image.get_extent()) == [-0.5, 1000.5, 1000.5, -0.5]
+    (image,) = heat_map(weights[:9, :9], [f"c{i}" for i in range(9)]).axes[0].images
+    np.testing.assert_allclose(image.get_array(), weights[:9, :9], rtol=1e-6)

@@ -1,5 +1,8 @@
 """celora.tensors: named tensors."""
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -35,28 +38,35 @@ def test_only_and_but_choose_by_part() -> None:
 
 def test_a_mean_counts_a_name_over_its_holders() -> None:
     one, two = {"A": torch.tensor([1.0])}, {"A": torch.tensor([4.0]), "B": torch.tensor([5.0])}
-    assert {name: t.tolist() for name, t in mean([one, two], [2, 1]).items()} == {"A": [2.0], "B": [5.0]}
+    assert {name: t.tolist() for name, t in mean([(one, 2), (two, 1)]).items()} == {"A": [2.0], "B": [5.0]}
 
 
 def test_a_weight_of_zero_leaves_its_holder_out() -> None:
     one, two = {"A": torch.tensor([1.0])}, {"A": torch.tensor([4.0])}
-    assert mean([one, two], [0, 3])["A"].tolist() == [4.0]
+    assert mean([(one, 0), (two, 3)])["A"].tolist() == [4.0]
 
 
 def test_the_mean_of_nobody_is_nothing() -> None:
-    assert mean([], []) == {}
+    assert mean([]) == {}
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [float("nan"), 1.0], [1.0, -1.0]])
 def test_weights_without_a_positive_sum_are_refused_with_the_name(weights: list[float]) -> None:
     with pytest.raises(ValueError, match=r"the weights of 'A' sum to .*; a mean needs a positive sum"):
-        mean([{"A": torch.ones(1)}] * 2, weights)
+        mean(({"A": torch.ones(1)}, weight) for weight in weights)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0]])
-def test_as_many_weights_as_holders_are_needed(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="zip"):
-        mean([{"A": torch.ones(1)}] * 2, weights)
+def test_a_mean_holds_one_holders_tensors_at_a_time() -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def holders() -> Iterator[tuple[dict[str, torch.Tensor], float]]:
+        for number in range(5):
+            tensor = torch.full((2,), float(number))
+            assert sum(ref() is not None for ref in alive) <= 1  # the one before, which the loop still names
+            alive.append(weakref.ref(tensor))
+            yield {"A": tensor}, 1.0
+
+    assert mean(holders())["A"].tolist() == [2.0, 2.0]
 
 
 def test_flatten_goes_row_by_row_in_the_mappings_order() -> None:

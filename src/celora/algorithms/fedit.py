@@ -92,7 +92,7 @@ class FedIT:
 
     def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
         """A ← Σ p_i A_i and B ← Σ p_i B_i, apart."""
-        return Server(mean([up.weights for up in heard.values()], [up.examples for up in heard.values()]))
+        return Server(mean((up.weights, up.examples) for up in heard.values()))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, over what is the client's own."""

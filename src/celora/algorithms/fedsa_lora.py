@@ -93,7 +93,7 @@ class FedSALoRA:
 
     def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
         """A ← Σ p_i A_i."""
-        return Server(mean([up.weights for up in heard.values()], [up.examples for up in heard.values()]))
+        return Server(mean((up.weights, up.examples) for up in heard.values()))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, over what is the client's own."""

@@ -95,7 +95,10 @@ class Algorithm(Protocol[S, L, D, U]):
         """A client's turn: yields `Fit` problems and returns what it keeps, sends and predicts with."""
 
     def aggregate(self, server: S, heard: Mapping[ClientId, U]) -> S:
-        """The server's next state from the replies that passed the screen, sorted by client."""
+        """The server's next state from the replies that passed the screen, sorted by client.
+
+        `heard` unpacks a reply each time it is asked for it: go through it once, and keep no more of it than needed.
+        """
 
     def model(self, local: L, down: D) -> Tensors:
         """What a client predicts with right after download; missing names take the `initial` value."""

@@ -2,34 +2,36 @@
 
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.learner import Fitted, Learner, Metrics, Score, Turn
-from celora.core.messages import Model, Moment, Order, Private, Reply, Shelf
+from celora.core.messages import Model, Moment, Notes, Order, Reply, Shelf, opened
 from celora.core.screen import not_finite
 from celora.errors import WireError
 from celora.tensors import Tensors
 from celora.wire import Schema, pack, unpack
 
+PRIVATE = "private@"
+MODELS = ("received@", "personal@")
+
 
 def answer(algorithm: AnyAlgorithm, learner: Learner, order: Order, shelf: Shelf, schema: Schema) -> Turn[Reply]:
-    """A client's whole turn, from the order to the reply; its private state is read from and left on `shelf`.
-
-    Notes to the client stay on the shelf under "notes", one a line.
-    """
+    """A client's whole turn, from the order to the reply; what it keeps is read from and left on `shelf`, unpacked."""
     tested: dict[str, Metrics] = {}
     if order.task == "test":
         for name in [name for name in order.keep if name in shelf]:
-            tested[name] = yield Score(unpack(Model, shelf[name], schema).weights, "test")
+            tested[name] = yield Score(opened(Model, shelf[name], schema).weights, "test")
         return Reply(b"", tested, None)
-    for name in [name for name in shelf if "@" in name and name not in order.keep]:
+    for name in [name for name in shelf if name.startswith(MODELS) and name not in order.keep]:
         del shelf[name]
     down: object = unpack(algorithm.card.down, order.frame, schema)
     base = _base(shelf, order.round)
-    local: object = algorithm.client_init(learner) if base is None else unpack(algorithm.card.local, base.local, schema)
+    local: object = (
+        algorithm.client_init(learner) if base is None else opened(algorithm.card.local, shelf[base], schema)
+    )
     scores: dict[str, Metrics] = {}
 
     def evaluate(moment: Moment, round: int, weights: Tensors) -> Turn[None]:
         complete = {**learner.initial, **weights}
         scores[moment] = yield Score(complete, "validation")
-        shelf[f"{moment}@{round}"] = pack(Model(complete), schema)
+        shelf[f"{moment}@{round}"] = Model(complete)
 
     if order.evaluate:
         yield from evaluate("received", order.round - 1, algorithm.model(local, down))
@@ -42,17 +44,17 @@ def answer(algorithm: AnyAlgorithm, learner: Learner, order: Order, shelf: Shelf
         yield from evaluate("personal", order.round, trained.model)
     if order.task == "evaluate":
         return Reply(b"", scores, None)
-    if base is not None:
-        shelf["before"] = pack(base)
-    shelf["private"] = pack(Private(order.round, pack(trained.local, schema)))
+    for name in [name for name in shelf if name.startswith(PRIVATE) and name != base]:
+        del shelf[name]
+    shelf[f"{PRIVATE}{order.round}"] = trained.local
     if trained.notes:
-        told = shelf.get("notes", b"").decode().splitlines()
-        shelf["notes"] = "\n".join([*told, *(note for note in trained.notes if note not in told)]).encode()
+        told = opened(Notes, shelf.get("notes", Notes(())), schema).lines
+        shelf["notes"] = Notes(tuple(dict.fromkeys([*told, *trained.notes])))
     return Reply(pack(trained.up, schema), scores, None)
 
 
-def _base(shelf: Shelf, round: int) -> Private | None:
-    """The private state to start a round from: the last one of an earlier round.
+def _base(shelf: Shelf, round: int) -> str | None:
+    """The name of the private state to start a round from: the last one of an earlier round.
 
     A round may be asked for twice (its quorum was missed, the server fell over): what the first attempt left is then
     passed over, so that nobody trains twice.
@@ -60,12 +62,11 @@ def _base(shelf: Shelf, round: int) -> Private | None:
     Raises:
         WireError: if all that is kept is of later rounds: the server has gone back further than one.
     """
-    for name in ("private", "before"):
-        if name in shelf and (kept := unpack(Private, shelf[name])).round < round:
-            return kept
-    if "before" in shelf:
+    rounds = [int(name.removeprefix(PRIVATE)) for name in shelf if name.startswith(PRIVATE)]
+    earlier = [kept for kept in rounds if kept < round]
+    if len(rounds) > 1 and not earlier:
         raise WireError(f"the private state here is newer than round {round}: resume from a later checkpoint")
-    return None
+    return f"{PRIVATE}{max(earlier)}" if earlier else None
 
 
 def _metered(turn: Turn[Trained[object, object]]) -> Turn[tuple[Trained[object, object], Metrics]]:

@@ -10,6 +10,7 @@ from them dropped out. In process, on a network, or with a fault in between: to 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -55,26 +56,42 @@ def run(
             (f"personal@{plan.rounds}",) if closing else ()
         )
         orders: dict[ClientId, Order] = {}
+        traffic: dict[ClientId, Traffic] = {}
+        frames: dict[bytes, bytes] = {}
         for client in clients if evaluate else drawn:
             task: Task = "close" if closing else "train" if client in drawn else "evaluate"
-            frame = pack(algorithm.send(server, client), schema)
+            down = algorithm.send(server, client)
+            frame = pack(down, schema)
+            frame = frames.setdefault(frame, frame)  # what is sent to all is in memory once
             orders[client] = Order(index, task, frame, evaluate, keep, plan.deadline)
-        replies = {client: reply for client, reply in exchange(orders).items() if client in orders}
-        heard, excluded = _hear(algorithm, schema, orders, replies, plan)
+            traffic[client] = _downlink(frame, down)
+        replies = exchange(orders)
+        heard: list[ClientId] = []
+        excluded: dict[ClientId, str] = {}
+        scores: dict[ClientId, Mapping[str, Metrics]] = {}
+        for client in sorted(orders):  # one reply at a time: of a thousand, no two need be in memory
+            reply = replies.get(client)
+            up, problem = _hear(algorithm, schema, orders[client], reply, plan)
+            if problem is not None:
+                excluded[client] = problem
+            elif orders[client].task == "train":
+                heard.append(client)
+            if reply is not None:
+                traffic[client] = _uplink(traffic[client], reply, up)
+                if reply.scores:
+                    scores[client] = reply.scores
         if len(heard) < (0 if closing else plan.quorum):
-            reasons = "; ".join(f"{client}: {why}" for client, why in sorted(excluded.items()))
+            reasons = "; ".join(f"{client}: {why}" for client, why in excluded.items())
             raise QuorumError(
                 f"round {index}: {len(heard)} usable replies, the quorum is {plan.quorum} ({reasons}). "
                 "Nothing of this round was kept; mend the clients and resume the run."
             )
-        traffic = {client: _weigh(algorithm, schema, orders[client], replies.get(client)) for client in orders}
         if heard:
-            server = algorithm.aggregate(server, {client: heard[client] for client in sorted(heard)})
-        scores = {client: replies[client].scores for client in sorted(replies) if replies[client].scores}
+            server = algorithm.aggregate(server, _Heard(algorithm.card.up, replies, heard, schema))
         best = improved(best, index, scores)
         yield Round(
             index=index,
-            heard=tuple(sorted(heard)),
+            heard=tuple(heard),
             excluded=excluded,
             scores=scores,
             traffic=traffic,
@@ -92,32 +109,36 @@ def _draw(plan: Plan, clients: Sequence[ClientId], index: int) -> list[ClientId]
 
 
 def _hear(
-    algorithm: AnyAlgorithm,
-    schema: Schema,
-    orders: Mapping[ClientId, Order],
-    replies: Mapping[ClientId, Reply],
-    plan: Plan,
-) -> tuple[dict[ClientId, object], dict[ClientId, str]]:
-    """The replies that can be aggregated, and why the others cannot."""
-    heard: dict[ClientId, object] = {}
-    excluded: dict[ClientId, str] = {}
-    for client, order in orders.items():
-        reply = replies.get(client)
-        if reply is None:
-            excluded[client] = "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
-        elif reply.error is not None:
-            excluded[client] = reply.error
-        elif order.task == "train":
-            try:
-                up: object = unpack(algorithm.card.up, reply.frame, schema)
-            except WireError as error:
-                excluded[client] = str(error)
-                continue
-            if problem := screen(up, schema, algorithm.shares):
-                excluded[client] = problem
-            else:
-                heard[client] = up
-    return heard, excluded
+    algorithm: AnyAlgorithm, schema: Schema, order: Order, reply: Reply | None, plan: Plan
+) -> tuple[object, str | None]:
+    """What a client sent, if it can be read, and why it cannot be aggregated."""
+    if reply is None:
+        return None, "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
+    if reply.error is not None or order.task != "train":
+        return None, reply.error
+    try:
+        up: object = unpack(algorithm.card.up, reply.frame, schema)
+    except WireError as error:
+        return None, str(error)
+    return up, screen(up, schema, algorithm.shares)
+
+
+class _Heard(Mapping[ClientId, object]):
+    """What the clients sent, unpacked when it is asked for: an average needs one of them at a time."""
+
+    def __init__(self, kind: type, replies: Mapping[ClientId, Reply], clients: Sequence[ClientId], schema: Schema):
+        self._kind, self._replies, self._clients, self._schema = kind, replies, dict.fromkeys(clients), schema
+
+    def __getitem__(self, client: ClientId) -> object:
+        if client not in self._clients:
+            raise KeyError(client)
+        return unpack(self._kind, self._replies[client].frame, self._schema)
+
+    def __iter__(self) -> Iterator[ClientId]:
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        return len(self._clients)
 
 
 def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Mapping[str, Metrics]]) -> dict[str, Best]:
@@ -139,28 +160,27 @@ def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Map
     return now
 
 
-def _weigh(algorithm: AnyAlgorithm, schema: Schema, order: Order, reply: Reply | None) -> Traffic:
-    down = _payload(algorithm.card.down, order.frame, schema)
-    up = _payload(algorithm.card.up, reply.frame if reply else b"", schema)
-    return Traffic(
-        up_payload=up["adapter"],
-        up_frame=len(reply.frame) if reply else 0,
-        down_payload=down["adapter"],
-        down_frame=len(order.frame),
-        head_up=up["head"],
-        head_down=down["head"],
-        summary=up["summary"],
-        report=len(pack(Reply(b"", reply.scores, reply.error))) if reply else 0,
+def _downlink(frame: bytes, down: object) -> Traffic:
+    size = _payload(down)
+    return Traffic(down_payload=size["adapter"], down_frame=len(frame), head_down=size["head"])
+
+
+def _uplink(traffic: Traffic, reply: Reply, up: object) -> Traffic:
+    """With what came back; of a frame that could not be read its length is known, and not what is in it."""
+    size = _payload(up)
+    return replace(
+        traffic,
+        up_payload=size["adapter"],
+        up_frame=len(reply.frame),
+        head_up=size["head"],
+        summary=size["summary"],
+        report=len(pack(Reply(b"", reply.scores, reply.error))),
     )
 
 
-def _payload(kind: type, frame: bytes, schema: Schema) -> dict[str, int]:
-    """Tensor bytes in a frame by what they are of: a field called `summary`, a tensor called `head.*`, the adapter."""
+def _payload(value: object) -> dict[str, int]:
+    """Tensor bytes in a record by what they are of: a field called `summary`, a tensor called `head.*`, the adapter."""
     total = {"adapter": 0, "head": 0, "summary": 0}
-    try:
-        value = unpack(kind, frame, schema) if frame else None
-    except WireError:
-        return total  # it was excluded with its reason; of its content nothing can be said
     for path, size in contents(value):
         of_head = any(step.startswith("head.") for step in path)
         total["summary" if path[0] == "summary" else "head" if of_head else "adapter"] += size

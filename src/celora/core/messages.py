@@ -2,18 +2,27 @@
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 from celora.core.algorithm import ClientId
 from celora.core.learner import Metrics
 from celora.fields import Count, Positive, setting, settings
 from celora.tensors import Tensors
-from celora.wire import record
+from celora.wire import Schema, pack, record, unpack
+
+T = TypeVar("T")
 
 Moment = Literal["received", "personal"]
 Task = Literal["train", "evaluate", "close", "test"]
-Shelf = MutableMapping[str, bytes]
-"""What a client keeps at its site: its private state, and its models at the moments worth keeping."""
+Shelf = MutableMapping[str, object]
+"""What a client keeps at its site, each a record or, as it comes from disk, its frame (`opened`, `frame_of`):
+
+    private@3                 its private state after round 3; of the last two rounds in which it trained
+    received@2, personal@3    its `Model` at the moments worth keeping
+    notes                     `Notes`
+
+Nothing on a shelf is ever changed: a new value takes the place of the old one.
+"""
 
 
 @settings
@@ -70,11 +79,24 @@ class Model:
 
 
 @record
-class Private:
-    """A client's private record, packed, and the round that left it."""
+class Notes:
+    """What the client was told, never sent."""
 
-    round: int
-    local: bytes
+    lines: tuple[str, ...]
+
+
+def opened(kind: type[T], kept: object, schema: Schema) -> T:
+    """The record that is kept, whether it is kept as a record or as its frame.
+
+    Raises:
+        WireError: if it is a frame that cannot be read.
+    """
+    return unpack(kind, kept, schema) if isinstance(kept, bytes) else cast(T, kept)
+
+
+def frame_of(kept: object, schema: Schema) -> bytes:
+    """The frame of what is kept, for whoever needs bytes: the disk."""
+    return kept if isinstance(kept, bytes) else pack(kept, schema)
 
 
 @record

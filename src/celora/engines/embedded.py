@@ -1,7 +1,11 @@
 """All clients in this process. Frames are really packed and unpacked; nothing else is shared but the backbone."""
 
+import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,13 +13,16 @@ import torch
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.client import answer
 from celora.core.learner import Learner, Turn
-from celora.core.messages import Order, Reply, Shelf
+from celora.core.messages import Notes, Order, Reply, Shelf, opened
 from celora.core.solve import Solve, solve, solve_together
+from celora.errors import RunFolderError
 from celora.fields import Count, Whole, setting, settings
 from celora.wire import Schema
 
 World = Callable[[ClientId, int], Learner]
 """A client's learner in a round."""
+REPLIES = 16 * 2**20
+"""Bytes of a round's reply frames that are held in memory; the rest lies in a temporary file."""
 
 
 _COHORT = {"cpu": 32, "cuda": 512}
@@ -27,7 +34,10 @@ class Engine:
     """How the work is done; the results are the same but for rounding."""
 
     group: Count | None = setting(None, "clients in one pass through the backbone; default: as many as pay; 1: alone")
-    cache_mb: Whole = setting(1024, "memory for activations below the first adapted layer; beyond it a file; 0: none")
+    cache_mb: Whole = setting(
+        1024, "MB of activations below the first adapted layer in memory; the rest in a file; 0: none"
+    )
+    state_mb: Whole = setting(32, "MB of clients' states held in memory; those of other clients lie in the run folder")
 
     def solver(self, device: torch.device) -> tuple[Solve, int]:
         """What runs the turns on this device, and how many it is to be given at once."""
@@ -38,9 +48,15 @@ class Engine:
 class Embedded:
     """An `Exchange` that runs the clients here: `cohort` of them at a time, in the order of the orders.
 
-    A client that raises is a client that did not deliver: its reply names the error. After `Order.deadline` seconds
-    no further client is started; orders that have a deadline are run one after another, so that one slow client makes
-    no other one late.
+    A client that raises is a client that did not deliver: its reply names the error, and its shelf is as it was. After
+    `Order.deadline` seconds no further client is started; orders with a deadline are run one after another, so that
+    one slow client makes no other one late.
+
+    Args:
+        shelves: what each client keeps. A shelf that changed is assigned, so that whoever keeps it knows.
+
+    Attributes:
+        notes: client -> what it was told at its site, of the clients that had a turn here.
     """
 
     def __init__(
@@ -60,36 +76,89 @@ class Embedded:
             solve,
         )
         self.cohort = cohort
+        self.notes: dict[ClientId, tuple[str, ...]] = {}
 
-    def __call__(self, orders: Mapping[ClientId, Order]) -> dict[ClientId, Reply]:
+    def __call__(self, orders: Mapping[ClientId, Order]) -> "Replies":
         """Run each client's turn."""
         began = time.monotonic()
-        replies: dict[ClientId, Reply] = {}
-        waiting = list(orders)
+        replies, waiting = Replies(), list(orders)
         while waiting:
             deadline = orders[waiting[0]].deadline
             if deadline is not None and time.monotonic() - began > deadline:
                 break
             count = self.cohort if deadline is None else 1
             cohort, waiting = waiting[:count], waiting[count:]
-            replies |= self._run({client: orders[client] for client in cohort})
-        return {client: replies[client] for client in orders if client in replies}
+            for client, reply in self._run({client: orders[client] for client in cohort}).items():
+                replies.add(client, reply)
+        return replies
 
     def _run(self, orders: Mapping[ClientId, Order]) -> dict[ClientId, Reply]:
         """The turns of one cohort."""
-        jobs: dict[ClientId, tuple[Learner, Turn[Reply]]] = {}
         replies: dict[ClientId, Reply] = {}
+        jobs: dict[ClientId, tuple[Learner, Turn[Reply]]] = {}
+        kept: dict[ClientId, Shelf] = {}
+        shelves: dict[ClientId, Shelf] = {}
         for client, order in orders.items():
             try:
-                learner = self.world(client, order.round)
+                learner, kept[client] = self.world(client, order.round), self.shelves.get(client, {})
             except Exception as error:
                 replies[client] = _failed(error)
                 continue
-            shelf = self.shelves.setdefault(client, {})
-            jobs[client] = learner, answer(self.algorithm, learner, order, shelf, self.schema)
+            shelves[client] = dict(kept[client])
+            jobs[client] = learner, answer(self.algorithm, learner, order, shelves[client], self.schema)
         for client, value in zip(jobs, self.solve(list(jobs.values())), strict=True):
-            replies[client] = _failed(value) if isinstance(value, Exception) else value
-        return replies
+            if isinstance(value, Exception):
+                replies[client] = _failed(value)
+                continue
+            replies[client] = value
+            if (notes := shelves[client].get("notes")) is not None:
+                self.notes[client] = opened(Notes, notes, self.schema).lines
+            if shelves[client] != kept[client]:
+                self.shelves[client] = shelves[client]
+        return {client: replies[client] for client in orders}
+
+
+class Replies(Mapping[ClientId, Reply]):
+    """A round's replies in the order they came. Beyond `REPLIES` bytes their frames lie in a temporary file."""
+
+    def __init__(self) -> None:
+        self._replies: dict[ClientId, Reply] = {}
+        self._places: dict[ClientId, tuple[int, int]] = {}
+        self._room = REPLIES
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the replies
+        weakref.finalize(self, self._file.close)
+
+    def add(self, client: ClientId, reply: Reply) -> None:
+        """Take a client's reply; one for each client.
+
+        Raises:
+            RunFolderError: if the disk is full.
+        """
+        self._room -= len(reply.frame)
+        if self._room < 0 and reply.frame:
+            try:
+                self._places[client] = self._file.seek(0, os.SEEK_END), len(reply.frame)
+                self._file.write(reply.frame)
+                self._file.flush()
+            except OSError as error:
+                where = f"a temporary file in {tempfile.gettempdir()}"
+                raise RunFolderError(f"cannot write {where}: {error.strerror}; free some space and resume") from error
+            reply = replace(reply, frame=b"")
+        self._replies[client] = reply
+
+    def __getitem__(self, client: ClientId) -> Reply:
+        reply = self._replies[client]
+        if client not in self._places:
+            return reply
+        at, size = self._places[client]
+        self._file.seek(at)
+        return replace(reply, frame=self._file.read(size))
+
+    def __iter__(self) -> Iterator[ClientId]:
+        return iter(self._replies)
+
+    def __len__(self) -> int:
+        return len(self._replies)
 
 
 def _failed(error: Exception) -> Reply:

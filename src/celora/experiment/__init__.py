@@ -15,7 +15,7 @@ from typing import Any
 
 from celora.core.algorithm import ClientId
 from celora.core.federation import run as federate
-from celora.core.messages import Model, Shelf
+from celora.core.messages import Model, opened
 from celora.engines.embedded import Embedded
 from celora.errors import ConfigError, QuorumError, RunFolderError
 from celora.experiment.config import Experiment, dump, read, resolve, written
@@ -23,7 +23,8 @@ from celora.experiment.summary import round_event, summarise
 from celora.experiment.world import Workshop, manifest
 from celora.track import report
 from celora.track.folder import Event, RunFolder, stamped
-from celora.wire import Schema, unpack
+from celora.track.shelves import Shelves
+from celora.wire import Schema
 
 __all__ = ["Experiment", "compare", "read", "resolve", "resume", "run"]
 
@@ -151,7 +152,6 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
     found = folder.latest()
     world = workshop.world(experiment)
     algorithm, plan = experiment.algorithm, experiment.plan
-    shelves: dict[ClientId, Shelf] = found[1] if found else {}
     folder.write("config.toml", dump(experiment))
     folder.write_json("manifest.json", manifest(experiment, world))
     folder.rewind(found[2] if found else None)
@@ -168,9 +168,11 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
 
     yield from notices([*world.notices, *(found[3] if found else [])])
     schema = Schema.of(world.initial)
+    shelves = Shelves(folder.shelves, schema, experiment.engine.state_mb * 2**20, found[1] if found else None)
     engine = Embedded(algorithm, world.learner, shelves, schema, *experiment.engine.solver(world.backbone.device))
-    twin_rounds = {e["index"]: e for e in twin.events() if e["event"] == "round"} if twin else {}
+    twin_rounds = {e["index"]: e["validation"] for e in twin.events() if e["event"] == "round"} if twin else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
+    best = checkpoint.best if checkpoint else None
     for done in federate(algorithm, engine, plan, world.clients, world.initial, checkpoint):
         sent += sum(traffic.up_frame for traffic in done.traffic.values())
         event = {
@@ -181,20 +183,20 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
         event |= {**who, "rounds": plan.rounds}
         folder.mixing(done.server, done.index)
         folder.save(done.checkpoint, shelves, event)
-        checkpoint = done.checkpoint
+        best = done.checkpoint.best
+        del done  # the server's state and its frame, before the next round makes others
         line = folder.event(event)
-        yield from notices([*_notes(shelves), *world.passes.notices])
+        yield from notices([*_notes(engine.notes), *world.passes.notices])
         yield line
-    if checkpoint is None:
+    if best is None:
         raise RunFolderError(f"{job.folder}: no round was run")
     alone = {c: row["score"] for c, row in twin.read_json("summary.json")["clients"].items()} if twin else None
-    summary = summarise(experiment, world, engine, checkpoint.best, folder.events(), alone)
+    summary = summarise(experiment, world, engine, best, folder.events(), alone)
     summary |= {"folder": str(job.folder), "adapters": str(job.folder / "adapters")}
     chosen = f"{summary['moment']}@{summary['round']}"
     for client in world.clients:
-        if chosen in shelves.get(client, {}):
-            weights = unpack(Model, shelves[client][chosen], schema).weights
-            world.export(job.folder / "adapters" / client, weights)
+        if (kept := shelves.get(client, {}).get(chosen)) is not None:
+            world.export(job.folder / "adapters" / client, opened(Model, kept, schema).weights)
     events = folder.events()
     report.write(job.folder, summary, events, folder.similarity())
     line = folder.event({"event": "end", **who, "folder": str(job.folder), "summary": summary})
@@ -202,8 +204,6 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
     yield line
 
 
-def _notes(shelves: Mapping[ClientId, Shelf]) -> list[str]:
+def _notes(told: Mapping[ClientId, Sequence[str]]) -> list[str]:
     """What the clients were told at their sites; this process plays all of them."""
-    return [
-        f"{c}: {note}" for c, shelf in sorted(shelves.items()) for note in shelf.get("notes", b"").decode().splitlines()
-    ]
+    return [f"{client}: {note}" for client, notes in sorted(told.items()) for note in notes]

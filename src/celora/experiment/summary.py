@@ -20,8 +20,8 @@ from celora.track.folder import Event
 MOMENTS: tuple[Moment, ...] = ("received", "personal")
 
 
-def round_event(done: Round, twin: Event | None) -> Event:
-    """A round for the journal; `twin` is the same round of the local-only twin."""
+def round_event(done: Round, twin: Mapping[str, Any] | None) -> Event:
+    """A round for the journal; `twin` is `validation` of the same round of the local-only twin."""
 
     def over(moment: Moment) -> dict[ClientId, float]:
         return {c: m[moment]["score"] for c, m in done.scores.items() if "score" in m.get(moment, {})}
@@ -30,8 +30,8 @@ def round_event(done: Round, twin: Event | None) -> Event:
         moment: {"mean": _mean(s), "worst": min(s.values())} if (s := over(moment)) else None for moment in MOMENTS
     }
     lift = None
-    if twin and validation["personal"] and twin["validation"]["personal"]:
-        lift = validation["personal"]["mean"] - twin["validation"]["personal"]["mean"]
+    if twin and validation["personal"] and twin["personal"]:
+        lift = validation["personal"]["mean"] - twin["personal"]["mean"]
     return {
         "event": "round",
         "index": done.index,

@@ -83,7 +83,6 @@ class World:
             for client, share in federation.clients.items()
         }
         self.initial: Tensors = self._initial()
-        self._own: dict[ClientId, Tensors] = {}
 
     def _initial(self, secret: int | None = None) -> Tensors:
         adapter = self.experiment.adapter
@@ -100,10 +99,8 @@ class World:
         """
         if self.experiment.adapter.bases == "shared":
             return self.initial
-        if client not in self._own:
-            drawn = torch.randint(2**62, (), generator=generator(self.experiment.plan.seed, "secret", client))
-            self._own[client] = self._initial(secret=int(drawn))
-        return self._own[client]
+        drawn = torch.randint(2**62, (), generator=generator(self.experiment.plan.seed, "secret", client))
+        return self._initial(secret=int(drawn))  # drawn again each round: milliseconds, and no client costs memory
 
     def learner(self, client: ClientId, round: int) -> ModelLearner:
         """The client's learner in a round."""

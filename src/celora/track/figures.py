@@ -15,6 +15,8 @@ from celora.track.text import printable
 
 NAMED = 40
 """Heat-maps of more clients than this have no names along their sides."""
+CELLS = 400
+"""Heat-maps of more clients than this show means of neighbours: more cannot be seen, and costs memory."""
 
 
 def curves(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Figure:
@@ -46,7 +48,10 @@ def heat_map(similarity: np.ndarray[Any, Any], clients: Sequence[str]) -> Figure
     side = min(8.0, 2.5 + 0.3 * m)
     figure = Figure(figsize=(side + 0.8, side), dpi=144, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(similarity, cmap="Blues", vmin=0.0)
+    first = np.arange(0, m, -(-m // CELLS))
+    size = np.diff(first, append=m)
+    blocks = np.add.reduceat(np.add.reduceat(similarity, first, axis=0), first, axis=1) / np.outer(size, size)
+    image = axes.imshow(blocks.astype(np.float32), cmap="Blues", vmin=0.0, extent=(-0.5, m - 0.5, m - 0.5, -0.5))
     axes.set(xlabel="… from", ylabel="receives …")
     if m <= NAMED:
         names = [printable(client)[:24] for client in clients]

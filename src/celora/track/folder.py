@@ -3,32 +3,34 @@
     events.jsonl            every event, one a line
     metrics.csv, bytes.csv  the same, a row for each client, round and moment, and for each client and round
     similarity/             who learned from whom: round_0003.npy (m, m), its clients in clients.json; .npz for many
-    state/round_0003/       what resuming needs: server.bin, event.json, clients/<client>.bin; the last two are kept
+    state/round_0003/       what resuming needs: server.bin, event.json, clients.json; the last two are kept
+    state/shelves/          what each client keeps: <name>.bin for each name in a clients.json (`track.shelves`)
 
-A checkpoint is written to a temporary name, flushed, and renamed; the journal line follows it. Whatever moment a
-process is killed at, the newest whole checkpoint and the lines up to its round are one consistent state.
+A checkpoint is written to a temporary name, flushed, and renamed, after the files it names and before the journal
+line. Whatever moment a process is killed at, the newest whole checkpoint and the lines up to its round are one
+consistent state.
 """
 
 import csv
-import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from celora.core.algorithm import ClientId, Mixing
-from celora.core.messages import Checkpoint, Shelf
+from celora.core.messages import Checkpoint
 from celora.errors import RunFolderError, WireError
-from celora.wire import pack, record, unpack
+from celora.track.disk import put, sync, writing
+from celora.track.shelves import Shelves, check, sweep
+from celora.wire import pack, unpack
 
 Event = dict[str, Any]
 KEPT = 2
@@ -39,11 +41,6 @@ BYTES = (
     "round", "client", "up_payload", "up_frame", "down_payload", "down_frame", "head_up", "head_down", "summary",
     "report",
 )  # fmt: skip
-
-
-@record
-class _Items:
-    items: Mapping[str, bytes]
 
 
 def stamped(event: Mapping[str, Any]) -> Event:
@@ -69,7 +66,7 @@ class RunFolder:
                 f"{path} exists already: choose another name (--out), delete it, or continue it with "
                 f"`celora resume {path}`"
             )
-        with _disk(path):
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         return RunFolder(path)
 
@@ -91,12 +88,12 @@ class RunFolder:
     def write(self, name: str, content: str) -> None:
         """A whole file or none."""
         target = self.path / name
-        with _disk(target):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(target.name + ".tmp")
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(content)
-                _flush(file.fileno())
+                os.fsync(file.fileno())
             os.replace(temporary, target)
 
     def write_json(self, name: str, value: object) -> None:
@@ -116,11 +113,11 @@ class RunFolder:
     def event(self, event: Mapping[str, Any]) -> Event:
         """Append to the journal; gives back the line as written, with its time."""
         line = stamped(event)
-        with _disk(self.path):
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with _disk(self.path), open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            _flush(file.fileno())
+            os.fsync(file.fileno())
         if line["event"] == "round":
             self._rows("metrics.csv", METRICS, _metric_rows(line))
             self._rows("bytes.csv", BYTES, _byte_rows(line))
@@ -153,7 +150,7 @@ class RunFolder:
                     self._rows(name, header, rows(e))
 
     def _rows(self, name: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-        with _disk(self.path), open(self.path / name, "a", encoding="utf-8", newline="") as file:
+        with writing(self.path), open(self.path / name, "a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
                 writer.writerow(header)
@@ -161,8 +158,13 @@ class RunFolder:
 
     # --- checkpoints
 
-    def save(self, checkpoint: Checkpoint, shelves: Mapping[ClientId, Shelf], event: Event) -> None:
-        """Write `state/round_NNNN` whole, and forget all but the last two.
+    @property
+    def shelves(self) -> Path:
+        """Where `Shelves` keeps its files."""
+        return self.path / "state" / "shelves"
+
+    def save(self, checkpoint: Checkpoint, shelves: Shelves, event: Event) -> None:
+        """Write the shelves that changed and `state/round_NNNN` whole, and forget all but the last two rounds.
 
         Raises:
             RunFolderError: if the disk is full; the last checkpoint is intact.
@@ -170,21 +172,28 @@ class RunFolder:
         state = self.path / "state"
         target = state / f"round_{checkpoint.round:04d}"
         temporary = state / f".{target.name}.tmp"
-        with _disk(target):
+        names = shelves.flush()
+        with writing(target):
             shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "clients").mkdir(parents=True)
-            _put(temporary / "server.bin", pack(checkpoint))
-            _put(temporary / "event.json", json.dumps(event).encode())
-            for client, shelf in shelves.items():
-                _put(temporary / "clients" / f"{quote(client, safe='')}.bin", pack(_Items(dict(shelf))))
+            temporary.mkdir(parents=True)
+            put(temporary / "server.bin", pack(checkpoint))
+            put(temporary / "event.json", json.dumps(event).encode())
+            put(temporary / "clients.json", json.dumps(names).encode())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-            _flush_folder(state)
+            sync(state)
         for old in sorted(state.glob("round_*"))[:-KEPT]:
             shutil.rmtree(old)
+        named = set(names.values())
+        for kept in state.glob("round_*"):
+            with suppress(OSError, ValueError):  # a damaged checkpoint names nothing
+                named |= set(_names(kept).values())
+        sweep(self.shelves, named)
 
-    def latest(self) -> tuple[Checkpoint, dict[ClientId, Shelf], Event, list[str]] | None:
-        """The newest whole checkpoint, the clients' shelves, its event, and what was wrong with newer ones.
+    def latest(self) -> tuple[Checkpoint, dict[ClientId, str], Event, list[str]] | None:
+        """The newest whole checkpoint, the names of the clients' shelves, its event, what was wrong with newer ones.
+
+        Every file of the checkpoint is read once and held against its name.
 
         Raises:
             RunFolderError: if there are checkpoints and none is whole.
@@ -194,15 +203,14 @@ class RunFolder:
             try:
                 checkpoint = unpack(Checkpoint, (state / "server.bin").read_bytes())
                 event = json.loads((state / "event.json").read_bytes())
-                shelves: dict[ClientId, Shelf] = {}
-                for file in sorted((state / "clients").iterdir()):
-                    shelves[unquote(file.stem)] = dict(unpack(_Items, file.read_bytes()).items)
-                if missing := sorted(set(event["clients"]) - set(shelves)):
+                names = _names(state)
+                if missing := sorted(set(event["clients"]) - set(names)):
                     raise WireError(f"the state of {missing[0]} is missing")
+                check(self.shelves, names)
             except (OSError, ValueError, KeyError, WireError) as error:
                 damage.append(f"{state} is damaged ({error})")
                 continue
-            return checkpoint, shelves, event, damage
+            return checkpoint, names, event, damage
         if damage:
             raise RunFolderError(
                 "; ".join(damage) + f". No whole checkpoint is left: restore one from a backup, or delete {self.path} "
@@ -215,7 +223,7 @@ class RunFolder:
         for value in vars(server).values():
             if isinstance(value, Mixing) and value.clients:
                 target = self.path / "similarity" / f"round_{index:04d}"
-                with _disk(target):
+                with writing(target):
                     target.parent.mkdir(exist_ok=True)
                     if value.neighbours is None or len(value.clients) <= DENSE:
                         np.save(target.with_suffix(".npy"), value.dense().numpy())
@@ -236,6 +244,12 @@ class RunFolder:
             return Mixing(clients, torch.from_numpy(found["weights"]), torch.from_numpy(found["neighbours"]))
 
 
+def _names(state: Path) -> dict[ClientId, str]:
+    """client -> the name of its shelf's file, in a checkpoint."""
+    names: dict[ClientId, str] = json.loads((state / "clients.json").read_bytes())
+    return names
+
+
 def _metric_rows(event: Event) -> list[tuple[Any, ...]]:
     return [
         (event["index"], client, moment, m.get("score"), m.get("loss"), m.get("rows"))
@@ -248,32 +262,3 @@ def _byte_rows(event: Event) -> list[tuple[Any, ...]]:
     return [
         (event["index"], client, *(traffic[name] for name in BYTES[2:])) for client, traffic in event["traffic"].items()
     ]
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "check the folder's permissions"
-        raise RunFolderError(
-            f"cannot write {path}: {error.strerror or error}. Nothing written so far is lost; {hint} and resume the run"
-        ) from error
-
-
-def _put(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        _flush(file.fileno())
-
-
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
