@@ -39,13 +39,13 @@ import job
 from celora import experiment
 from celora.core import federation
 from celora.core.learner import Batch, Fit, Learner
-from celora.engines.embedded import Embedded
+from celora.engines import embedded
 from celora.experiment.config import SECTIONS
 from celora.experiment.world import Workshop, World
 from celora.models import Adapter, Rows
 from celora.tensors import Tensors, but, mean, nbytes
 from celora.wire import Schema
-from measure import Result, Spread, in_turns, save, show
+from measure import CLOCKS, Clock, Result, Spread, in_turns, save, show
 from plain import Plain, encoder, padded, rebuilt, train
 from sweep import Tree, merged
 
@@ -63,6 +63,7 @@ class Size:
     """How large the jobs are."""
 
     repetitions: int
+    clock: str = "wall"
     rows: int = 160
     clients: int = 12
     each: int = 32
@@ -71,15 +72,19 @@ class Size:
     prefix_clients: int = 8
     prefix_rounds: int = 5
     flower_clients: int = 50
-    flower_rows: int = 24
+    flower_rows: tuple[int, ...] = (4, 24)
     flower_rounds: int = 3
     flower_repetitions: int = 3
     many: int = 1000
 
+    @property
+    def time(self) -> Clock:
+        return CLOCKS[self.clock]
+
 
 TINY = Size(
     repetitions=1, rows=16, clients=3, each=8, group_clients=4, group_steps=1, prefix_clients=2, prefix_rounds=2,
-    flower_clients=3, flower_rows=8, flower_rounds=2, flower_repetitions=1, many=20,
+    flower_clients=3, flower_rows=(8,), flower_rounds=2, flower_repetitions=1, many=20,
 )  # fmt: skip
 
 
@@ -99,19 +104,13 @@ def solver(group: int | None) -> Any:
             continue
         return lambda jobs: together(jobs, group)
     if group == 1:
-        from celora.core.learner import solve
-
-        return solve
+        before: Any = importlib.import_module("celora.core.learner")
+        return before.solve
     raise Skipped("this version has no solve_together")
 
 
 class Skipped(Exception):
     """Why a section cannot run here."""
-
-
-def engine(**settings: object) -> Tree:
-    """An [engine] section, if this version has one."""
-    return {"engine": settings} if "engine" in SECTIONS else {}
 
 
 def world_of(*trees: Tree) -> World:
@@ -121,7 +120,9 @@ def world_of(*trees: Tree) -> World:
 def federate(world: World, group: int | None) -> None:
     """All rounds of a world, frames, screening, averages and the closing download included; no run folder."""
     of, shelves = world.experiment, dict[str, Any]()
-    exchange = Embedded(of.algorithm, world.learner, shelves, Schema.of(world.initial), solver(group))
+    kind: Any = getattr(embedded, "Engine", None)
+    ways: Any = kind(group=group).solver(world.backbone.device) if kind else (solver(group),)
+    exchange = embedded.Embedded(of.algorithm, world.learner, shelves, Schema.of(world.initial), *ways)
     for done in federation.run(of.algorithm, exchange, of.plan, world.clients, world.initial):
         if done.excluded:
             raise RuntimeError(f"a client failed: {done.excluded}")
@@ -202,6 +203,7 @@ def central(size: Size) -> Result:
             WIDEST: lambda: by_hand(lambda: shuffled(128)),
         },
         size.repetitions,
+        size.time,
     )
     real, filled = tokens_in(batches)
     fills = {"celora": filled, SAME: filled, USUAL: tokens_in(shuffled(None))[1], WIDEST: tokens_in(shuffled(128))[1]}
@@ -228,7 +230,7 @@ def central_round(size: Size) -> Result:
         model.start_from(world.initial)
         train(model, union, world.experiment.train)
 
-    times = in_turns({SAME: by_hand, **rounds_of(world)}, size.repetitions)
+    times = in_turns({SAME: by_hand, **rounds_of(world)}, size.repetitions, size.time)
     real, filled = tokens_in(union)
     title = f"A whole round of FedIT, {len(world.clients)} clients × {size.each} rows, against central training"
     show(title, compared(times, real, dict.fromkeys(times, filled)))
@@ -292,7 +294,7 @@ def grouping(size: Size) -> Result:
     sizes: list[int | None] = [1, *(k for k in (2, 4, 8, 16) if k <= size.group_clients), None]
     names = {group: "alone" if group == 1 else f"{group} in a pass" if group else "as many as pay" for group in sizes}
     difference = max(apart(one, two) for one, two in zip(all_clients(None), all_clients(1), strict=True))
-    times = in_turns({names[group]: partial(all_clients, group) for group in sizes}, size.repetitions)
+    times = in_turns({names[group]: partial(all_clients, group) for group in sizes}, size.repetitions, size.time)
     tokens = size.group_clients * size.group_steps * 4 * 32
     shown = [
         {"clients": name, "µs a token": t.times(1e6 / tokens), "times as fast as alone": times["alone"].over(t)}
@@ -311,34 +313,39 @@ def prefix(size: Size) -> Result:
         COMMON,
         {
             "data": {"clients": size.prefix_clients, "rows": size.each},
-            "adapter": {"layers": "last:2"},
             "plan": {"rounds": size.prefix_rounds, "evaluate_every": size.prefix_rounds},
         },
     )
-    caches = {"cached": 1024, "not cached": 0}
-    rounds: dict[str, list[float]] = {name: [] for name in caches}
+    cached, computed, everywhere = "last:2, cached", "last:2, not cached", "all layers adapted"
+    changes: dict[str, Tree] = {
+        cached: {"adapter": {"layers": "last:2"}, "engine": {"cache_mb": 1024}},
+        computed: {"adapter": {"layers": "last:2"}, "engine": {"cache_mb": 0}},
+        everywhere: {"engine": {"cache_mb": 0}},
+    }
+    rounds: dict[str, list[float]] = {name: [] for name in changes}
     losses: dict[str, float] = {}
 
     def one(name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            found = job.run(merged(tree, engine(cache_mb=caches[name])), Path(folder) / "run")
+            found = job.run(merged(tree, changes[name]), Path(folder) / "run", size.time)
         rounds[name].append(found["ends"][-1])
         losses[name] = average(found["losses"][-1].values())
 
-    whole = in_turns({name: partial(one, name) for name in caches}, size.repetitions)
+    whole = in_turns({name: partial(one, name) for name in changes}, size.repetitions, size.time)
     within = {name: Spread(tuple(values[1:])) for name, values in rounds.items()}  # the first turn is not counted
-    faster = {
-        "rounds": within["not cached"].over(within["cached"]), "whole run": whole["not cached"].over(whole["cached"])
-    }  # fmt: skip
+    faster = {name: within[name].over(within[cached]) for name in changes}
     shown = [
-        {"last:2": name, "seconds of the rounds": within[name], "of the whole run": whole[name], "loss": losses[name]}
-        for name in caches
-    ]
+        {
+            "adapters": name, "seconds of the rounds": within[name], "of the whole run": whole[name],
+            "time over cached, rounds": faster[name], "last loss": losses[name],
+        }
+        for name in changes
+    ]  # fmt: skip
     show(f"{size.prefix_clients} clients × {size.each} rows, {size.prefix_rounds} rounds; filling is counted", shown)
-    print("times as fast when cached: " + ", ".join(f"{name} {spread}" for name, spread in faster.items()))
     return {
         "rounds": as_json(within), "whole": as_json(whole), "losses": losses,
-        "speed_over_not_cached": as_json(faster),
+        "speed_of_cached": as_json(faster),
+        "speed_of_cached_whole_run": as_json({name: whole[name].over(whole[cached]) for name in changes}),
     }  # fmt: skip
 
 
@@ -356,18 +363,20 @@ def rebuild(size: Size) -> Result:
     def loop() -> None:
         trained, spent = [], 0.0
         for client in world.clients:
-            began = time.perf_counter()
+            began = size.time()
             model = rebuilt(base, **settings)
-            spent += time.perf_counter() - began
+            spent += size.time() - began
             model.start_from(world.initial)
             train(model, batches[client], recipe)
             trained.append({name: parameter.detach().clone() for name, parameter in model.named().items()})
         mean(trained, [len(world.rows[client]["train"]) for client in world.clients])
         building.append(1000 * spent / len(world.clients))
 
-    times = in_turns({"a model for each client": loop, **rounds_of(world)}, size.repetitions)
+    times = in_turns({"a model for each client": loop, **rounds_of(world)}, size.repetitions, size.time)
     building_ms = Spread(tuple(building[1:]))
-    learner = in_turns({"learner": lambda: [world.learner(c, 1) for c in world.clients]}, size.repetitions)["learner"]
+    learner = in_turns({"learner": lambda: [world.learner(c, 1) for c in world.clients]}, size.repetitions, size.time)[
+        "learner"
+    ]
     learner_ms = learner.times(1000 / len(world.clients))
     shown = [
         {"contestant": n, "seconds a round": t, "time over the loop's": t.over(times["a model for each client"])}
@@ -385,11 +394,15 @@ def flower(size: Size) -> Result:
     """The same federated job here and in Flower's simulation, each in processes of its own, taking turns."""
     if reason := flower_job.missing():
         raise Skipped(reason)
+    return {f"{rows} rows a client": against_flower(size, rows) for rows in size.flower_rows}
+
+
+def against_flower(size: Size, rows: int) -> Result:
     cores = os.cpu_count() or 1
     tree = merged(
         COMMON,
         {
-            "data": {"clients": size.flower_clients, "rows": size.flower_rows},
+            "data": {"clients": size.flower_clients, "rows": rows},
             "plan": {"rounds": size.flower_rounds, "evaluate_every": size.flower_rounds},
         },
     )
@@ -412,7 +425,7 @@ def flower(size: Size) -> Result:
     }  # fmt: skip
     losses = {name: [average(values) for values in found[0]["losses"]] for name, found in runs.items()}
     show(
-        f"Seconds of FedAvg of LoRA and head, {size.flower_clients} clients × {size.flower_rows} rows, "
+        f"Seconds of FedAvg of LoRA and head, {size.flower_clients} clients × {rows} rows, "
         f"{size.flower_rounds} rounds, {cores} cores",
         [{"engine": name, **of, "last loss": losses[name][-1]} for name, of in times.items()],
     )
@@ -507,6 +520,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS_HERE), help="sections, separated by commas")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: where others compute too; flower is always wall"
+    )
     parser.add_argument("--tiny", action="store_true", help="a minute, nothing written: do all sections work?")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
@@ -514,7 +530,8 @@ def main() -> None:
         sys.exit(f"--only: found {', '.join(unknown)}; expected some of {', '.join(SECTIONS_HERE)}")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers, about a name that PEFT uses
-    size = TINY if arguments.tiny else Size(repetitions=arguments.repetitions)
+    size = TINY if arguments.tiny else Size(arguments.repetitions)
+    size = dataclasses.replace(size, clock=arguments.clock)
     skipped: dict[str, str] = {}
     for name in wanted:
         print(f"\n== {name}", flush=True)

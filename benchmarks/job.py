@@ -10,13 +10,14 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Tree = dict[str, Any]
 
 
-def run(tree: Tree, folder: Path) -> dict[str, Any]:
+def run(tree: Tree, folder: Path, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """A celora run as a user starts it: checkpoints, journal, report and adapters included.
 
     Returns:
@@ -29,9 +30,9 @@ def run(tree: Tree, folder: Path) -> dict[str, Any]:
     began, ends, losses = 0.0, [], []
     for event in experiment.run(resolved, folder, twin=False):
         if event["event"] == "start":
-            began = time.perf_counter()
+            began = clock()
         elif event["event"] == "round":
-            ends.append(time.perf_counter() - began)
+            ends.append(clock() - began)
             losses.append({client: s["train"]["loss"] for client, s in event["scores"].items() if "train" in s})
     return {"ends": ends, "losses": [of_round for of_round in losses if of_round]}
 
@@ -39,7 +40,7 @@ def run(tree: Tree, folder: Path) -> dict[str, Any]:
 def peak_mb() -> float:
     """Most memory this process has ever held.
 
-    Not `ru_maxrss` where there is a choice: on Linux that begins with what the parent held when it started this process.
+    Not `ru_maxrss` where there is a choice: on Linux that begins with what the parent held when it started this one.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []

@@ -1,6 +1,6 @@
 """Frames against payload, safetensors, torch.save and Flower's own arrays: bytes of one uplink, and time to pack it.
 
-    python benchmarks/wire.py [--repetitions 7]
+    python benchmarks/wire.py [--repetitions 7] [--clock wall]
 
 The tensors are random, of the shapes that each algorithm sends; Flower's columns need the extra `flower`. Of Flower the
 bytes that its transport hands to HTTP are counted: every object of the record (record, array, chunk: Flower pushes each
@@ -23,7 +23,7 @@ from celora.algorithms.ce_lora import Up as CoreUp
 from celora.algorithms.fedit import Up
 from celora.tensors import Tensors, nbytes, only, select
 from celora.wire import Schema, pack, unpack
-from measure import Result, Spread, in_turns, save, show
+from measure import CLOCKS, Clock, Result, Spread, in_turns, save, show
 
 Shapes = list[tuple[str, int, int]]
 
@@ -123,7 +123,9 @@ def sizes(name: str, tensors: dict[str, torch.Tensor], frame: bytes) -> Result:
     return found
 
 
-def times(tensors: dict[str, torch.Tensor], up: object, schema: Schema, repetitions: int) -> dict[str, Spread]:
+def times(
+    tensors: dict[str, torch.Tensor], up: object, schema: Schema, repetitions: int, clock: Clock
+) -> dict[str, Spread]:
     """Milliseconds of a round trip, both ends, each ending in torch tensors."""
     payload = nbytes(tensors)
     often = max(1, min(200, 20_000_000 // payload))
@@ -148,7 +150,7 @@ def times(tensors: dict[str, torch.Tensor], up: object, schema: Schema, repetiti
     if (app := flower()) is not None:
         contestants["Flower, an array each"] = partial(by_flower, app, tensors, False)
         contestants["Flower, one array"] = partial(by_flower, app, tensors, True)
-    found = in_turns({name: partial(repeated, work) for name, work in contestants.items()}, repetitions)
+    found = in_turns({name: partial(repeated, work) for name, work in contestants.items()}, repetitions, clock)
     return {name: spread.times(1000 / often) for name, spread in found.items()}
 
 
@@ -164,6 +166,7 @@ def by_flower(app: Any, tensors: Tensors, packed: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: where others compute too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Result] = []
@@ -173,7 +176,7 @@ def main() -> None:
         schema = Schema.of(everything)
         up = CoreUp(core=tensors, summary=None, examples=100) if parts == ("C",) else Up(weights=tensors, examples=100)
         rows.append(sizes(name, tensors, pack(up, schema)))
-        timed.append((name, times(tensors, up, schema, arguments.repetitions)))
+        timed.append((name, times(tensors, up, schema, arguments.repetitions, CLOCKS[arguments.clock])))
     skipped = "" if flower() else "Flower's columns are skipped: flwr is not installed (pip install 'celora[flower]')"
     bytes_of = [column for column in COLUMNS if column in rows[0]]
     show("Bytes of one uplink", [{k: row[k] for k in ("uplink", "tensors", *bytes_of)} for row in rows], skipped)
@@ -187,7 +190,11 @@ def main() -> None:
         "milliseconds": {name: {k: v.json() for k, v in of.items()} for name, of in timed},
         "over_frame": {name: {k: v.json() for k, v in of.items()} for name, of in ratios},
     }
-    target = save("wire", {"uplinks": content}, settings={"repetitions": arguments.repetitions, "torch_threads": 1})
+    target = save(
+        "wire",
+        {"uplinks": content},
+        settings={"repetitions": arguments.repetitions, "clock": arguments.clock, "torch_threads": 1},
+    )
     print(f"written to {target}", skipped, sep="\n")
 
 
