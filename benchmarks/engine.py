@@ -19,6 +19,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -528,6 +529,7 @@ def main() -> None:
     wanted = arguments.only.split(",")
     if unknown := [name for name in wanted if name not in SECTIONS_HERE]:
         sys.exit(f"--only: found {', '.join(unknown)}; expected some of {', '.join(SECTIONS_HERE)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Flower's processes are ended then, too
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers, about a name that PEFT uses
     size = TINY if arguments.tiny else Size(arguments.repetitions)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Result = dict[str, Any]
@@ -105,7 +106,7 @@ def in_turns(
 
 def show(title: str, rows: Sequence[Mapping[str, object]], note: str = "") -> None:
     """A table on the screen; all rows have the same columns."""
-    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+    table = Table(title=escape(title), title_justify="left", caption=note or None, caption_justify="left")
     for name, value in rows[0].items():
         table.add_column(name, justify="left" if isinstance(value, str) and not value[:1].isdigit() else "right")
     for row in rows:
