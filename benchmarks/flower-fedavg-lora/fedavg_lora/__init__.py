@@ -1,0 +1,1 @@
+"""FedAvg of LoRA and head: a Flower app."""
