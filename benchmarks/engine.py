@@ -9,16 +9,16 @@ rebuild    against a client loop that builds its PEFT model anew for every clien
 flower     against Flower's simulation of FedAvg-LoRA: same clients, texts, start, local steps, cores (extra `flower`)
 memory     peak memory of 1,000 clients against 10
 
-Everything runs on the CPU with one torch thread unless it says otherwise. Tables go to the screen, all numbers with
-the machine to benchmarks/results/engine.json; how each comparison is made is told in docs/performance.md. With --tiny
-nothing is written: it only shows that all sections work.
+Everything runs on the CPU, with one torch thread and again with one on every core. Tables go to the screen, all
+numbers with the machine to benchmarks/results/engine.json; how each comparison is made is told in docs/performance.md.
+With --tiny nothing is written: it only shows that all sections work.
 """
 
 import argparse
 import dataclasses
-import importlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -34,16 +34,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModel
 
 import flower_job
 import job
 from celora import experiment
 from celora.core import federation
 from celora.core.learner import Batch, Fit, Learner
+from celora.core.solve import solve, solve_together
 from celora.engines import embedded
-from celora.experiment.config import SECTIONS
 from celora.experiment.world import Workshop, World
-from celora.models import Adapter, Rows
+from celora.models import Rows, sources
 from celora.tensors import Tensors, but, mean, nbytes
 from celora.wire import Schema
 from measure import CLOCKS, Clock, Result, Spread, in_turns, save, show
@@ -75,7 +76,8 @@ class Size:
     flower_clients: int = 50
     flower_rows: tuple[int, ...] = (4, 24)
     flower_rounds: int = 3
-    flower_repetitions: int = 3
+    flower_validation: int = 8
+    flower_repetitions: int = 2
     many: int = 1000
 
     @property
@@ -92,24 +94,6 @@ TINY = Size(
 # --- the engine, as far as this version has it
 
 
-def solver(group: int | None) -> Any:
-    """`solve`, or the solver of `group` clients in a pass (None: as many as pay).
-
-    Raises:
-        Skipped: if this version runs clients only one after another.
-    """
-    for module in ("celora.core.together", "celora.core.solve"):
-        try:
-            together: Any = importlib.import_module(module).solve_together
-        except (ImportError, AttributeError):
-            continue
-        return lambda jobs: together(jobs, group)
-    if group == 1:
-        before: Any = importlib.import_module("celora.core.learner")
-        return before.solve
-    raise Skipped("this version has no solve_together")
-
-
 class Skipped(Exception):
     """Why a section cannot run here."""
 
@@ -121,8 +105,7 @@ def world_of(*trees: Tree) -> World:
 def federate(world: World, group: int | None) -> None:
     """All rounds of a world, frames, screening, averages and the closing download included; no run folder."""
     of, shelves = world.experiment, dict[str, Any]()
-    kind: Any = getattr(embedded, "Engine", None)
-    ways: Any = kind(group=group).solver(world.backbone.device) if kind else (solver(group),)
+    ways = dataclasses.replace(world.experiment.engine, group=group).solver(world.backbone.device)
     exchange = embedded.Embedded(of.algorithm, world.learner, shelves, Schema.of(world.initial), *ways)
     for done in federation.run(of.algorithm, exchange, of.plan, world.clients, world.initial):
         if done.excluded:
@@ -137,7 +120,7 @@ def fit(world: World, client: str) -> Tensors:
         weights: Tensors = (yield Fit({}, train=but("C"))).weights
         return weights
 
-    (found,) = solver(1)([(learner, turn())])
+    (found,) = solve([(learner, turn())])
     if isinstance(found, Exception):
         raise found
     solved: Tensors = found
@@ -244,16 +227,7 @@ def central_round(size: Size) -> Result:
 
 def rounds_of(world: World) -> dict[str, Callable[[], object]]:
     """The embedded engine's ways to run this world."""
-    ways: dict[str, Callable[[], object]] = {"celora, alone": partial(federate, world, 1)}
-    return ways | ({"celora, grouped": partial(federate, world, None)} if grouped() else {})
-
-
-def grouped() -> bool:
-    try:
-        solver(None)
-    except Skipped:
-        return False
-    return True
+    return {"celora, alone": partial(federate, world, 1), "celora, grouped": partial(federate, world, None)}
 
 
 def compared(times: Mapping[str, Spread], tokens: int, filled: Mapping[str, int]) -> list[Result]:
@@ -273,7 +247,6 @@ def as_json(times: Mapping[str, Spread]) -> Result:
 
 def grouping(size: Size) -> Result:
     """Clients with 4 rows of 32 tokens a step: alone, and K in one pass."""
-    solver(None)
     world = world_of(
         {"data": {"clients": size.group_clients, "rows": 8}, "train": {"batch_size": 4, "steps": size.group_steps}}
     )
@@ -287,10 +260,10 @@ def grouping(size: Size) -> Result:
             weights: Tensors = (yield Fit({}, train=but("C"))).weights
             return weights
 
-        found: list[Tensors] = solver(group)([(world.learner(client, 1), turn()) for client in world.clients])
+        found = solve_together([(world.learner(client, 1), turn()) for client in world.clients], group)
         if failed := [one for one in found if isinstance(one, Exception)]:
             raise failed[0]
-        return found
+        return [one for one in found if not isinstance(one, Exception)]
 
     sizes: list[int | None] = [1, *(k for k in (2, 4, 8, 16) if k <= size.group_clients), None]
     names = {group: "alone" if group == 1 else f"{group} in a pass" if group else "as many as pay" for group in sizes}
@@ -307,14 +280,32 @@ def grouping(size: Size) -> Result:
 
 
 def prefix(size: Size) -> Result:
-    """Whole runs with only the top two layers adapted: cached prefixes against computing them in every round."""
-    if "layers" not in {field.name for field in dataclasses.fields(Adapter)} or "engine" not in SECTIONS:
-        raise Skipped("this version has no adapter.layers or no [engine]")
+    """Whole runs with only the top two layers adapted, of MiniLM's 6 layers and of an encoder like it of 12."""
+    with tempfile.TemporaryDirectory() as name:
+        deep = Path(name)
+        deeper(deep, layers=12)
+        kinds = {"6 layers (MiniLM)": "minilm", "12 layers": str(deep)}
+        return {kind: prefix_of(size, kind, backbone) for kind, backbone in kinds.items()}
+
+
+def deeper(folder: Path, layers: int) -> None:
+    """An encoder of MiniLM's width and tokenizer with more layers; its weights are random, which no clock can tell."""
+    shutil.copytree(sources.embedded(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(SEED)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = layers
+    make: Any = AutoModel.from_config  # transformers does not type it
+    make(config).save_pretrained(folder)
+
+
+def prefix_of(size: Size, kind: str, backbone: str) -> Result:
+    """Cached prefixes against computing them in every round, and against adapting all layers."""
     tree = merged(
         COMMON,
         {
             "data": {"clients": size.prefix_clients, "rows": size.each},
             "plan": {"rounds": size.prefix_rounds, "evaluate_every": size.prefix_rounds},
+            "model": {"backbone": backbone},
         },
     )
     cached, computed, everywhere = "last:2, cached", "last:2, not cached", "all layers adapted"
@@ -342,7 +333,8 @@ def prefix(size: Size) -> Result:
         }
         for name in changes
     ]  # fmt: skip
-    show(f"{size.prefix_clients} clients × {size.each} rows, {size.prefix_rounds} rounds; filling is counted", shown)
+    title = f"{kind}: {size.prefix_clients} clients × {size.each} rows, {size.prefix_rounds} rounds; filling is counted"
+    show(title, shown)
     return {
         "rounds": as_json(within), "whole": as_json(whole), "losses": losses,
         "speed_of_cached": as_json(faster),
@@ -370,7 +362,7 @@ def rebuild(size: Size) -> Result:
             model.start_from(world.initial)
             train(model, batches[client], recipe)
             trained.append({name: parameter.detach().clone() for name, parameter in model.named().items()})
-        mean(trained, [len(world.rows[client]["train"]) for client in world.clients])
+        mean((one, len(world.rows[c]["train"])) for c, one in zip(world.clients, trained, strict=True))
         building.append(1000 * spent / len(world.clients))
 
     times = in_turns({"a model for each client": loop, **rounds_of(world)}, size.repetitions, size.time)
@@ -403,8 +395,8 @@ def against_flower(size: Size, rows: int) -> Result:
     tree = merged(
         COMMON,
         {
-            "data": {"clients": size.flower_clients, "rows": rows},
-            "plan": {"rounds": size.flower_rounds, "evaluate_every": size.flower_rounds},
+            "data": {"clients": size.flower_clients, "rows": rows, "max_validation": size.flower_validation},
+            "plan": {"rounds": size.flower_rounds},
         },
     )
     world = world_of(tree)
@@ -517,6 +509,18 @@ SECTIONS_HERE: dict[str, Callable[[Size], Result]] = {
 }  # fmt: skip
 
 
+def with_threads(section: Callable[[Size], Result], size: Size, name: str) -> Result:
+    """A section with one torch thread, and with one on every core; some see to their processes' threads themselves."""
+    if name in ("flower", "memory"):
+        return section(size)
+    found = {}
+    for threads in dict.fromkeys((1, os.cpu_count() or 1)):
+        torch.set_num_threads(threads)
+        print(f"-- torch threads: {threads}", flush=True)
+        found[f"torch threads: {threads}"] = section(size)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS_HERE), help="sections, separated by commas")
@@ -530,7 +534,6 @@ def main() -> None:
     if unknown := [name for name in wanted if name not in SECTIONS_HERE]:
         sys.exit(f"--only: found {', '.join(unknown)}; expected some of {', '.join(SECTIONS_HERE)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Flower's processes are ended then, too
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers, about a name that PEFT uses
     size = TINY if arguments.tiny else Size(arguments.repetitions)
     size = dataclasses.replace(size, clock=arguments.clock)
@@ -538,12 +541,12 @@ def main() -> None:
     for name in wanted:
         print(f"\n== {name}", flush=True)
         try:
-            content = SECTIONS_HERE[name](size)
+            content = with_threads(SECTIONS_HERE[name], size, name)
         except Skipped as reason:
             skipped[name] = str(reason)
             continue
         if not arguments.tiny:
-            save("engine", {name: content}, settings={"seed": SEED, "torch_threads": 1, **dataclasses.asdict(size)})
+            save("engine", {name: content}, settings={"seed": SEED, **dataclasses.asdict(size)})
     for name, why in skipped.items():
         print(f"{name} skipped: {why}")
 

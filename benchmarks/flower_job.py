@@ -45,6 +45,8 @@ def write_inputs(world: World, folder: Path) -> None:
         {
             "texts": [table.inputs[row] for row in share.train],
             "labels": [classes.index(table.labels[row]) for row in share.train],
+            "validation_texts": [table.inputs[row] for row in share.validation],
+            "validation_labels": [classes.index(table.labels[row]) for row in share.validation],
         }
         for share in shares
     ]

@@ -34,7 +34,7 @@ def evaluate(msg: Message, context: Context) -> Message:
     config, partition = context.run_config, int(context.node_config["partition-id"])
     model = get_model(config)
     set_peft_model_state_dict(model, msg.content["arrays"].to_torch_state_dict())
-    loader, rows = load_data(config, partition, 0)
+    loader, rows = load_data(config, partition, 0, "validation_")
     loss, accuracy = test_fn(model, loader)
     metrics = {"eval_loss": loss, "eval_acc": accuracy, "num-examples": rows}
     return Message(content=RecordDict({"metrics": MetricRecord(metrics)}), reply_to=msg)

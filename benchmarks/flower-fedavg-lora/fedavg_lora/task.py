@@ -58,14 +58,16 @@ def load_json(path: str) -> Any:
     return json.loads(Path(path).read_text())
 
 
-def load_data(config: Mapping[str, Any], partition: int, server_round: int) -> tuple[DataLoader[Any], int]:
+def load_data(
+    config: Mapping[str, Any], partition: int, server_round: int, split: str = ""
+) -> tuple[DataLoader[Any], int]:
     """A client's texts, tokenised, in shuffled batches padded to the longest row; and how many they are."""
     rows = load_json(config["data"])["clients"][partition]
     tokenizer = AutoTokenizer.from_pretrained(config["model-name"])
-    tokens = tokenizer(rows["texts"], truncation=True, max_length=config["max-length"])
+    tokens = tokenizer(rows[f"{split}texts"], truncation=True, max_length=config["max-length"])
     dataset = [
         {"input_ids": ids, "attention_mask": mask, "labels": label}
-        for ids, mask, label in zip(tokens["input_ids"], tokens["attention_mask"], rows["labels"], strict=True)
+        for ids, mask, label in zip(tokens["input_ids"], tokens["attention_mask"], rows[f"{split}labels"], strict=True)
     ]
     order = torch.Generator().manual_seed(hash((config["seed"], partition, server_round)) % 2**62)
     collate: Any = DataCollatorWithPadding(tokenizer)
