@@ -142,3 +142,50 @@ def test_secret_bases_give_every_client_an_a_of_its_own(config: Path, tmp_path: 
 
     assert rows_of_a() > 0.5
     assert rows_of_a("--set", "adapter.bases=secret") < 0.3
+
+
+def scores(folder: Path) -> list[list[str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def test_clients_that_share_passes_end_where_they_end_alone(config: Path, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert celora("run", config, "--group", 1, "--out", alone)[0] == 0
+    assert celora("run", config, "--out", together)[0] == 0
+    assert len(scores(alone)) == len(scores(together)) > 0
+    for one, other in zip(scores(alone), scores(together), strict=True):
+        assert one[:3] == other[:3]
+        assert [float(n or 0) for n in one[3:]] == pytest.approx([float(n or 0) for n in other[3:]], abs=1e-3)
+    settings = [json.loads((folder / "summary.json").read_text())["settings"]["engine"] for folder in (alone, together)]
+    assert [engine.get("group") for engine in settings] == [1, None]
+
+
+def test_a_run_of_the_top_layer_is_the_same_with_kept_prefixes_and_without(config: Path, tmp_path: Path) -> None:
+    kept, computed = tmp_path / "kept", tmp_path / "computed"
+    top = ("--set", "adapter.layers=last:1")
+    assert celora("run", config, *top, "--out", kept)[0] == 0
+    assert celora("run", config, *top, "--set", "engine.cache_mb=0", "--out", computed)[0] == 0
+    assert (kept / "metrics.csv").read_bytes() == (computed / "metrics.csv").read_bytes()
+    for adapter in sorted(kept.glob("adapters/*/adapter_model.safetensors")):
+        assert adapter.read_bytes() == (computed / adapter.relative_to(kept)).read_bytes()
+    described = json.loads((kept / "adapters" / "client-00" / "adapter_config.json").read_text())
+    assert all(".1." in name for name in described["target_modules"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--group", "0"), "engine.group: found 0, expected greater than or equal to 1"),
+        (("--set", "adapter.layers=first:2"), "adapter.layers: found 'first:2'"),
+        (("--set", "adapter.layers=last:7"), 'adapter.layers = "last:7": random-vit has 2 layers'),
+        (("--set", "engine.cache_mb=-1"), "engine.cache_mb: found -1, expected greater than or equal to 0"),
+    ],
+)
+def test_settings_of_the_engine_that_cannot_be(
+    words: tuple[str, ...], message: str, config: Path, tmp_path: Path
+) -> None:
+    code, _, stderr = celora("run", config, *words, "--out", tmp_path / "none")
+    assert code != 0
+    assert message in stderr.replace("\n", " ")
+    assert not (tmp_path / "none").exists()

@@ -194,13 +194,16 @@ def _minimise(tasks: Sequence[_Task], most: int | None) -> list[Fitted]:
         gradient = torch.empty_like(stack[:active])
         sizes = [shared.size(task.batches[step]) for task in ranked[:active]] if shared and active > 1 else [(1, 1)]
         for rows in passes(sizes, shared.capacity if shared else 1, most):
-            losses[rows, step], gradient[rows] = _gradients(stack[rows], [ranked[row] for row in rows], step)
+            where = torch.tensor(rows).to(stack.device, non_blocking=True)
+            losses[where, step], gradient[where] = _gradients(stack[where], [ranked[row] for row in rows], step)
         rates = [recipe.lr * (1 - step / count if recipe.decay == "linear" else 1.0) for count in steps[:active]]
-        stack[:active] = adamw.step(stack[:active], gradient, torch.tensor(rates).to(stack).unsqueeze(1))
+        rate = torch.tensor(rates, dtype=stack.dtype).to(stack.device, non_blocking=True)
+        stack[:active] = adamw.step(stack[:active], gradient, rate.unsqueeze(1))
     totals: list[float] = losses.sum(1).tolist()
+    ends = stack.cpu()
     solved: dict[int, Fitted] = {}
     for row, at in enumerate(order):
-        new = {name: w.detach().to("cpu", copy=True) for name, w in _unflatten(stack[row], shapes).items()}
+        new = {name: w.clone() for name, w in _unflatten(ends[row], shapes).items()}
         weights = {name: new[name] if name in new else w.cpu() for name, w in ranked[row].start.items()}
         mean = totals[row] / steps[row] if steps[row] else math.nan
         solved[at] = Fitted(weights, {"loss": mean, "steps": float(steps[row])})

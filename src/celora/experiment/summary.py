@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from celora.core.algorithm import ClientId
@@ -115,10 +116,7 @@ def summarise(
         "notices": [e["text"] for e in events if e["event"] == "notice"],
         "bytes": _bytes(done),
         "seconds": round(sum(e["seconds"] for e in done), 3),
-        "peak_rss_mb": round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-            1,
-        ),
+        "peak_rss_mb": round(_peak_mb(), 1),
         "settings": experiment.settings(),
     }
 
@@ -146,3 +144,13 @@ def _whole(number: float) -> float | int:
 
 def _mean(by_client: Mapping[ClientId, float]) -> float:
     return sum(by_client.values()) / len(by_client)
+
+
+def _peak_mb() -> float:
+    """Most memory this process has held; on Linux not `ru_maxrss`, which begins with what its parent held."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -22,8 +22,10 @@ _ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
 LAYERS = r"^(all|last:[1-9][0-9]*)$"
 _REGISTER = 16
 """Tokens that a prefix is padded to a multiple of: float32 numbers in the widest vector register."""
-_PASS = 1024
-"""Tokens in one pass on a CPU: MiniLM is fastest at 512 to 1024 and loses a third at 8192."""
+_PASS = 1024 * 384
+"""Numbers in one hidden state of a pass on a CPU: MiniLM, 384 wide, is fastest at 512 to 1024 tokens."""
+_LEAST = 512
+"""Tokens in a pass, at least."""
 Inputs = Sequence[Sequence[int]] | Tensor
 """Rows for a backbone: token ids of each text, or images (n, channels, height, width)."""
 
@@ -144,6 +146,16 @@ class Backbone:
         return next((token for token in candidates if token is not None), 0)
 
     @property
+    def image_tokens(self) -> int:
+        """Tokens that an image becomes: its patches and one for the class; 1 for a text backbone."""
+        if self.kind == "text":
+            return 1
+        patch = self._config.to_dict().get("patch_size") or 16
+        down, across = (patch, patch) if isinstance(patch, int) else patch
+        _, height, width = self.image_shape
+        return (height // down) * (width // across) + 1
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images an image backbone reads."""
         side = self._config.image_size
@@ -173,11 +185,12 @@ class Backbone:
         et al., MLSys 2023, equation 2; a heads, t tokens a row, here the longest that is read).
         """
         if self.device.type != "cuda":
-            return _PASS
+            return max(_LEAST, _PASS // self.width)
         free, _ = torch.cuda.mem_get_info(self.device)
         config, width = self._config, 2 if self._model.dtype == "bfloat16" else 4
-        inner = 34 * self.width + 5 * config.num_attention_heads * self._model.max_length
-        return max(_PASS, int(free / 2 / (config.num_hidden_layers * inner * width / 2)))
+        longest = self._model.max_length if self.kind == "text" else self.image_tokens
+        inner = 34 * self.width + 5 * config.num_attention_heads * longest
+        return max(_LEAST, int(free / 2 / (config.num_hidden_layers * inner * width / 2)))
 
     def batch(self, inputs: Inputs, rows: Sequence[int]) -> dict[str, Tensor]:
         """These rows as tensors on the CPU; texts are padded to the longest of them.

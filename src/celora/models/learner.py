@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from celora.core.learner import Batch, Metrics, Recipe, Score, Split
-from celora.models.passes import Passes, Rows, bucketed, lengths
+from celora.models.passes import Passes, Rows, bucketed
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -72,7 +72,7 @@ class ModelLearner:
         for _ in range(self.recipe.epochs) if left is None else iter(int, 1):
             if not len(rows):
                 return
-            for chosen in bucketed(lengths(rows.inputs), self.recipe.batch_size, self._order):
+            for chosen in bucketed(self._passes.lengths(rows.inputs), self.recipe.batch_size, self._order):
                 if left == 0:
                     return
                 left = None if left is None else left - 1

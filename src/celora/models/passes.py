@@ -18,8 +18,6 @@ from celora.tensors import Tensors, common
 
 _WINDOW = 8
 """Batches among which rows are sorted by length: enough to bucket well, few enough to stay shuffled."""
-_IMAGE = 4
-"""Tokens that an image counts for in the size of a pass."""
 _ABSENT = -100
 """The label of a row that only fills up a batch; cross entropy ignores it."""
 _FILLING = {"labels": _ABSENT, "row": -1}
@@ -47,8 +45,8 @@ class Passes:
     """What the learners of one backbone share (`celora.core.learner.Shared`).
 
     Args:
-        prefixes: activations below the first adapted layer, kept from pass to pass; None recomputes nothing because
-            nothing can be kept: some lowest layer is adapted, or the rows have no numbers.
+        prefixes: activations below the first adapted layer; None where there are none to keep, because the lowest
+            layer is adapted, or the rows have no numbers.
     """
 
     def __init__(self, backbone: Backbone, prefixes: Prefixes | None = None) -> None:
@@ -73,7 +71,13 @@ class Passes:
     def size(self, batch: Batch) -> tuple[int, int]:
         """(rows, tokens of the longest); images are all alike."""
         ids = batch.get("input_ids")
-        return len(batch["labels"]), _IMAGE if ids is None else ids.shape[1]
+        return len(batch["labels"]), self.backbone.image_tokens if ids is None else ids.shape[1]
+
+    def lengths(self, inputs: Inputs) -> list[int]:
+        """Tokens in each row; images are all alike."""
+        if isinstance(inputs, Tensor):
+            return [self.backbone.image_tokens] * len(inputs)
+        return [len(row) for row in inputs]
 
     def join(self, batches: Sequence[Batch]) -> Batch:
         """The mini-batches of K clients as one."""
@@ -115,7 +119,7 @@ class Passes:
     def _logits(self, weights: Sequence[Tensors], rows: Sequence[Rows], most: int | None) -> list[Tensor]:
         """Logits (n, classes) on the CPU for each client's rows, in their order."""
         parts = [(client, chosen) for client, own in enumerate(rows) for chosen in self._budgeted(own.inputs)]
-        sizes = [(len(chosen), lengths(rows[client].inputs)[chosen[-1]]) for client, chosen in parts]
+        sizes = [(len(chosen), self.lengths(rows[client].inputs)[chosen[-1]]) for client, chosen in parts]
         classes = [len(one["head.bias"]) for one in weights]
         device = self.backbone.device
         found = [torch.zeros(len(own), n, device=device) for own, n in zip(rows, classes, strict=True)]
@@ -127,7 +131,7 @@ class Passes:
             batch = batches[0] if len(batches) == 1 else join(batches)
             scores = self.logits({name: w.to(device) for name, w in held.items()}, batch)
             for (client, chosen), own in zip(members, scores.view(len(members), -1, scores.shape[-1]), strict=True):
-                found[client][torch.as_tensor(chosen)] = own[: len(chosen)]
+                found[client][torch.tensor(chosen).to(device, non_blocking=True)] = own[: len(chosen)]
         return [logits.cpu() for logits in found]
 
     def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
@@ -139,13 +143,14 @@ class Passes:
     def _encode(self, many: Sequence[Rows]) -> list[Tensor]:
         """The frozen backbone is one for all: rows share a pass whoever holds them."""
         rows = _concatenated(many)
-        found = torch.zeros(len(rows), self.backbone.width, device=self.backbone.device)
+        device = self.backbone.device
+        found = torch.zeros(len(rows), self.backbone.width, device=device)
         for chosen in self._budgeted(rows.inputs):
-            found[torch.as_tensor(chosen)] = self._features({}, self.batch(rows, chosen))
+            found[torch.tensor(chosen).to(device, non_blocking=True)] = self._features({}, self.batch(rows, chosen))
         return [part.clone() for part in torch.split(found.cpu(), [len(own) for own in many])]
 
     def _budgeted(self, inputs: Inputs) -> Iterator[list[int]]:
-        return budgeted(lengths(inputs), self.capacity)
+        return budgeted(self.lengths(inputs), self.capacity)
 
 
 def _concatenated(many: Sequence[Rows]) -> Rows:
@@ -161,11 +166,6 @@ def predict(backbone: Backbone, weights: Tensors, inputs: Inputs) -> Tensor:
     """Logits (n, classes) of all rows in their order, on the CPU, for one client's weights."""
     rows = Rows(inputs, torch.zeros(len(inputs), dtype=torch.int64))
     return Passes(backbone)._logits([weights], [rows], most=1)[0]
-
-
-def lengths(inputs: Inputs) -> list[int]:
-    """Tokens in each row; images are all alike."""
-    return [_IMAGE] * len(inputs) if isinstance(inputs, Tensor) else [len(row) for row in inputs]
 
 
 def bucketed(sizes: Sequence[int], batch_size: int, order: torch.Generator) -> list[list[int]]:

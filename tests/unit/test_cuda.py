@@ -1,0 +1,85 @@
+"""The same code on CUDA: what is equal to the CPU, and what no step waits for. Skipped without a CUDA device."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from celora.core.learner import Fit, Recipe, Score
+from celora.core.solve import fit_together
+from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Prefixes, Rows, initial, load
+from celora.tensors import but
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+
+
+def backbone(device: str, layers: str = "all", dtype: Any = "float32") -> Backbone:
+    return load(Model(device=device, dtype=dtype), Adapter(layers=layers), Path())
+
+
+def learners(of: Backbone, steps: int = 3) -> list[ModelLearner]:
+    """Four clients of 12 texts."""
+    passes, draw = Passes(of, Prefixes(of, 1 << 28) if of.depth else None), torch.Generator().manual_seed(0)
+    weights, found = initial(of, Adapter(), "lora", 2, seed=0), []
+    for client in range(4):
+        sizes = torch.randint(3, 40, (12,), generator=draw).tolist()
+        ids = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in sizes]
+        rows = Rows(ids, torch.arange(12) % 2, torch.arange(12) + 12 * client)
+        recipe = Recipe(batch_size=4, steps=steps, lr=1e-3)
+        found.append(ModelLearner(passes, {"train": rows}, weights, recipe, seed=0, client=str(client), round=1))
+    return found
+
+
+def trained(of: Backbone, most: int | None, steps: int = 3) -> list[Any]:
+    return fit_together([(it, Fit({}, but())) for it in learners(of, steps)], most)
+
+
+@pytest.mark.parametrize("layers", ["all", "last:2"])
+@pytest.mark.parametrize("most", [1, None])
+def test_training_equals_that_on_a_cpu_but_for_rounding(layers: str, most: int | None) -> None:
+    cpu, cuda = trained(backbone("cpu", layers), most), trained(backbone("cuda", layers), most)
+    for one, other in zip(cpu, cuda, strict=True):
+        assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], abs=1e-3)
+        for name, weight in other.weights.items():
+            assert weight.device.type == "cpu"
+            assert (weight - one.weights[name]).abs().max() < 2e-3  # AdamW's step at lr 1e-3, twice
+
+
+def test_scores_and_features_equal_those_of_a_cpu() -> None:
+    cpu, cuda = learners(backbone("cpu")), learners(backbone("cuda"))
+    for on in (cpu, cuda):
+        assert on[0].shared is not None
+    one = cpu[0].shared.scores([(it, Score({}, "train")) for it in cpu])  # type: ignore[union-attr]
+    other = cuda[0].shared.scores([(it, Score({}, "train")) for it in cuda])  # type: ignore[union-attr]
+    for mine, its in zip(one, other, strict=True):
+        assert mine == pytest.approx(its, abs=1e-3)
+    torch.testing.assert_close(cpu[0].features()[0], cuda[0].features()[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_backbone_in_bfloat16_trains_float32_adapters() -> None:
+    for fitted in trained(backbone("cuda", dtype="bfloat16"), None):
+        assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in fitted.weights.values())
+
+
+def test_the_capacity_follows_free_memory() -> None:
+    assert backbone("cuda").capacity >= backbone("cpu").capacity
+
+
+def test_our_side_of_a_step_waits_for_nothing() -> None:
+    """Synchronisations per step, told apart from those at the start and the end by their number of steps."""
+
+    def waits(steps: int) -> int:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trained(of, None, steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("celora" in warning.filename for warning in caught)
+
+    of = backbone("cuda")
+    trained(of, None)
+    assert waits(3) == waits(9)
