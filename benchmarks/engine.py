@@ -71,12 +71,12 @@ class Size:
     each: int = 32
     group_clients: int = 16
     group_steps: int = 4
-    prefix_clients: int = 8
+    prefix_clients: int = 4
+    prefix_repetitions: int = 2
     prefix_rounds: int = 5
     flower_clients: int = 50
     flower_rows: tuple[int, ...] = (4, 24)
     flower_rounds: int = 3
-    flower_validation: int = 8
     flower_repetitions: int = 2
     many: int = 1000
 
@@ -87,6 +87,7 @@ class Size:
 
 TINY = Size(
     repetitions=1, rows=16, clients=3, each=8, group_clients=4, group_steps=1, prefix_clients=2, prefix_rounds=2,
+    prefix_repetitions=1,
     flower_clients=3, flower_rows=(8,), flower_rounds=2, flower_repetitions=1, many=20,
 )  # fmt: skip
 
@@ -323,7 +324,7 @@ def prefix_of(size: Size, kind: str, backbone: str) -> Result:
         rounds[name].append(found["ends"][-1])
         losses[name] = average(found["losses"][-1].values())
 
-    whole = in_turns({name: partial(one, name) for name in changes}, size.repetitions, size.time)
+    whole = in_turns({name: partial(one, name) for name in changes}, size.prefix_repetitions, size.time)
     within = {name: Spread(tuple(values[1:])) for name, values in rounds.items()}  # the first turn is not counted
     faster = {name: within[name].over(within[cached]) for name in changes}
     shown = [
@@ -395,34 +396,37 @@ def against_flower(size: Size, rows: int) -> Result:
     tree = merged(
         COMMON,
         {
-            "data": {"clients": size.flower_clients, "rows": rows, "max_validation": size.flower_validation},
-            "plan": {"rounds": size.flower_rounds},
+            "data": {"clients": size.flower_clients, "rows": rows, "max_validation": 1},
+            "plan": {"rounds": size.flower_rounds, "evaluate_every": size.flower_rounds},
         },
     )
     world = world_of(tree)
+    theirs = {"Flower": 1, "Flower, as it comes": 2}
     runs: dict[str, list[Result]] = {}
     kinds = {f"celora, {threads} thread{'s'[: threads > 1]}": threads for threads in dict.fromkeys((1, cores))}
     for turn in range(size.flower_repetitions):
-        for name in [*kinds, "Flower"] if turn % 2 == 0 else ["Flower", *reversed(kinds)]:
-            found = flower_run(world, cores) if name == "Flower" else alone(tree, kinds[name])
+        order = [*kinds, *theirs]
+        for name in order if turn % 2 == 0 else order[::-1]:
+            found = alone(tree, kinds[name]) if name in kinds else flower_run(world, cores, theirs[name])
             runs.setdefault(name, []).append(found)
-    runs = {name: runs[name] for name in (*kinds, "Flower")}
+    runs = {name: runs[name] for name in (*kinds, *theirs)}
     parts = {"whole command": "seconds", "all rounds": "rounds", "rounds after the first": "later"}
     times = {
         name: {part: Spread(tuple(run[key] for run in found)) for part, key in parts.items()}
         for name, found in runs.items()
     }
     ratios = {
-        name: {part: times["Flower"][part].over(spread) for part, spread in of.items()}
-        for name, of in times.items() if name in kinds
-    }  # fmt: skip
+        f"{name} against {their}": {part: times[their][part].over(spread) for part, spread in times[name].items()}
+        for their in theirs
+        for name in kinds
+    }
     losses = {name: [average(values) for values in found[0]["losses"]] for name, found in runs.items()}
     show(
         f"Seconds of FedAvg of LoRA and head, {size.flower_clients} clients × {rows} rows, "
         f"{size.flower_rounds} rounds, {cores} cores",
         [{"engine": name, **of, "last loss": losses[name][-1]} for name, of in times.items()],
     )
-    show("Times as fast as Flower", [{"engine": name, **of} for name, of in ratios.items()])
+    show("Times as fast", [{"engine": name, **of} for name, of in ratios.items()])
     spent = {
         key: average(m[f"seconds-{key}"] for run in runs["Flower"] for of_round in run["clients"] for m in of_round)
         for key in ("model", "data", "train")
@@ -434,7 +438,7 @@ def against_flower(size: Size, rows: int) -> Result:
     check_same(losses)
     return {
         "cores": cores, "seconds": {name: as_json(of) for name, of in times.items()},
-        "speed_over_flower": {name: as_json(of) for name, of in ratios.items()},
+        "speed": {name: as_json(of) for name, of in ratios.items()},
         "losses": losses, "flower_client_seconds": spent,
     }  # fmt: skip
 
@@ -468,8 +472,8 @@ def alone(tree: Tree, threads: int) -> Result:
     return {**times, "losses": losses, "peak_mb": found["peak_mb"]}
 
 
-def flower_run(world: World, cores: int) -> Result:
-    found = flower_job.run(world, cores)
+def flower_run(world: World, cores: int, each: int) -> Result:
+    found = flower_job.run(world, cores, each)
     if any(len(of_round) != len(world.clients) for of_round in found["clients"]):
         raise RuntimeError(f"clients of Flower failed: {[len(of_round) for of_round in found['clients']]} reported")
     losses = [[m["train_loss"] for m in of_round] for of_round in found["clients"]]

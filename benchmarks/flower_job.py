@@ -60,8 +60,8 @@ def write_inputs(world: World, folder: Path) -> None:
     save_file(initial, folder / "initial.safetensors")
 
 
-def run(world: World, cores: int) -> dict[str, Any]:
-    """The job of this world's experiment: FedAvg over its clients, `cores` of them at a time, one torch thread each.
+def run(world: World, cores: int, each: int) -> dict[str, Any]:
+    """The job of this world's experiment: FedAvg over its clients, `cores` in all and `each` for a client.
 
     Returns:
         `seconds` of the whole command; `rounds`: seconds of each; `clients`: by round, what each client reported.
@@ -90,7 +90,7 @@ def run(world: World, cores: int) -> dict[str, Any]:
             "out": str(folder / "out.json"),
         }
         federation = (
-            f"num-supernodes={len(world.clients)} client-resources-num-cpus=1 client-resources-num-gpus=0.0 "
+            f"num-supernodes={len(world.clients)} client-resources-num-cpus={each} client-resources-num-gpus=0.0 "
             f"init-args-num-cpus={cores}"
         )
         command = [
@@ -100,7 +100,7 @@ def run(world: World, cores: int) -> dict[str, Any]:
         home = folder / "home"
         try:
             began = time.perf_counter()
-            log = _within_own_network(command, home)
+            log = _within_own_network(command, home, each)
             seconds = time.perf_counter() - began
         finally:
             _end(home)
@@ -114,7 +114,7 @@ def _toml(value: object) -> str:
     return json.dumps(value)
 
 
-def _within_own_network(command: list[str], home: Path) -> str:
+def _within_own_network(command: list[str], home: Path, threads: int) -> str:
     """Run the command, in a network namespace with nothing but loopback if there may be one; what it printed."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # flwr starts its parts by name
@@ -125,7 +125,7 @@ def _within_own_network(command: list[str], home: Path) -> str:
         "RAY_TMPDIR": str(home.parent),
         "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
     for unshare in (["unshare", "--net"], ["unshare", "--map-root-user", "--net"]):
