@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job: five algorithms on eight clients, in runs/demo/
 # make test   set up what the tests need and run the fast ones
+# make bench  the engine, the server and the wire against their peers (an hour; see docs/performance.md)
 # make check  ruff, mypy --strict, import-linter
 
 PYTHON ?= python3
@@ -23,6 +24,11 @@ check: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: .venv/installed-bench
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/server.py
+	$(BIN)/python benchmarks/wire.py
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -32,6 +38,10 @@ check: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/installed-bench: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,flower]'
 	touch $@
 
 clean:

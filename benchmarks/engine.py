@@ -261,7 +261,11 @@ def grouping(size: Size) -> Result:
             weights: Tensors = (yield Fit({}, train=but("C"))).weights
             return weights
 
-        found = solve_together([(world.learner(client, 1), turn()) for client in world.clients], group)
+        found: list[Tensors | Exception] = []
+        cohort = group or len(world.clients)
+        for start in range(0, len(world.clients), cohort):
+            jobs = [(world.learner(client, 1), turn()) for client in world.clients[start : start + cohort]]
+            found += solve(jobs) if group == 1 else solve_together(jobs)
         if failed := [one for one in found if isinstance(one, Exception)]:
             raise failed[0]
         return [one for one in found if not isinstance(one, Exception)]

@@ -87,10 +87,15 @@ class Together:
     capacity = 64
 
     def __init__(self) -> None:
-        self.clients: list[int] = []  # in each joined mini-batch, for tests that ask whether there was one
+        self.clients: list[int] = []  # in each pass of several, for tests that ask whether there was one
 
     def size(self, batch: Batch) -> tuple[int, int]:
         return len(batch["y"]), 1
+
+    def cut(self, batch: Batch) -> list[Batch]:
+        """In pieces of eight rows."""
+        x, y = (batch[name].split(8) for name in ("x", "y"))
+        return [{"x": rows, "y": labels} for rows, labels in zip(x, y, strict=True)]
 
     def join(self, batches: Sequence[Batch]) -> Batch:
         self.clients.append(len(batches))
@@ -100,7 +105,7 @@ class Together:
         y = [F.pad(batch["y"], (0, n), value=-100) for batch, n in zip(batches, more, strict=True)]
         return {"x": torch.stack(x), "y": torch.stack(y)}
 
-    def scores(self, asked: Sequence[tuple[Any, Score]], most: int | None) -> list[Metrics]:
+    def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
         return [learner.test(score.weights, score.split) for learner, score in asked]
 
     def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:

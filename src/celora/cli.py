@@ -49,8 +49,8 @@ Group = Annotated[
     typer.Option(
         "--group",
         metavar="K",
-        help="Clients in one pass through the backbone, as engine.group; 1: one after another.",
-        show_default="as many as pay",
+        help="Clients whose rows may share a pass, as engine.group; 1: one after another.",
+        show_default="many",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout, and no progress.")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from celora.core.learner import Fit, Recipe, Score
-from celora.core.solve import fit_together
+from celora.core.solve import fit, fit_together
 from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Prefixes, Rows, initial, load
 from celora.tensors import but
 
@@ -32,14 +32,15 @@ def learners(of: Backbone, steps: int = 3) -> list[ModelLearner]:
     return found
 
 
-def trained(of: Backbone, most: int | None, steps: int = 3) -> list[Any]:
-    return fit_together([(it, Fit({}, but())) for it in learners(of, steps)], most)
+def trained(of: Backbone, together: bool, steps: int = 3) -> list[Any]:
+    problems = [(it, Fit({}, but())) for it in learners(of, steps)]
+    return list(fit_together(problems)) if together else [fit(*problem) for problem in problems]
 
 
 @pytest.mark.parametrize("layers", ["all", "last:2"])
-@pytest.mark.parametrize("most", [1, None])
-def test_training_equals_that_on_a_cpu_but_for_rounding(layers: str, most: int | None) -> None:
-    cpu, cuda = trained(backbone("cpu", layers), most), trained(backbone("cuda", layers), most)
+@pytest.mark.parametrize("together", [False, True])
+def test_training_equals_that_on_a_cpu_but_for_rounding(layers: str, together: bool) -> None:
+    cpu, cuda = trained(backbone("cpu", layers), together), trained(backbone("cuda", layers), together)
     for one, other in zip(cpu, cuda, strict=True):
         assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], abs=1e-3)
         for name, weight in other.weights.items():
@@ -59,7 +60,7 @@ def test_scores_and_features_equal_those_of_a_cpu() -> None:
 
 
 def test_a_backbone_in_bfloat16_trains_float32_adapters() -> None:
-    for fitted in trained(backbone("cuda", dtype="bfloat16"), None):
+    for fitted in trained(backbone("cuda", dtype="bfloat16"), True):
         assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in fitted.weights.values())
 
 
@@ -75,11 +76,11 @@ def test_our_side_of_a_step_waits_for_nothing() -> None:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                trained(of, None, steps)
+                trained(of, True, steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return sum("celora" in warning.filename for warning in caught)
 
     of = backbone("cuda")
-    trained(of, None)
+    trained(of, True)
     assert waits(3) == waits(9)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from celora.core.learner import Fit, Recipe, Score
-from celora.core.solve import fit_together
+from celora.core.solve import fit, fit_together
 from celora.errors import ModelError
 from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Prefixes, Rows, initial, load
 from celora.models import prefixes as prefixes_module
@@ -40,7 +40,7 @@ def rows(backbone: Backbone, first: int, count: int = 10) -> Rows:
     return Rows(inputs, labels, torch.arange(first, first + count))
 
 
-def trained(backbone: Backbone, prefixes: Prefixes | None, most: int | None = 1) -> Any:
+def trained(backbone: Backbone, prefixes: Prefixes | None, together: bool = False) -> Any:
     """Two rounds of three clients: their weights and scores."""
     passes, weights = Passes(backbone, prefixes), initial(backbone, Adapter(), "lora", 2, seed=0)
     found: list[Any] = []
@@ -52,8 +52,9 @@ def trained(backbone: Backbone, prefixes: Prefixes | None, most: int | None = 1)
             )
             for k in range(3)
         ]  # fmt: skip
-        fitted: Any = fit_together([(it, Fit({}, but())) for it in learners], most)
-        scores = passes.scores([(it, Score(f.weights, "train")) for it, f in zip(learners, fitted, strict=True)], most)
+        problems = [(it, Fit({}, but())) for it in learners]
+        fitted: Any = fit_together(problems) if together else [fit(*problem) for problem in problems]
+        scores = passes.scores([(it, Score(f.weights, "train")) for it, f in zip(learners, fitted, strict=True)])
         found.append(([f.weights for f in fitted], scores, passes.features(learners)))
     return found
 
@@ -97,12 +98,12 @@ def test_a_row_has_the_same_prefix_in_whatever_company(backbone: Any) -> None:
 
 
 @pytest.mark.parametrize("backbone", [minilm, vit])
-@pytest.mark.parametrize("most", [1, None])
-def test_a_run_that_keeps_prefixes_is_bit_equal_to_one_that_does_not(backbone: Any, most: int | None) -> None:
-    expected = image(trained(backbone(), Prefixes(backbone(), 0), most))
+@pytest.mark.parametrize("together", [False, True])
+def test_a_run_that_keeps_prefixes_is_bit_equal_to_one_that_does_not(backbone: Any, together: bool) -> None:
+    expected = image(trained(backbone(), Prefixes(backbone(), 0), together))
     for budget in (ROOM, 1):
         kept = Prefixes(backbone(), budget)
-        assert image(trained(backbone(), kept, most)) == expected
+        assert image(trained(backbone(), kept, together)) == expected
         assert (kept.spilled > 0) == (budget == 1)
 
 

@@ -21,21 +21,33 @@ EVERYTHING = but()
 SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 200)), max_size=40)
 
 
-@given(SIZES, st.integers(1, 2000), st.none() | st.integers(1, 5))
-def test_passes_cover_every_batch_once_within_capacity_and_with_little_filling(
-    sizes: list[tuple[int, int]], capacity: int, most: int | None
+@given(SIZES, st.integers(1, 2000))
+def test_passes_cover_every_piece_once_within_capacity_and_with_little_filling(
+    sizes: list[tuple[int, int]], capacity: int
 ) -> None:
-    found = list(passes(sizes, capacity, most))
+    found = list(passes(sizes, capacity))
     assert Counter(at for group in found for at in group) == Counter(range(len(sizes)))
     for group in found:
         filled = len(group) * max(sizes[at][0] for at in group) * max(sizes[at][1] for at in group)
         assert len(group) == 1 or filled <= min(capacity, FILLING * sum(sizes[at][0] * sizes[at][1] for at in group))
-        assert most is None or len(group) <= most
 
 
 def test_batches_of_one_shape_share_passes_up_to_the_capacity() -> None:
     assert [len(group) for group in passes([(4, 32)] * 20, 1024)] == [8, 8, 4]
     assert [len(group) for group in passes([(4, 32)] * 3, 64)] == [1, 1, 1]  # larger than a pass: each alone
+
+
+def test_rows_of_unlike_length_are_cut_and_go_with_their_like() -> None:
+    """Two clients' batches of a short and a long text: padded 4 × 40 tokens, cut and joined 2 × 5 and 2 × 40."""
+    backbone = load(Model(device="cpu"), Adapter(), Path())
+    shared = Passes(backbone)
+    rows = Rows([[101] * 5, [101] * 40, [101] * 41, [101] * 42], torch.arange(4))
+    uneven, even = shared.batch(rows, [0, 1]), shared.batch(rows, [1, 2, 3])
+    assert [shared.size(piece) for piece in shared.cut(uneven)] == [(1, 5), (1, 40)]
+    assert [shared.size(piece) for piece in shared.cut(even)] == [(3, 42)]
+    pieces = [*shared.cut(uneven), *shared.cut(uneven)]
+    assert list(passes([shared.size(piece) for piece in pieces], 1024)) == [[0, 2], [1, 3]]
+    assert shared.cut({"pixel_values": torch.zeros(3, 1, 8, 8), "labels": torch.zeros(3)})[0]["labels"].shape == (3,)
 
 
 # --- toy clients ---------------------------------------------------------------------------------------------------
@@ -150,12 +162,6 @@ def test_turns_that_ask_for_several_things_go_side_by_side() -> None:
         assert image(one[2:]) == image(other[2:])
 
 
-def test_one_at_a_time_is_solve_to_the_bit() -> None:
-    world = World("tri")
-    one = solve_together([(world("c0", 1), everything(world("c0", 1), []))], most=1)
-    assert image(tuple(one)) == image(tuple(solve([(world("c0", 1), everything(world("c0", 1), []))])))
-
-
 def test_a_turn_may_handle_its_failed_problem_and_one_that_does_not_fails_alone() -> None:
     world = World("tri", faults={("c0", 1): ValueError("torn"), ("c1", 1): ValueError("torn")})
 
@@ -221,7 +227,7 @@ def test_learners_of_one_backbone(kind: str, family: Any) -> None:
     for one, other in zip(together, alone, strict=True):
         far = torch.cat([(w - other[0][name]).abs().flatten() for name, w in one[0].items()])
         assert (far > 1e-5).float().mean() < 1e-3  # AdamW divides a tiny gradient, and its rounding, by its own size
-        assert far.max() < 1e-4
+        assert far.max() < 5e-4  # a quarter of one step
         assert one[1] == pytest.approx(other[1], abs=1e-5)
         torch.testing.assert_close(one[2], other[2], atol=1e-5, rtol=0)
         assert torch.equal(one[3], other[3])

@@ -201,9 +201,10 @@ class CELoRA:
 
     def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
         """C̄_i = Σ_j W_ij C_j for every client heard so far, from the last core each has sent."""
-        cores = _sorted({**server.cores, **{client: up.core for client, up in heard.items()}})
-        examples = {**server.examples, **{client: up.examples for client, up in heard.items()}}
-        new = {client: up.summary for client, up in heard.items() if up.summary is not None}
+        ups = dict(heard)
+        cores = _sorted({**server.cores, **{client: up.core for client, up in ups.items()}})
+        examples = {**server.examples, **{client: up.examples for client, up in ups.items()}}
+        new = {client: up.summary for client, up in ups.items() if up.summary is not None}
         summaries = _of_one_space(_sorted({**server.summaries, **new}))
         clients, rounds = tuple(cores), server.rounds + 1
         stacks = {name: torch.stack([c[name] for c in cores.values()]) for name in next(iter(cores.values()))}

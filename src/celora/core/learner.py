@@ -126,11 +126,14 @@ class Shared(Protocol):
     def size(self, batch: Batch) -> tuple[int, int]:
         """(rows, tokens of the longest row) of a mini-batch: in a pass every row is filled up to the longest."""
 
+    def cut(self, batch: Batch) -> Sequence[Batch]:
+        """The mini-batch whole, or its rows one by one where filling them up to the longest would cost much."""
+
     def join(self, batches: Sequence[Batch]) -> Batch:
         """Mini-batches of K clients as one, client-major, for weights with a leading client axis."""
 
-    def scores(self, asked: Sequence[tuple[Learner, Score]], most: int | None) -> list[Metrics]:
-        """`Learner.test` of each, at most `most` clients in a pass."""
+    def scores(self, asked: Sequence[tuple[Learner, Score]]) -> list[Metrics]:
+        """`Learner.test` of each."""
 
     def features(self, learners: Sequence[Learner]) -> list[tuple[Tensor, Tensor]]:
         """`Learner.features` of each."""

@@ -1,11 +1,13 @@
 """Whoever runs the clients: `solve` one after another, `solve_together` many in one pass through the frozen backbone.
 
     active prefix      clients sorted by their number of steps; at step s those that still have a batch, a prefix
-    pass               of the active clients, those with batches of like length, up to the backbone's capacity
-    stack              (K, n): a client's trained weights are a row; gradient, clipping and AdamW are per row
+    piece              a mini-batch, or each of its rows where they are of unlike length: a share of its mean loss
+    pass               pieces of like length of any of the active clients, up to the backbone's capacity
+    stack              (m, n): a client's trained weights are a row; gradient, clipping and AdamW are per row
 
-A pass hands each adapted layer weights with a leading client axis; the frozen products see all rows of all K clients.
-Who is in a pass is decided by lengths alone, and nobody's numbers depend on it but for rounding (1e-5 in weights).
+A pass hands each adapted layer weights with a leading axis of K pieces; the frozen products see all their rows at once.
+So nothing is padded for the sake of its own batch, and no pass is too small to be worth its cost. Who is in a pass is
+decided by lengths alone, and nobody's numbers depend on it but for rounding (1e-5 in weights).
 """
 
 import math
@@ -27,24 +29,23 @@ Solve = Callable[[Sequence[Job[Any]]], list[Any]]
 """Runs turns to their ends; in place of a turn's value stands the `Exception` it raised."""
 
 FILLING = 1.1
-"""Batches share a pass while filling them up to one shape makes them at most this much larger than they are."""
+"""Rows are filled up to one shape, in a batch or in a pass, while that makes it at most this much larger."""
 
 
 def solve(jobs: Sequence[Job[T]]) -> list[T | Exception]:
     """Run each turn to its end, one client after another."""
-    return [value for job in jobs for value in _run([job], most=1)]
+    return [value for job in jobs for value in _run([job], _one_by_one)]
 
 
-def solve_together(jobs: Sequence[Job[T]], most: int | None = None) -> list[T | Exception]:
-    """Run all turns side by side, and what they ask for at the same time in as few passes as pay.
-
-    Args:
-        most: clients in a pass; None leaves it to the backbone's capacity, 1 is `solve`.
-    """
-    return solve(jobs) if most == 1 else _run(jobs, most)
+def solve_together(jobs: Sequence[Job[T]]) -> list[T | Exception]:
+    """Run all turns side by side, and what they ask for at the same time in as few passes as pay."""
+    return _run(jobs, _together)
 
 
-def _run(jobs: Sequence[Job[T]], most: int | None) -> list[T | Exception]:
+Asked = Sequence[tuple[Learner, Problem]]
+
+
+def _run(jobs: Sequence[Job[T]], solver: Callable[[Asked], list[Any]]) -> list[T | Exception]:
     ends: dict[int, T | Exception] = {}
     answers: dict[int, Any] = dict.fromkeys(range(len(jobs)))
     while answers:
@@ -56,9 +57,7 @@ def _run(jobs: Sequence[Job[T]], most: int | None) -> list[T | Exception]:
                 ends[at] = end.value
             except Exception as error:  # one client's failure is the caller's to report, not the other clients' end
                 ends[at] = error
-        answers = dict(
-            zip(asked, _answer([(jobs[at][0], problem) for at, problem in asked.items()], most), strict=True)
-        )
+        answers = dict(zip(asked, solver([(jobs[at][0], problem) for at, problem in asked.items()]), strict=True))
     return [ends[at] for at in range(len(jobs))]
 
 
@@ -67,42 +66,48 @@ def _go_on(turn: Turn[Any], answer: Any) -> Problem:
     return turn.throw(answer) if isinstance(answer, Exception) else turn.send(answer)
 
 
-Asked = tuple[Learner, Problem]
+def _one_by_one(asked: Asked) -> list[Any]:
+    """Each problem's answer, or the exception it ended in."""
+    return [_caught(partial(_alone, learner, problem)) for learner, problem in asked]
 
 
-def _answer(asked: Sequence[Asked], most: int | None) -> list[Any]:
-    """Each problem's answer, or the exception it ended in; those that can share passes do."""
+def _alone(learner: Learner, problem: Problem) -> object:
+    match problem:
+        case Fit():
+            return fit(learner, problem)
+        case Score(weights, split):
+            return learner.test(weights, split)
+        case Encode():
+            return learner.features()
+
+
+def _together(asked: Asked) -> list[Any]:
+    """The same, where problems of one kind from learners that share a backbone share passes."""
     answers: list[Any] = [None] * len(asked)
     alike: dict[Hashable, list[int]] = {}
     for at, (learner, problem) in enumerate(asked):
-        shared = None if most == 1 else learner.shared
-        alike.setdefault(at if shared is None else (id(shared), type(problem)), []).append(at)
+        alike.setdefault(at if learner.shared is None else (id(learner.shared), type(problem)), []).append(at)
     for group in alike.values():
-        for at, answer in zip(group, _together([asked[at] for at in group], most), strict=True):
+        for at, answer in zip(group, _alike([asked[at] for at in group]), strict=True):
             answers[at] = answer
     return answers
 
 
-def _together(asked: Sequence[Asked], most: int | None) -> list[Any]:
+def _alike(asked: Asked) -> list[Any]:
     """Answers to problems of one kind; if together they fail, each alone, so that only the culprit does."""
-    if isinstance(asked[0][1], Fit):
-        return fit_together([(learner, problem) for learner, problem in asked if isinstance(problem, Fit)], most)
     shared = asked[0][0].shared
-    if shared is not None and len(asked) > 1:
-        answers = _caught(partial(_jointly, shared, asked, most))
-        if not isinstance(answers, Exception):
-            return answers
-    return [_caught(partial(_alone, *one)) for one in asked]
+    if shared is None:
+        return _one_by_one(asked)
+    if isinstance(asked[0][1], Fit):
+        return fit_together([(learner, problem) for learner, problem in asked if isinstance(problem, Fit)])
+    answers = _caught(partial(_jointly, shared, asked))
+    return _one_by_one(asked) if isinstance(answers, Exception) else answers
 
 
-def _jointly(shared: Shared, asked: Sequence[Asked], most: int | None) -> list[Any]:
+def _jointly(shared: Shared, asked: Asked) -> list[Any]:
     if isinstance(asked[0][1], Encode):
         return list(shared.features([learner for learner, _ in asked]))
-    return list(shared.scores([(learner, problem) for learner, problem in asked if isinstance(problem, Score)], most))
-
-
-def _alone(learner: Learner, problem: Problem) -> object:
-    return learner.test(problem.weights, problem.split) if isinstance(problem, Score) else learner.features()
+    return list(shared.scores([(learner, problem) for learner, problem in asked if isinstance(problem, Score)]))
 
 
 def _caught(work: Callable[[], T]) -> T | Exception:
@@ -121,10 +126,29 @@ def fit(learner: Learner, problem: Fit) -> Fitted:
     Raises:
         ValueError: if nothing is to be trained.
     """
-    (fitted,) = fit_together([(learner, problem)], most=1)
-    if isinstance(fitted, Exception):
-        raise fitted
-    return fitted
+    return _minimise([_Task.of(learner, problem)], whole=True)[0]
+
+
+def fit_together(problems: Sequence[tuple[Learner, Fit]]) -> list[Fitted | Exception]:
+    """Solve `Fit`s of learners that share a backbone; in place of a solution stands the exception it ended in.
+
+    Those that train the same names with the same recipe are stacked. If a stack fails, each of its clients starts
+    again alone with the same mini-batches, so that only the culprit fails.
+    """
+    tasks = [_caught(partial(_Task.of, *problem)) for problem in problems]
+    solved: list[Fitted | Exception] = [task if isinstance(task, Exception) else RuntimeError() for task in tasks]
+    alike: dict[Hashable, list[int]] = {}
+    for at, task in enumerate(tasks):
+        if not isinstance(task, Exception):
+            kind = (id(task.learner.shared), task.learner.recipe, tuple(task.shapes.items()), tuple(task.start))
+            alike.setdefault(kind if task.learner.shared else at, []).append(at)
+    for group in alike.values():
+        members = [task for at in group if not isinstance(task := tasks[at], Exception)]
+        together = _caught(partial(_minimise, members))
+        ends = together if not isinstance(together, Exception) else [_caught(partial(_only, task)) for task in members]
+        for at, end in zip(group, ends, strict=True):
+            solved[at] = end
+    return solved
 
 
 @dataclass(frozen=True)
@@ -146,56 +170,31 @@ class _Task:
         return _Task(learner, problem, start, shapes, list(learner.batches()))
 
 
-def fit_together(problems: Sequence[tuple[Learner, Fit]], most: int | None = None) -> list[Fitted | Exception]:
-    """Solve `Fit`s of learners that share a backbone; in place of a solution stands the exception it ended in.
-
-    Those that train the same names with the same recipe are stacked. If a stack fails, each of its clients starts
-    again alone with the same mini-batches, so that only the culprit fails.
-    """
-    tasks = [_caught(partial(_Task.of, *problem)) for problem in problems]
-    solved: list[Fitted | Exception] = [task if isinstance(task, Exception) else RuntimeError() for task in tasks]
-    alike: dict[Hashable, list[int]] = {}
-    for at, task in enumerate(tasks):
-        if not isinstance(task, Exception):
-            shared = at if task.learner.shared is None else id(task.learner.shared)
-            kind = (shared, task.learner.recipe, tuple(task.shapes.items()), tuple(task.start))
-            alike.setdefault(kind, []).append(at)
-    for group in alike.values():
-        members = [task for at in group if not isinstance(task := tasks[at], Exception)]
-        for at, answer in zip(group, _stacked(members, most), strict=True):
-            solved[at] = answer
-    return solved
-
-
-def _stacked(tasks: Sequence[_Task], most: int | None) -> Sequence[Fitted | Exception]:
-    solved = _caught(partial(_minimise, tasks, most))
-    if not isinstance(solved, Exception):
-        return solved
-    return [solved] if len(tasks) == 1 else [_caught(partial(_only, task)) for task in tasks]
-
-
 def _only(task: _Task) -> Fitted:
-    return _minimise([task], most=1)[0]
+    return _minimise([task], whole=True)[0]
 
 
-def _minimise(tasks: Sequence[_Task], most: int | None) -> list[Fitted]:
-    """All tasks side by side. A client's trained weights are one row, so clipping and AdamW are a handful of
-    operations however many matrices are adapted and however many clients train."""
+def _minimise(tasks: Sequence[_Task], *, whole: bool = False) -> list[Fitted]:
+    """All tasks side by side, their mini-batches cut and joined, or `whole` and each in a pass of its own.
+
+    A client's trained weights are one row, so clipping and AdamW are a handful of operations however many matrices are
+    adapted and however many clients train.
+    """
     order = sorted(range(len(tasks)), key=lambda at: -len(tasks[at].batches))
     ranked = [tasks[at] for at in order]
     shapes, recipe = ranked[0].shapes, ranked[0].learner.recipe
-    shared = ranked[0].learner.shared
     stack = torch.stack([flatten({name: task.start[name] for name in shapes}) for task in ranked])
     adamw = AdamW(stack, recipe)
     steps = [len(task.batches) for task in ranked]
     losses = torch.zeros(len(ranked), max(steps), device=stack.device)
     for step in range(max(steps)):
         active = sum(count > step for count in steps)
-        gradient = torch.empty_like(stack[:active])
-        sizes = [shared.size(task.batches[step]) for task in ranked[:active]] if shared and active > 1 else [(1, 1)]
-        for rows in passes(sizes, shared.capacity if shared else 1, most):
-            where = torch.tensor(rows).to(stack.device, non_blocking=True)
-            losses[where, step], gradient[where] = _gradients(stack[where], [ranked[row] for row in rows], step)
+        gradient = torch.zeros_like(stack[:active])
+        for pieces in _passes(ranked[:active], step, whole):
+            where = torch.tensor([piece.row for piece in pieces]).to(stack.device, non_blocking=True)
+            loss, ascent = _gradients(stack[where], pieces)
+            losses[:, step].index_add_(0, where, loss)
+            gradient.index_add_(0, where, ascent)
         rates = [recipe.lr * (1 - step / count if recipe.decay == "linear" else 1.0) for count in steps[:active]]
         rate = torch.tensor(rates, dtype=stack.dtype).to(stack.device, non_blocking=True)
         stack[:active] = adamw.step(stack[:active], gradient, rate.unsqueeze(1))
@@ -210,24 +209,51 @@ def _minimise(tasks: Sequence[_Task], most: int | None) -> list[Fitted]:
     return [solved[at] for at in range(len(tasks))]
 
 
-def _gradients(start: Tensor, tasks: Sequence[_Task], step: int) -> tuple[Tensor, Tensor]:
-    """Losses (K,) and gradients (K, n) of one pass; a client that is alone has no client axis."""
-    first, alone = tasks[0], len(tasks) == 1
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a mini-batch, whose mean loss has this share in the batch's; `row` is its client's in the stack."""
+
+    row: int
+    task: _Task
+    batch: Batch
+    share: float
+
+
+def _passes(tasks: Sequence[_Task], step: int, whole: bool) -> Iterator[list[_Piece]]:
+    """The mini-batches of this step."""
+    shared = tasks[0].learner.shared
+    if shared is None or whole:
+        yield from ([_Piece(row, task, task.batches[step], 1.0)] for row, task in enumerate(tasks))
+        return
+    pieces: list[_Piece] = []
+    for row, task in enumerate(tasks):
+        parts = shared.cut(task.batches[step])
+        rows = [shared.size(part)[0] for part in parts]
+        pieces += [_Piece(row, task, part, n / sum(rows)) for part, n in zip(parts, rows, strict=True)]
+    sizes = [shared.size(piece.batch) for piece in pieces]
+    for chosen in passes(sizes, shared.capacity):
+        yield [pieces[at] for at in chosen]
+
+
+def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]:
+    """Losses (K,) and gradients (K, n) of one pass, each times its share; a piece that is alone has no leading axis."""
+    first, alone = pieces[0].task, len(pieces) == 1
     vector = (start[0] if alone else start).detach().requires_grad_(True)
     trained = _unflatten(vector, first.shapes)
-    frozen = {name: common([task.start[name] for task in tasks]) for name in first.start if name not in trained}
+    frozen = {n: common([piece.task.start[n] for piece in pieces]) for n in first.start if n not in trained}
     weights = {name: trained[name] if name in trained else frozen[name] for name in first.start}
-    batches = [task.batches[step] for task in tasks]
-    shared = first.learner.shared
+    shared, batches = first.learner.shared, [piece.batch for piece in pieces]
     batch = batches[0] if alone or shared is None else shared.join(batches)
-    loss = first.learner.losses(weights, batch)
+    shares = torch.tensor([piece.share for piece in pieces]).to(start.device, non_blocking=True)
+    loss = first.learner.losses(weights, batch) * shares.to(start.dtype)
     objective = loss.sum()
-    for at, task in enumerate(tasks):
-        if task.problem.penalty is not None:
-            own = {name: task.start[name] if name in frozen else w if alone else w[at] for name, w in weights.items()}
-            objective = objective + task.problem.penalty(own)
+    for at, piece in enumerate(pieces):
+        if piece.task.problem.penalty is not None:
+            start_of = piece.task.start
+            own = {n: start_of[n] if n in frozen else w if alone else w[at] for n, w in weights.items()}
+            objective = objective + piece.share * piece.task.problem.penalty(own)
     (gradient,) = torch.autograd.grad(objective, vector)
-    return loss.detach(), gradient
+    return loss.detach(), gradient.view_as(start)
 
 
 def _unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -237,16 +263,15 @@ def _unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Te
     return {name: piece.view(*lead, *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
-def passes(sizes: Sequence[tuple[int, int]], capacity: int, most: int | None = None) -> Iterator[list[int]]:
-    """Which batches share a pass: neighbours in length, up to the capacity, while filling costs little.
+def passes(sizes: Sequence[tuple[int, int]], capacity: int) -> Iterator[list[int]]:
+    """Which pieces share a pass: neighbours in length, up to the capacity, while filling costs little.
 
     Args:
-        sizes: (rows, longest row) of each batch.
-        capacity: largest filled size of a pass of more than one batch.
-        most: batches in a pass; None: any number.
+        sizes: (rows, longest row) of each piece.
+        capacity: largest filled size of a pass of more than one piece.
 
     Returns:
-        Lists of positions that cover all batches once.
+        Lists of positions that cover all pieces once.
     """
     order = sorted(range(len(sizes)), key=lambda at: (sizes[at][1], sizes[at][0]))
     chosen: list[int] = []
@@ -254,7 +279,7 @@ def passes(sizes: Sequence[tuple[int, int]], capacity: int, most: int | None = N
     for at in order:
         height, width = max(rows, sizes[at][0]), max(longest, sizes[at][1])
         filled, own = (len(chosen) + 1) * height * width, content + math.prod(sizes[at])
-        if chosen and (filled > capacity or filled > FILLING * own or len(chosen) == most):
+        if chosen and (filled > capacity or filled > FILLING * own):
             yield chosen
             chosen, content = [], 0
             height, width, own = *sizes[at], math.prod(sizes[at])

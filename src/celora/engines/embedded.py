@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -33,7 +32,7 @@ _COHORT = {"cpu": 32, "cuda": 512}
 class Engine:
     """How the work is done; the results are the same but for rounding."""
 
-    group: Count | None = setting(None, "clients in one pass through the backbone; default: as many as pay; 1: alone")
+    group: Count | None = setting(None, "clients whose rows may share a pass; 1: one after another; by default many")
     cache_mb: Whole = setting(
         1024, "MB of activations below the first adapted layer in memory; the rest in a file; 0: none"
     )
@@ -41,8 +40,8 @@ class Engine:
 
     def solver(self, device: torch.device) -> tuple[Solve, int]:
         """What runs the turns on this device, and how many it is to be given at once."""
-        cohort = 1 if self.group == 1 else _COHORT.get(device.type, 1)
-        return partial(solve_together, most=self.group), cohort
+        cohort = self.group or _COHORT.get(device.type, 1)
+        return (solve if cohort == 1 else solve_together), cohort
 
 
 class Embedded:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.learner import Batch, Metrics, Score
-from celora.core.solve import passes
+from celora.core.solve import FILLING, passes
 from celora.models.backbone import Backbone, Inputs
 from celora.models.families import factors
 from celora.models.prefixes import Prefixes
@@ -79,6 +79,17 @@ class Passes:
             return [self.backbone.image_tokens] * len(inputs)
         return [len(row) for row in inputs]
 
+    def cut(self, batch: Batch) -> list[Batch]:
+        """The mini-batch whole, or its rows one by one, without padding, where they are of unlike length."""
+        mask = batch.get("attention_mask")
+        if mask is None or mask.numel() <= FILLING * int((sizes := mask.sum(1)).sum()):
+            return [batch]
+        texts = ("input_ids", "attention_mask")
+        return [
+            {name: t[row : row + 1, :size] if name in texts else t[row : row + 1] for name, t in batch.items()}
+            for row, size in enumerate(sizes.tolist())
+        ]
+
     def join(self, batches: Sequence[Batch]) -> Batch:
         """The mini-batches of K clients as one."""
         return join(batches)
@@ -102,12 +113,12 @@ class Passes:
         each = F.cross_entropy(scores, labels, reduction="none", ignore_index=_ABSENT).view(clients, -1)
         return each.sum(1) / (labels.view(clients, -1) != _ABSENT).sum(1)
 
-    def scores(self, asked: Sequence[tuple[Any, Score]], most: int | None = None) -> list[Metrics]:
+    def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
         """`score` (accuracy), `loss` (mean cross entropy) and `rows` of each; `rows` alone on an empty split."""
         rows = [learner.rows(score.split) for learner, score in asked]
         weights = [{**learner.initial, **score.weights} for learner, score in asked]
         found: list[Metrics] = []
-        for logits, one in zip(self._logits(weights, rows, most), rows, strict=True):
+        for logits, one in zip(self._logits(weights, rows), rows, strict=True):
             metrics = {"rows": float(len(one))}
             if len(one):
                 right = (logits.argmax(1) == one.labels).float().mean()
@@ -116,14 +127,15 @@ class Passes:
         return found
 
     @torch.no_grad()
-    def _logits(self, weights: Sequence[Tensors], rows: Sequence[Rows], most: int | None) -> list[Tensor]:
+    def _logits(self, weights: Sequence[Tensors], rows: Sequence[Rows]) -> list[Tensor]:
         """Logits (n, classes) on the CPU for each client's rows, in their order."""
-        parts = [(client, chosen) for client, own in enumerate(rows) for chosen in self._budgeted(own.inputs)]
-        sizes = [(len(chosen), self.lengths(rows[client].inputs)[chosen[-1]]) for client, chosen in parts]
+        parts = [(client, piece) for client, own in enumerate(rows) for piece in self._pieces(own.inputs)]
+        lengths = [self.lengths(own.inputs) for own in rows]
+        sizes = [(len(piece), lengths[client][piece[-1]]) for client, piece in parts]
         classes = [len(one["head.bias"]) for one in weights]
         device = self.backbone.device
         found = [torch.zeros(len(own), n, device=device) for own, n in zip(rows, classes, strict=True)]
-        for group in passes(sizes, self.capacity, most):
+        for group in passes(sizes, self.capacity):
             members = [parts[at] for at in group]
             batches = [self.batch(rows[client], chosen) for client, chosen in members]
             many = [weights[client] for client, _ in members]
@@ -149,6 +161,13 @@ class Passes:
             found[torch.tensor(chosen).to(device, non_blocking=True)] = self._features({}, self.batch(rows, chosen))
         return [part.clone() for part in torch.split(found.cpu(), [len(own) for own in many])]
 
+    def _pieces(self, inputs: Inputs) -> Iterator[list[int]]:
+        """Rows that fill one shape well, sorted by length, up to the capacity; others one by one."""
+        sizes = self.lengths(inputs)
+        for rows in self._budgeted(inputs):
+            filled = sizes[rows[-1]] * len(rows)
+            yield from [rows] if filled <= FILLING * sum(sizes[row] for row in rows) else [[row] for row in rows]
+
     def _budgeted(self, inputs: Inputs) -> Iterator[list[int]]:
         return budgeted(self.lengths(inputs), self.capacity)
 
@@ -165,7 +184,7 @@ def _concatenated(many: Sequence[Rows]) -> Rows:
 def predict(backbone: Backbone, weights: Tensors, inputs: Inputs) -> Tensor:
     """Logits (n, classes) of all rows in their order, on the CPU, for one client's weights."""
     rows = Rows(inputs, torch.zeros(len(inputs), dtype=torch.int64))
-    return Passes(backbone)._logits([weights], [rows], most=1)[0]
+    return Passes(backbone)._logits([weights], [rows])[0]
 
 
 def bucketed(sizes: Sequence[int], batch_size: int, order: torch.Generator) -> list[list[int]]:
