@@ -9,9 +9,9 @@ rebuild    against a client loop that builds its PEFT model anew for every clien
 flower     against Flower's simulation of FedAvg-LoRA: same clients, texts, start, local steps, cores (extra `flower`)
 memory     peak memory of 1,000 clients against 10
 
-Everything runs on the CPU, with one torch thread and again with one on every core. Tables go to the screen, all
-numbers with the machine to benchmarks/results/engine.json; how each comparison is made is told in docs/performance.md.
-With --tiny nothing is written: it only shows that all sections work.
+Everything runs on the CPU with one torch thread, "central" and "grouping" again with one on every core. Tables go to
+the screen, all numbers with the machine to benchmarks/results/engine.json; how each comparison is made is told in
+docs/performance.md. With --tiny nothing is written: it only shows that all sections work.
 """
 
 import argparse
@@ -522,7 +522,7 @@ def with_threads(section: Callable[[Size], Result], size: Size, name: str) -> Re
     if name in ("flower", "memory"):
         return section(size)
     found = {}
-    for threads in dict.fromkeys((1, os.cpu_count() or 1)):
+    for threads in dict.fromkeys((1, os.cpu_count() or 1)) if name in ("central", "grouping") else (1,):
         torch.set_num_threads(threads)
         print(f"-- torch threads: {threads}", flush=True)
         found[f"torch threads: {threads}"] = section(size)

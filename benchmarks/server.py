@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from celora.maths.mixtures import Mixture
 from celora.maths.transport import distance_matrix, pair_distances
 from celora.maths.weights import combine, kernel
 from celora.wire import pack
+from job import peak_mb
 
 DOMAINS, CLASSES, COMPONENTS, DIM, LAYERS, RANK = 20, 10, 3, 384, 24, 8
 Row = dict[str, Any]
@@ -218,7 +218,7 @@ def aggregation(m: int, few: int, sampled: int) -> list[Row]:
     arrival, server = timed(lambda: algorithm.aggregate(start, heard))
     heard = ups(second, [None] * m)
     seconds, server = timed(lambda: algorithm.aggregate(server, heard))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_mb() / 2**10
     state = len(
         pack(Server(start.start, {}, {}, {}, server.distances, server.near, server.typical, server.mixing, {}, 2))
     )
