@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 Estimator = Literal["linear", "debiased"]
+_CLIENTS = 512
+"""Clients whose Gram matrices are made at a time; what is between lies in a cache and costs no memory."""
 
 
 def cka(cores: Tensor, estimator: Estimator = "linear") -> Tensor:
@@ -59,12 +61,16 @@ def points(cores: Tensor, estimator: Estimator = "linear") -> Tensor:
     if estimator == "debiased" and cores.shape[-1] < 4:
         raise ValueError(f"'debiased' needs rank 4 or more, found {cores.shape[-1]}: use 'linear'")
 
+    return torch.cat([_points(some, estimator) for some in torch.split(cores, _CLIENTS)]) / sqrt(cores.shape[1])
+
+
+def _points(cores: Tensor, estimator: Estimator) -> Tensor:
     examples = _unit(cores.double().mT, zero=0.0)
     examples = _unit(examples - examples.mean(dim=-2, keepdim=True))
     grams = examples @ examples.mT
     grams = _unit(_u_centred(grams) if estimator == "debiased" else grams).flatten(2)
     degenerate = (grams == 0).all(dim=-1, keepdim=True).double()
-    return torch.cat([grams, degenerate], dim=-1).flatten(1) / sqrt(cores.shape[1])
+    return torch.cat([grams, degenerate], dim=-1).flatten(1)
 
 
 def _unit(matrices: Tensor, zero: float = 1e-12) -> Tensor:

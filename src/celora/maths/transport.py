@@ -282,9 +282,11 @@ class _Atoms:
         masses = torch.cat([mixture.masses for mixture in mixtures]).double()[order]
         masses = masses / torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, owner, masses)[owner]
 
-        points = torch.cat([torch.cat([getattr(x, name) for x in mixtures]) for name in ("means", "spreads")], dim=1)
+        points = torch.empty(len(order), 2 * mixtures[0].means.shape[1])
+        for mixture, rows in zip(mixtures, torch.split(points, sizes.tolist()), strict=True):
+            torch.cat([mixture.means, mixture.spreads], dim=1, out=rows)
         points = points if torch.equal(order, torch.arange(len(order))) else points[order]
-        centre = points.mean(dim=0, dtype=torch.float64)
+        centre = torch.stack([rows.double().sum(dim=0) for rows in torch.split(points, 4096)]).sum(dim=0) / len(points)
         same = torch.stack([owner, labels]).long()
         owners, classes, counts = torch.unique_consecutive(same, dim=1, return_inverse=True, return_counts=True)
         firsts = counts.cumsum(0) - counts
@@ -391,32 +393,34 @@ def _small(a: Tensor, b: Tensor, cost: Tensor) -> Tensor:
     if n == 1 or m == 1:
         return (a[:, None] * b * cost).sum(dim=(0, 1))
     best = torch.full(cost.shape[2:], -torch.inf, dtype=cost.dtype)
-    value, low, other = torch.empty_like(best), torch.empty_like(best), torch.empty_like(best)
+    value, low = torch.empty_like(best), torch.empty_like(best)
+    base = (b * cost[0]).sum(dim=0)  # with c_1j taken out, min_i (c_ij − u_i) is min(0, tie_ij − u_i)
+    shares = [share.expand_as(best) for share in b]
+    first = [[cost[1, j] - cost[0, j] for j in range(m)]]
+    ties = first if n == 2 else [*first, [cost[2, j] - cost[0, j] for j in range(m)]]
 
-    def at(*u: Tensor) -> None:
-        torch.mul(a[1], u[0], out=value)
+    def at(*u: tuple[Tensor, Sequence[Tensor]]) -> None:
+        """One point: for each row but the first u_i, and tie_ij − u_i in each column j."""
+        torch.addcmul(base, a[1], u[0][0], out=value)
         if n == 3:
-            value.addcmul_(a[2].expand_as(best), u[1])
+            value.addcmul_(a[2].expand_as(best), u[1][0])
         for j in range(m):
-            low.copy_(cost[0, j])
-            for i in range(1, n):
-                torch.minimum(low, torch.sub(cost[i, j], u[i - 1], out=other), out=low)
-            value.addcmul_(low, b[j].expand_as(best))
+            over = u[0][1][j] if n == 2 else torch.minimum(u[0][1][j], u[1][1][j], out=low)
+            value.addcmul_(torch.clamp(over, max=0.0, out=low), shares[j])
         torch.maximum(best, value, out=best)
 
-    first = cost[1] - cost[0]  # u_2 where rows 1 and 2 tie in column j
+    gaps = [[[tie[j] - tie[k] for j in range(m)] for k in range(m)] for tie in ties]  # [row][k][j]
     if n == 2:
-        for j in range(m):
-            at(first[j])
+        for k in range(m):
+            at((ties[0][k], gaps[0][k]))
     else:
-        second = cost[2] - cost[0]
-        step = second - first  # u_3 − u_2 where rows 2 and 3 tie
         for j in range(m):
             for k in range(m):
-                at(first[j], second[k])
-                if j != k:
-                    at(first[j], first[j] + step[k])
-                    at(second[j] - step[k], second[j])
+                one, two = (ties[0][j], gaps[0][j]), (ties[1][k], gaps[1][k])
+                at(one, two)
+                if j != k:  # rows 2 and 3 tie in column k, where u_3 − u_2 is tie_3k − tie_2k
+                    at(one, (ties[1][k] - gaps[0][j][k], [gap + gaps[0][j][k] for gap in gaps[1][k]]))
+                    at((ties[0][j] - gaps[1][k][j], [gap + gaps[1][k][j] for gap in gaps[0][j]]), two)
     return torch.where(best > ROUNDING * cost.abs().amax(dim=(0, 1)), best, 0.0)
 
 
