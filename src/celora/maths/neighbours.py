@@ -42,10 +42,15 @@ def most_alike(points: Tensor, count: int, *, less: Tensor | None = None, rows: 
 
 def likeness(points: Tensor, neighbours: Tensor) -> Tensor:
     """x_i · x_j for j in row i of `neighbours` (m, k): (m, k) float64 numbers of float32 precision."""
-    points = points.float()
-    rows = max(1, ELEMENTS // max(1, points.shape[1] * neighbours.shape[1]))
-    parts = zip(torch.split(points, rows), torch.split(neighbours.long(), rows), strict=True)
-    return torch.cat([torch.einsum("md,mkd->mk", x, points[among]) for x, among in parts]).double()
+    points, (m, k) = points.float(), neighbours.shape
+    rows = max(1, ELEMENTS // max(1, points.shape[1] * k))
+    found = torch.empty(m, k, dtype=torch.float64)
+    room = torch.empty(rows * k, points.shape[1])  # taken once: taken and given back each time, the heap would grow
+    for start in range(0, m, rows):
+        some = neighbours[start : start + rows].long()
+        among = torch.index_select(points, 0, some.flatten(), out=room[: some.numel()]).view(*some.shape, -1)
+        found[start : start + rows] = (among @ points[start : start + rows].unsqueeze(-1)).squeeze(-1)
+    return found
 
 
 def average(values: Tensor, weights: Tensor, neighbours: Tensor | None = None) -> Tensor:

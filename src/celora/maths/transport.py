@@ -27,9 +27,9 @@ from math import sqrt
 from typing import Any
 
 import numpy as np
-import ot
 import torch
 from numpy.typing import NDArray
+from ot.lp.emd_wrap import emd_c
 from torch import Tensor
 
 from celora.maths.mixtures import Mixture
@@ -37,6 +37,7 @@ from celora.maths.neighbours import most_alike
 
 ROWS, COLUMNS = 16, 32
 """How many clients are compared with how many at a time, so that what is between them fits into a cache."""
+_OPTIMAL = 1
 ROUNDING = 1e-14
 """Of a problem's largest cost: a least cost below that is 0."""
 
@@ -433,7 +434,8 @@ def _least(a: NDArray[np.float64], b: NDArray[np.float64], cost: NDArray[np.floa
 
 
 def _simplex(a: Any, b: Any, cost: Any) -> tuple[NDArray[np.float64], float]:
-    moved, log = ot.emd(a, b, cost, numItermax=1_000_000, log=True, center_dual=False, check_marginals=False)
-    if log["warning"]:
-        raise RuntimeError(f"POT found no transport plan of shape {cost.shape}: {log['warning']}")
-    return moved, float(log["cost"])
+    """POT's compiled solver, called without `ot.emd` around it, whose checks take half as long as a small problem."""
+    moved, least, _, _, code = emd_c(a, b, cost, 1_000_000, 1)
+    if code != _OPTIMAL:
+        raise RuntimeError(f"POT found no transport plan of shape {cost.shape}: its network simplex ended with {code}")
+    return moved, float(least)
