@@ -320,21 +320,25 @@ def prefix_of(size: Size, kind: str, backbone: str) -> Result:
         everywhere: {"engine": {"cache_mb": 0}},
     }
     rounds: dict[str, list[float]] = {name: [] for name in changes}
+    later: dict[str, list[float]] = {name: [] for name in changes}
     losses: dict[str, float] = {}
 
     def one(name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = job.run(merged(tree, changes[name]), Path(folder) / "run", size.time)
         rounds[name].append(found["ends"][-1])
+        later[name].append(found["ends"][-1] - found["ends"][0])
         losses[name] = average(found["losses"][-1].values())
 
     whole = in_turns({name: partial(one, name) for name in changes}, size.prefix_repetitions, size.time)
     within = {name: Spread(tuple(values[1:])) for name, values in rounds.items()}  # the first turn is not counted
+    after = {name: Spread(tuple(values[1:])) for name, values in later.items()}
     faster = {name: within[name].over(within[cached]) for name in changes}
+    then = {name: after[name].over(after[cached]) for name in changes}
     shown = [
         {
             "adapters": name, "seconds of the rounds": within[name], "of the whole run": whole[name],
-            "time over cached, rounds": faster[name], "last loss": losses[name],
+            "time over cached, rounds": faster[name], "after the first": then[name], "last loss": losses[name],
         }
         for name in changes
     ]  # fmt: skip
@@ -342,7 +346,7 @@ def prefix_of(size: Size, kind: str, backbone: str) -> Result:
     show(title, shown)
     return {
         "rounds": as_json(within), "whole": as_json(whole), "losses": losses,
-        "speed_of_cached": as_json(faster),
+        "speed_of_cached": as_json(faster), "speed_of_cached_after_the_first_round": as_json(then),
         "speed_of_cached_whole_run": as_json({name: whole[name].over(whole[cached]) for name in changes}),
     }  # fmt: skip
 
