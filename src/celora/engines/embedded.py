@@ -24,7 +24,7 @@ REPLIES = 16 * 2**20
 """Bytes of a round's reply frames that are held in memory; the rest lies in a temporary file."""
 
 
-_COHORT = {"cpu": 32, "cuda": 512}
+_COHORT = {"cpu": 16, "cuda": 512}
 """Clients whose turns are in hand at once: enough to find batches of like length among them."""
 
 
