@@ -7,12 +7,15 @@ compare memory, threads and whole commands.
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from celora.experiment.summary import peak_mb
+
+__all__ = ["peak_mb", "run"]
 
 Tree = dict[str, Any]
 
@@ -35,19 +38,6 @@ def run(tree: Tree, folder: Path, clock: Callable[[], float] = time.perf_counter
             ends.append(clock() - began)
             losses.append({client: s["train"]["loss"] for client, s in event["scores"].items() if "train" in s})
     return {"ends": ends, "losses": [of_round for of_round in losses if of_round]}
-
-
-def peak_mb() -> float:
-    """Most memory this process has ever held.
-
-    Not `ru_maxrss` where there is a choice: on Linux that begins with what the parent held when it started this one.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main() -> None:

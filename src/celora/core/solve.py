@@ -7,7 +7,8 @@
 
 A pass hands each adapted layer weights with a leading axis of K pieces; the frozen products see all their rows at once.
 So nothing is padded for the sake of its own batch, and no pass is too small to be worth its cost. Who is in a pass is
-decided by lengths alone, and nobody's numbers depend on it but for rounding (1e-5 in weights).
+decided by lengths alone, and nobody's numbers depend on it but for rounding: 1e-5 in weights, more in one of a
+thousand where AdamW divides a tiny gradient by its own size.
 """
 
 import math

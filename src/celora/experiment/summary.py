@@ -116,7 +116,7 @@ def summarise(
         "notices": [e["text"] for e in events if e["event"] == "notice"],
         "bytes": _bytes(done),
         "seconds": round(sum(e["seconds"] for e in done), 3),
-        "peak_rss_mb": round(_peak_mb(), 1),
+        "peak_rss_mb": round(peak_mb(), 1),
         "settings": experiment.settings(),
     }
 
@@ -146,7 +146,7 @@ def _mean(by_client: Mapping[ClientId, float]) -> float:
     return sum(by_client.values()) / len(by_client)
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     """Most memory this process has held; on Linux not `ru_maxrss`, which begins with what its parent held."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
