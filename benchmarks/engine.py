@@ -71,9 +71,10 @@ class Size:
     each: int = 32
     group_clients: int = 16
     group_steps: int = 4
-    prefix_clients: int = 4
+    prefix_clients: int = 2
     prefix_repetitions: int = 2
-    prefix_rounds: int = 5
+    prefix_rounds: int = 10
+    prefix_epochs: int = 3
     flower_clients: int = 50
     flower_rows: tuple[int, ...] = (4, 24)
     flower_rounds: int = 3
@@ -310,6 +311,7 @@ def prefix_of(size: Size, kind: str, backbone: str) -> Result:
         {
             "data": {"clients": size.prefix_clients, "rows": size.each},
             "plan": {"rounds": size.prefix_rounds, "evaluate_every": size.prefix_rounds},
+            "train": {"epochs": size.prefix_epochs},
             "model": {"backbone": backbone},
         },
     )
@@ -342,8 +344,8 @@ def prefix_of(size: Size, kind: str, backbone: str) -> Result:
         }
         for name in changes
     ]  # fmt: skip
-    title = f"{kind}: {size.prefix_clients} clients × {size.each} rows, {size.prefix_rounds} rounds; filling is counted"
-    show(title, shown)
+    what = f"{size.prefix_clients} clients × {size.each} rows, {size.prefix_rounds} rounds of {size.prefix_epochs} epochs"
+    show(f"{kind}: {what}; filling is counted", shown)
     return {
         "rounds": as_json(within), "whole": as_json(whole), "losses": losses,
         "speed_of_cached": as_json(faster), "speed_of_cached_after_the_first_round": as_json(then),

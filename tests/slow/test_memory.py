@@ -43,12 +43,12 @@ else:
 
 
 def peak_mb(folder: Path, algorithm: str, clients: int) -> float:
-    """Of a process that simulates so many clients: each has a row to train on, the first few have others to score."""
+    """Of a process that simulates so many clients, each with a row to train on and others to score."""
     folder.mkdir()
     (folder / "few.toml").write_text(CONFIG)
     with open(folder / "rows.jsonl", "w") as file:
         for number in range(clients):
-            for split in ("train", "validation", "test") if number < FEW else ("train",):
+            for split in ("train", "validation", "test"):
                 row = {"text": f"row {number % 7}", "label": "ab"[number % 2], "client": f"c{number}", "split": split}
                 file.write(json.dumps(row) + "\n")
     command = [sys.executable, "-c", SIMULATION, folder, algorithm]

@@ -288,9 +288,10 @@ class CELoRA:
         elif count < m - 1 and m > DENSE:
             near, alike = self.among_candidates(clients, self.moved(stacks, start), summaries, known)
         else:
-            distances = _placed(known[0], tuple(summaries), clients)
+            data = kernel(_placed(known[0], tuple(summaries), clients), self.kernel)
             model = cka(self.moved(stacks, start), self.cka_estimator)
-            alike = combine(kernel(distances, self.kernel), model, self.combination, self.data_share)
+            alike = combine(data, model, self.combination, self.data_share)
+            del data, model
             if count < m - 1:
                 near = _with_self(alike.clone().fill_diagonal_(-torch.inf).topk(count).indices)
                 alike = alike.gather(1, near)
@@ -363,8 +364,7 @@ def _placed(distances: Tensor, known: tuple[ClientId, ...], clients: tuple[Clien
     at = torch.tensor([places.get(client, -1) for client in clients])
     among = torch.full((len(known) + 1, len(known) + 1), torch.nan, dtype=torch.float64)
     among[:-1, :-1] = distances
-    placed = among[at][:, at]
-    return placed.fill_diagonal_(0.0)
+    return among[at[:, None], at].fill_diagonal_(0.0)
 
 
 def _told(summaries: Mapping[ClientId, Mixture]) -> dict[ClientId, Mixture]:

@@ -46,7 +46,7 @@ def cka(cores: Tensor, estimator: Estimator = "linear") -> Tensor:
     """
     at = points(cores, estimator)
     similarity = at @ at.T
-    return ((similarity + similarity.T) / 2).clamp(-1, 1).fill_diagonal_(1.0)
+    return (similarity + similarity.T).div_(2).clamp_(-1, 1).fill_diagonal_(1.0)
 
 
 def points(cores: Tensor, estimator: Estimator = "linear") -> Tensor:

@@ -1,6 +1,7 @@
 """The frozen backbone: loaded once, adapted by stock PEFT, shared by every client of the process."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -351,6 +352,8 @@ def load(model: Model, adapter: Adapter, base: Path) -> Backbone:
     Raises:
         ModelError: if it is missing, incomplete or not allowed, or if `adapter.targets` matches nothing.
     """
+    # oneDNN keeps a compiled kernel for each shape it has seen, 1,024 of them: 50 MB, and no faster than with a few
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
     transformer, tokenizer, source = sources.fetch(model.backbone, base, model.allow_download, dtype)
     return Backbone(transformer, tokenizer, source, model=model, adapter=adapter)
