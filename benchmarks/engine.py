@@ -344,7 +344,9 @@ def prefix_of(size: Size, kind: str, backbone: str) -> Result:
         }
         for name in changes
     ]  # fmt: skip
-    what = f"{size.prefix_clients} clients × {size.each} rows, {size.prefix_rounds} rounds of {size.prefix_epochs} epochs"
+    what = (
+        f"{size.prefix_clients} clients × {size.each} rows, {size.prefix_rounds} rounds of {size.prefix_epochs} epochs"
+    )
     show(f"{kind}: {what}; filling is counted", shown)
     return {
         "rounds": as_json(within), "whole": as_json(whole), "losses": losses,
