@@ -207,7 +207,7 @@ def aggregation(m: int, few: int, sampled: int) -> list[Row]:
     names = [f"layer.{i:02d}.C" for i in range(LAYERS)]
     clients, told = [f"client-{i:05d}" for i in range(m)], mixtures(m, ragged=True)
     first, second = cores(m), cores(m, seed=2)
-    start = algorithm.server_init({name: torch.eye(RANK) for name in names})
+    start = algorithm.server_init({name: torch.eye(RANK) for name in names}, ())
 
     def ups(moved: Tensor, summaries: Sequence[Mixture | None]) -> dict[str, Up]:
         """As they come from the wire: a tensor of its own for each client and layer."""

@@ -1,6 +1,6 @@
 """A federation that trains in milliseconds: a two-layer net, one layer adapted, and four clients with their own rows.
 
-    h = tanh(x W0ᵀ + s·x Aᵀ Cᵀ Bᵀ),   logits = h headᵀ + bias          W0 (8, 6), A (4, 6), C (4, 4), B (8, 4)
+    h = tanh(x W0ᵀ + s·Δ(x)),   logits = h headᵀ + bias          W0 (8, 6), A (4, 6), C (4, 4), B (8, 4)
 
 `Toy` implements `celora.core.learner.Learner`. `Stub` is a learner that holds what it is given and trains nothing, for
 numbers worked out by hand.
@@ -18,9 +18,23 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 from torch import Tensor
 
+from celora.core.adapters import Family, modules
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.federation import run
-from celora.core.learner import Batch, Encode, Fit, Fitted, Metrics, Problem, Recipe, Score, Split
+from celora.core.learner import (
+    Batch,
+    Channels,
+    Encode,
+    Fit,
+    Fitted,
+    Gradient,
+    Metrics,
+    Problem,
+    Recipe,
+    Score,
+    Slope,
+    Split,
+)
 from celora.core.messages import Checkpoint, Exchange, Order, Plan, Reply, Round, Shelf, frame_of, opened
 from celora.engines.embedded import Embedded
 from celora.rng import generator
@@ -37,7 +51,7 @@ class World:
     """What `Embedded` asks for: a client's learner in a round.
 
     Args:
-        family: "lora" or "tri".
+        family: of the adapter.
         b: "zero", or "random" where the bases are to be frozen.
         faults: (client, round) -> an exception that the client's loss raises there, or a factor of its loss.
 
@@ -47,7 +61,7 @@ class World:
 
     def __init__(
         self,
-        family: str,
+        family: Family,
         *,
         recipe: Recipe = RECIPE,
         seed: int = 0,
@@ -59,14 +73,26 @@ class World:
         draw = generator(seed, "initial")
         self.backbone = torch.randn(D_OUT, D_IN, generator=draw) / 2
         bases = torch.randn(RANK, D_IN, generator=draw), torch.randn(D_OUT, RANK, generator=draw) / 4
-        self.initial: dict[str, Tensor] = {
-            "layer.A": bases[0],
-            "layer.B": bases[1] if b == "random" else torch.zeros(D_OUT, RANK),
-            "head.weight": torch.randn(CLASSES, D_OUT, generator=draw) / 3,
-            "head.bias": torch.randn(CLASSES, generator=draw) / 3,
-        }
-        if family == "tri":
-            self.initial["layer.C"] = torch.eye(RANK)
+        self.family = family
+        self.initial: dict[str, Tensor] = {}
+        for letter, part in family.parts(RANK, D_IN, D_OUT).items():
+            shape, drawn = (part.rows, part.columns), generator(seed, "initial", letter)
+            match part.draw:
+                case "down":
+                    start = bases[0] if letter == "A" else torch.randn(shape, generator=drawn)
+                case "up" if b == "random":
+                    start = bases[1]
+                case "rows" | "columns" | "kaiming":
+                    start = torch.randn(shape, generator=drawn) / 2
+                case "core" | "identity":
+                    start = torch.eye(part.rows)
+                case "one":
+                    start = torch.ones(shape)
+                case _:
+                    start = torch.zeros(shape)
+            self.initial[f"layer.{letter}"] = start
+        self.initial["head.weight"] = torch.randn(CLASSES, D_OUT, generator=draw) / 3
+        self.initial["head.bias"] = torch.randn(CLASSES, generator=draw) / 3
         self.shared = Together()
 
     def __call__(self, client: str, round: int) -> "Toy":
@@ -106,7 +132,7 @@ class Together:
         return {"x": torch.stack(x), "y": torch.stack(y)}
 
     def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
-        return [learner.test(score.weights, score.split) for learner, score in asked]
+        return [learner.test(score.weights, score.split, score.rows) for learner, score in asked]
 
     def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         return [learner.features() for learner in learners]
@@ -134,9 +160,13 @@ class Toy:
                 yield {"x": x[rows], "y": y[rows]}
 
     def hidden(self, weights: Tensors, x: Tensor) -> Tensor:
-        core = weights.get("layer.C", torch.eye(RANK, dtype=x.dtype))
-        delta = x @ weights["layer.A"].mT @ core.mT @ weights["layer.B"].mT
-        return torch.tanh(x @ self.world.backbone.to(x.dtype).mT + SCALE * delta)
+        parts = modules(weights)["layer"]
+        many = next((len(w) for w in parts.values() if w.dim() == 3), None)
+        rows = x if many is None else x.expand(many, *x.shape[-2:]).flatten(0, 1)
+        delta = self.world.family.delta(rows, parts)
+        return torch.tanh(
+            x @ self.world.backbone.to(x.dtype).mT + SCALE * (delta if many is None else delta.view(many, -1, D_OUT))
+        )
 
     def logits(self, weights: Tensors, x: Tensor) -> Tensor:
         return self.hidden(weights, x) @ weights["head.weight"].mT + weights["head.bias"].unsqueeze(-2)
@@ -149,8 +179,8 @@ class Toy:
         loss = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none", ignore_index=-100)
         return fault * loss.view(batch["y"].shape).sum(-1) / (batch["y"] >= 0).sum(-1)
 
-    def test(self, weights: Tensors, split: Split) -> Metrics:
-        x, y = self.world.rows(self.client, split)
+    def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
+        x, y = (part[:rows] for part in self.world.rows(self.client, split))
         logits = self.logits(weights, x)
         right = (logits.argmax(-1) == y).double().mean()
         return {"score": float(right), "loss": float(F.cross_entropy(logits, y)), "rows": float(len(y))}
@@ -158,6 +188,9 @@ class Toy:
     def features(self) -> tuple[Tensor, Tensor]:
         x, y = self.world.rows(self.client, "train")
         return torch.tanh(x @ self.world.backbone.mT), y
+
+    def channels(self, rows: int) -> dict[str, Tensor]:
+        return {"layer": self.world.rows(self.client, "train")[0][:rows].norm(dim=0)}
 
 
 @dataclass(frozen=True)
@@ -178,11 +211,14 @@ class Stub:
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
         raise AssertionError("a stub does not train")
 
-    def test(self, weights: Tensors, split: Split) -> Metrics:
+    def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
         return {"score": 0.5, "loss": 1.0, "rows": 1.0}
 
     def features(self) -> tuple[Tensor, Tensor]:
         return self.rows
+
+    def channels(self, rows: int) -> dict[str, Tensor]:
+        return {name: torch.ones(w["A"].shape[-1]) for name, w in modules(self.initial).items()}
 
 
 def turn(
@@ -194,7 +230,7 @@ def turn(
     answer: object = Fitted({**learner.initial, **problem.weights, **trained_to}, {"loss": 1.0, "steps": 1.0})
     try:
         while not isinstance(following := steps.send(answer), Fit):
-            answer = _pretended(learner, following)
+            answer = pretended(learner, following)
     except StopIteration as stop:
         return problem, stop.value
     raise AssertionError("a second Fit")
@@ -207,20 +243,25 @@ def pretend(jobs: Sequence[Any]) -> list[Any]:
         try:
             problem = next(steps)
             while True:
-                problem = steps.send(_pretended(learner, problem))
+                problem = steps.send(pretended(learner, problem))
         except StopIteration as stop:
             values.append(stop.value)
     return values
 
 
-def _pretended(learner: Any, problem: Problem) -> object:
+def pretended(learner: Any, problem: Problem) -> object:
     match problem:
         case Fit():
             return Fitted({**learner.initial, **problem.weights}, {"loss": 1.0, "steps": 0.0})
         case Score():
-            return learner.test(problem.weights, problem.split)
+            return learner.test(problem.weights, problem.split, problem.rows)
         case Encode():
             return learner.features()
+        case Gradient():
+            weights = {**learner.initial, **problem.weights}
+            return Slope(1.0, {name: torch.zeros_like(w) for name, w in weights.items() if problem.names(name)})
+        case Channels():
+            return learner.channels(problem.rows)
 
 
 class Federation:
@@ -267,7 +308,7 @@ def newest(shelf: Mapping[str, object]) -> str:
 def world_of(algorithm: AnyAlgorithm, **options: Any) -> World:
     """The world an algorithm needs: frozen bases need a B that is not 0."""
     b = "random" if getattr(algorithm, "freeze_bases", False) else "zero"
-    return World(algorithm.card.family, b=b, **options)
+    return World(algorithm.family, b=b, **options)
 
 
 class Tape:

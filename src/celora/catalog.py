@@ -17,8 +17,6 @@ from celora.core.algorithm import AnyAlgorithm, Card
 from celora.errors import ConfigError
 
 Entry = dict[str, Any]
-PARTS = {"lora": ("A", "B", "head"), "tri": ("A", "B", "C", "head")}
-UPDATES = {"lora": "ΔW = s·B A", "tri": "ΔW = s·B C A"}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -48,7 +46,7 @@ def table(entries: Sequence[Entry]) -> Table:
     for e in entries:
         parts = (" ".join(e[key]) or "nothing" for key in ("travels", "stays"))
         bases = "allowed" if e["private_bases"] else "no"
-        found.add_row(*map(Text, (e["name"], e["about"], UPDATES[e["family"]], *parts, e["head"], bases)))
+        found.add_row(*map(Text, (e["name"], e["about"], e["update"], *parts, e["head"], bases)))
     return found
 
 
@@ -57,7 +55,7 @@ def page(entry: Entry) -> Iterator[RenderableType]:
     yield Text(f"{entry['name']}: {entry['about']}", style="bold")
     facts = {
         "paper": " ".join((entry["title"], entry["link"])).strip(),
-        "update": UPDATES[entry["family"]],
+        "update": entry["update"],
         "travels": " ".join(entry["travels"]) or "nothing",
         "stays": " ".join(entry["stays"]) or "nothing",
         "client sends": entry["up"],
@@ -80,19 +78,19 @@ def _entry(name: str) -> Entry:
     kind = ALGORITHMS[name]
     algorithm: AnyAlgorithm = kind()
     card: Card = kind.card
-    travels = [
-        part for part in PARTS[card.family] if algorithm.shares("head.weight" if part == "head" else f"layer.{part}")
-    ]
+    all_parts = [*algorithm.family.parts(1, 1, 1), "head"]
+    travels = [part for part in all_parts if algorithm.shares("head.weight" if part == "head" else f"layer.{part}")]
     fields: Mapping[str, Mapping[str, Any]] = TypeAdapter(kind).json_schema()["properties"]
     return {
         "name": name,
         "about": getdoc(kind),
         "title": card.title,
         "link": card.link,
-        "family": card.family,
+        "family": algorithm.family.name,
+        "update": algorithm.family.update,
         "head": algorithm.head,
         "travels": travels,
-        "stays": [part for part in PARTS[card.family] if part not in travels],
+        "stays": [part for part in all_parts if part not in travels],
         "up": getdoc(card.up),
         "down": getdoc(card.down),
         "local": getdoc(card.local),

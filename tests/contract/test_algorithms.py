@@ -20,6 +20,7 @@ from celora.algorithms import ALGORITHMS
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.learner import Fit
 from celora.core.messages import Checkpoint, Exchange, Model, Notes, Order, Plan, Reply, Round
 from celora.core.solve import solve_together
 from celora.engines import embedded
@@ -27,7 +28,7 @@ from celora.errors import QuorumError, WireError
 from celora.tensors import Names, Tensors, mean, only
 from celora.track.shelves import Shelves
 from celora.wire import Schema, pack, unpack
-from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, tensors_in, world_of
+from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, pretended, tensors_in, world_of
 
 HEADS = ("private", "shared", "frozen")
 MORE: Mapping[str, list[dict[str, Any]]] = {
@@ -359,7 +360,7 @@ class Watched:
 
     def __init__(self, inner: AnyAlgorithm) -> None:
         self.inner, self.card, self.head = inner, inner.card, inner.head
-        self.shares, self.calls = inner.shares, set[str]()
+        self.family, self.shares, self.calls = inner.family, inner.shares, set[str]()
 
     def _unchanged(self, method: str, before: Any, *now: object) -> None:
         self.calls.add(method)
@@ -372,8 +373,8 @@ class Watched:
         self._unchanged(method, before, *map(_visible, arguments))
         return value
 
-    def server_init(self, weights: Tensors) -> Any:
-        return self._call("server_init", weights)
+    def server_init(self, weights: Tensors, clients: Any) -> Any:
+        return self._call("server_init", weights, clients)
 
     def client_init(self, learner: Any) -> Any:
         return self._call("client_init", learner)
@@ -542,6 +543,10 @@ def test_nine_private_numbers_among_others_are_found() -> None:
     assert any("(2, 8) byte 12" in line for line in found)
 
 
+def is_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(item, torch.Tensor) for item in value.values())
+
+
 @every_algorithm
 def test_a_reply_holds_exactly_the_names_that_the_algorithm_says_it_shares(name: str) -> None:
     algorithm, run = VARIANTS[name], reference(name)
@@ -552,8 +557,11 @@ def test_a_reply_holds_exactly_the_names_that_the_algorithm_says_it_shares(name:
     assert len(ups) == PLAN.rounds * len(CLIENTS)
     for up in ups:
         fields = [getattr(up, f.name) for f in dataclasses.fields(up)]
-        sent = [set(value) for value in fields if isinstance(value, Mapping)]
-        assert sent == ([shared] if shared else [])
+        sent = [set(value) for value in fields if is_tensors(value)]
+        if algorithm.card.partial:
+            assert all(names and names <= shared for names in sent)
+        else:
+            assert sent == ([shared] if shared else [])
 
 
 @every_algorithm
@@ -593,11 +601,24 @@ def test_before_training_every_client_predicts_with_the_weights_of_the_seed(name
     """So ΔW = 0 at first, wherever the adapter is drawn with B = 0."""
     federation = Federation(again(name))
     algorithm, initial = federation.algorithm, federation.world.initial
-    server = algorithm.server_init(initial)
+    server = algorithm.server_init(initial, CLIENTS)
     for client in CLIENTS:
         learner = federation.world(client, 1)
         model = {**initial, **algorithm.model(algorithm.client_init(learner), algorithm.send(server, client))}
         assert image(model) == image(initial)
+
+
+def trained_names(algorithm: AnyAlgorithm, learner: Any, local: Any, down: Any) -> set[str]:
+    """The names that a client's turn asks to train, or to have gradients of."""
+    found, steps = set[str](), algorithm.train(learner, local, down)
+    try:
+        problem = next(steps)
+        while True:
+            names = problem.train if isinstance(problem, Fit) else getattr(problem, "names", lambda name: False)
+            found |= {name for name in learner.initial if names(name)}
+            problem = steps.send(pretended(learner, problem))
+    except StopIteration:
+        return found
 
 
 @every_algorithm
@@ -605,13 +626,20 @@ def test_what_is_frozen_stays_as_drawn_at_every_client(name: str) -> None:
     """Of the trained model: the names that neither travel nor are kept are the seed's, to the bit."""
     algorithm, run = VARIANTS[name], reference(name)
     initial, learner = run.federation.world.initial, run.federation.world("c0", 1)
-    down = algorithm.send(algorithm.server_init(initial), "c0")
-    steps = algorithm.train(learner, algorithm.client_init(learner), down)
-    moves = next(steps).train
+    down = algorithm.send(algorithm.server_init(initial, CLIENTS), "c0")
     for client in CLIENTS:
+        asked = trained_names(algorithm, learner, algorithm.client_init(learner), down)
+        crossed = [
+            unpack(algorithm.card.down, o.frame, run.federation.schema) for _, c, o in run.tape.orders if c == client
+        ]
+        given = {
+            name for down in crossed for field in vars(down).values() if isinstance(field, Mapping) for name in field
+        }
         weights = unpack(Model, run.shelves[-1][client][f"personal@{PLAN.rounds}"], run.federation.schema).weights
         for factor, tensor in initial.items():
-            assert (image(weights[factor]) == image(tensor)) != moves(factor), factor
+            if image(weights[factor]) != image(tensor):
+                assert factor in asked | given, factor
+        assert any(image(weights[factor]) != image(initial[factor]) for factor in asked)
 
 
 # --- clients that are not drawn -----------------------------------------------------------------------------------

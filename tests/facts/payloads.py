@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from celora.core.adapters import Family
 from celora.core.federation import run
 from celora.core.messages import Plan, Round
 from celora.engines.embedded import Embedded
@@ -16,23 +17,21 @@ LAYERS, RANK, DIM, CLASSES = 12, 8, 384, 3
 HEAD = (DIM + 1) * CLASSES * 4
 
 
-def weights(family: str) -> dict[str, Tensor]:
+def weights(family: Family) -> dict[str, Tensor]:
     """All weights of an adapter of 12 matrices, and a head."""
     draw = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
     for layer in range(LAYERS // 2):
         for matrix in ("query", "value"):
             name = f"encoder.layer.{layer}.attention.self.{matrix}"
-            found[f"{name}.A"] = torch.randn(RANK, DIM, generator=draw)
-            found[f"{name}.B"] = torch.zeros(DIM, RANK)
-            if family == "tri":
-                found[f"{name}.C"] = torch.eye(RANK)
+            for letter, part in family.parts(RANK, DIM, DIM).items():
+                found[f"{name}.{letter}"] = torch.randn(part.rows, part.columns, generator=draw)
     return {**found, "head.weight": torch.zeros(CLASSES, DIM), "head.bias": torch.zeros(CLASSES)}
 
 
 def rounds(algorithm: Any, clients: str = "ab") -> list[Round]:
     """Two rounds and the closing one, of clients with 40 rows that end their training where they start."""
-    initial = weights(algorithm.card.family)
+    initial = weights(algorithm.family)
 
     def world(client: str, round: int) -> Stub:
         draw = torch.Generator().manual_seed(ord(client))

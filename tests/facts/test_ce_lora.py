@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.ce_lora import CELoRA, Local, Server, Up
+from celora.core.adapters import Tri
 from celora.core.messages import Exchange, Order, Plan, Reply
 from celora.maths.cka import cka
 from tests.facts.payloads import CLASSES, DIM, rounds
@@ -24,7 +25,7 @@ SEED = {"layer.C": torch.eye(RANK, dtype=torch.float64)}
 def served(cores: list[Tensor], **fields: object) -> tuple[CELoRA, Server]:
     algorithm = CELoRA(data_share=0.0, **fields)
     ups = {str(i): Up({"layer.C": core}, 1, None) for i, core in enumerate(cores)}
-    return algorithm, algorithm.aggregate(algorithm.server_init(SEED), ups)
+    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), ups)
 
 
 def received(cores: list[Tensor], client: int, **fields: object) -> Tensor:
@@ -93,7 +94,7 @@ def test_a_summary_that_was_lost_is_asked_for_again_and_one_that_arrived_is_not(
 
 def test_at_b_zero_neither_c_nor_a_has_a_gradient() -> None:
     """dL/dC = Bᵀ G Aᵀ and dL/dA = Cᵀ Bᵀ G: only B hears the first batch."""
-    learner = World("tri")("c0", 1)
+    learner = World(Tri())("c0", 1)
     weights = {name: tensor.clone().requires_grad_() for name, tensor in learner.initial.items()}
     batch = next(iter(learner.batches()))
     learner.losses(weights, batch).backward()

@@ -21,7 +21,7 @@ def factors(seed: int) -> dict[str, Tensor]:
 def average(*clients: dict[str, Tensor]) -> dict[str, Tensor]:
     algorithm = FedIT()
     ups = {str(i): Up(weights, n) for i, (weights, n) in enumerate(zip(clients, N, strict=True))}
-    return dict(algorithm.send(algorithm.aggregate(algorithm.server_init({}), ups), "0").weights)
+    return dict(algorithm.send(algorithm.aggregate(algorithm.server_init({}, ()), ups), "0").weights)
 
 
 def update(weights: dict[str, Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ def received(a: list[Tensor], client: int = 0) -> Tensor:
     """The update that a client predicts with after download."""
     algorithm = FedSALoRA()
     ups = {str(i): Up({"layer.A": a[i]}, n) for i, n in enumerate(N)}
-    down = algorithm.send(algorithm.aggregate(algorithm.server_init({}), ups), str(client))
+    down = algorithm.send(algorithm.aggregate(algorithm.server_init({}, ()), ups), str(client))
     weights = algorithm.model(Local({"layer.B": B[client]}), down)
     return weights["layer.B"] @ weights["layer.A"]
 

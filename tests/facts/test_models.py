@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
+from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Recipe
 from celora.models import (
     Adapter,
     Backbone,
-    Family,
     Model,
     ModelLearner,
     Passes,
@@ -57,7 +57,7 @@ def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return runpy.run_path("snippet.py")
 
 
-@pytest.mark.parametrize("family", ["lora", "tri"])
+@pytest.mark.parametrize("family", [Lora(), Tri()], ids=["lora", "tri"])
 @pytest.mark.parametrize("targets", [("query", "value"), "all-linear"])
 def test_stock_peft_gives_the_same_logits_from_a_text_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: Family, targets: Any
@@ -66,10 +66,12 @@ def test_stock_peft_gives_the_same_logits_from_a_text_adapter(
     backbone = load(model, adapter, tmp_path)
     weights = random_weights(backbone, adapter, family)
     names = ["a", "b", "c", "d", "e"]
-    export_peft(tmp_path / "out", backbone, weights, classes=names, model=model, adapter=adapter)
+    export_peft(tmp_path / "out", backbone, weights, family=family, classes=names, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)["logits"]
-    ours = predict(backbone, weights, backbone.tokenize(TEXTS))
-    frozen = predict(backbone, {n: w for n, w in weights.items() if part(n) == "head"}, backbone.tokenize(TEXTS))
+    ours = predict(backbone, family, weights, backbone.tokenize(TEXTS))
+    frozen = predict(
+        backbone, family, {n: w for n, w in weights.items() if part(n) == "head"}, backbone.tokenize(TEXTS)
+    )
     assert (ours - theirs).abs().max() <= 1e-5
     assert (ours - frozen).abs().max() > 1e-2  # or the adapter would prove nothing
 
@@ -80,10 +82,10 @@ def test_stock_peft_gives_the_same_logits_from_an_image_adapter(
 ) -> None:
     model, adapter = Model(backbone="random-vit", device="cpu", pooling=pooling), Adapter(targets="all-linear")
     backbone = load(model, adapter, tmp_path)
-    weights = random_weights(backbone, adapter, "tri")
-    export_peft(tmp_path / "out", backbone, weights, classes=list("abcde"), model=model, adapter=adapter)
+    weights = random_weights(backbone, adapter, Tri())
+    export_peft(tmp_path / "out", backbone, weights, family=Tri(), classes=list("abcde"), model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)
-    assert (predict(backbone, weights, theirs["images"]) - theirs["logits"]).abs().max() <= 1e-5
+    assert (predict(backbone, Tri(), weights, theirs["images"]) - theirs["logits"]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
@@ -98,20 +100,20 @@ def test_a_decoder_that_stores_its_weights_transposed(
     adapter = Adapter(targets=("c_attn",), rank=2)
     backbone = load(model, adapter, tmp_path)
     assert backbone.targets["h.0.attn.c_attn"] == (48, 16)
-    weights = random_weights(backbone, adapter, "tri")
-    export_peft(tmp_path / "out", backbone, weights, classes=list("abcde"), model=model, adapter=adapter)
+    weights = random_weights(backbone, adapter, Tri())
+    export_peft(tmp_path / "out", backbone, weights, family=Tri(), classes=list("abcde"), model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)["logits"]
-    ours = predict(backbone, weights, backbone.tokenize(TEXTS))
+    ours = predict(backbone, Tri(), weights, backbone.tokenize(TEXTS))
     assert (ours - theirs).abs().max() <= 1e-5
 
 
 def test_slots_give_the_loss_and_gradients_of_plain_peft() -> None:
     adapter = Adapter(rank=4)
     backbone = load(Model(device="cpu"), adapter, Path())
-    weights = random_weights(backbone, adapter, "lora")
+    weights = random_weights(backbone, adapter, Lora())
     weights = {name: w.requires_grad_() for name, w in weights.items()}
     rows = Rows(backbone.tokenize(["one", "a longer text than that", "two"]), torch.tensor([0, 4, 2]))
-    it = ModelLearner(Passes(backbone), {"train": rows}, weights, Recipe(), seed=0, client="a", round=1)
+    it = ModelLearner(Passes(backbone, Lora()), {"train": rows}, weights, Recipe(), seed=0, client="a", round=1)
     batch = next(it.batches())
     loss = it.losses(weights, batch)
     names = [name for name in weights if part(name) in "AB"]

@@ -61,7 +61,7 @@ def up(client: str, summary: bool = True) -> Up:
 def served(clients: str = "abc", **fields: Any) -> tuple[CELoRA, Server]:
     """The server after one round in which these clients were heard."""
     algorithm = CELoRA(**{**BY_HAND, **fields})
-    return algorithm, algorithm.aggregate(algorithm.server_init(SEED), {c: up(c) for c in clients})
+    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), {c: up(c) for c in clients})
 
 
 def received(algorithm: CELoRA, server: Server, clients: str = "abc") -> list[Tensor]:
@@ -146,7 +146,7 @@ def test_a_client_that_is_alone_gets_its_own_core_back() -> None:
 def test_a_client_without_a_summary_is_placed_by_its_model_alone_and_asked_again() -> None:
     """S_ac = 0 and S_bc = 0 (models), S_ab = (2/3·½ + ½) with d/median = 1: kernel 1/2, so S_ab = 3/4."""
     algorithm = CELoRA(**BY_HAND)
-    server = algorithm.aggregate(algorithm.server_init(SEED), {"a": up("a"), "b": up("b"), "c": up("c", False)})
+    server = algorithm.aggregate(algorithm.server_init(SEED, ()), {"a": up("a"), "b": up("b"), "c": up("c", False)})
     close(server.mixing.weights, torch.tensor([[4 / 7, 3 / 7, 0], [3 / 7, 4 / 7, 0], [0, 0, 1]]))
     assert [algorithm.send(server, client).introduce for client in "abcd"] == [False, False, True, True]
     server = algorithm.aggregate(server, {"c": up("c")})
@@ -167,7 +167,7 @@ def test_a_client_that_is_away_counts_with_its_last_core_and_receives_anew() -> 
 def test_a_and_b_and_the_head_stay_and_c_is_sent_with_n() -> None:
     algorithm, learner = CELoRA(data_share=0.0), Stub(SEED, 7)
     end = {name: tensor + 1 for name, tensor in SEED.items()}
-    down = algorithm.send(algorithm.server_init(SEED), "a")
+    down = algorithm.send(algorithm.server_init(SEED, ()), "a")
     problem, trained = turn(algorithm, learner, algorithm.client_init(learner), down, end)
     assert all(map(problem.train, SEED))
     assert image(trained.up) == image(Up({"layer.C": end["layer.C"]}, 7, None))
@@ -189,14 +189,14 @@ def test_a_shared_head_is_averaged_by_the_same_row_of_w() -> None:
         c: Up({"layer.C": CORES[c], "head.weight": torch.full((1, 2), h)}, 1, mixture(MEANS[c]))
         for c, h in heads.items()
     }
-    server = algorithm.aggregate(algorithm.server_init(SEED), ups)
+    server = algorithm.aggregate(algorithm.server_init(SEED, ()), ups)
     found = [float(algorithm.send(server, c).core["head.weight"][0, 0]) for c in "abc"]
     assert found == pytest.approx([(30 + 50 + 18) / 61, (10 + 24 + 9) / 25, (4 + 10 + 60) / 29], abs=1e-6)
 
 
 def test_frozen_bases_need_a_b_that_is_not_zero() -> None:
     algorithm = CELoRA(freeze_bases=True, data_share=0.0)
-    down = algorithm.send(algorithm.server_init(SEED), "a")
+    down = algorithm.send(algorithm.server_init(SEED, ()), "a")
     with pytest.raises(ValueError, match=r"B is 0.*adapter.init = 'orthonormal'"):
         turn(algorithm, Stub(SEED), Local({}), down, {})
     seed = {**SEED, "layer.B": torch.eye(2)}

@@ -49,7 +49,7 @@ HEAD = {"head.weight": torch.tensor([[1.0, 6.0], [0.0, 1.0]]), "head.bias": torc
 def one_round(head: Head) -> tuple[FedIT, Any, dict[str, Any], list[str]]:
     """The algorithm, the server after the round, what each client ended with, and the names that were trained."""
     algorithm, ended, names = FedIT(head=head), {}, list[str]()
-    server = algorithm.server_init(SEED)
+    server = algorithm.server_init(SEED, ())
     for client, end in END.items():
         learner = Stub(SEED, EXAMPLES[client])
         down = algorithm.send(server, client)

@@ -37,7 +37,7 @@ PREDICTS = {"a": [[4.0, -1.0], [0.0, 0.0]], "b": [[4.0, -1.0], [16.0, -4.0]]}
 
 def one_round(head: Head) -> tuple[FedSALoRA, Any, dict[str, Any]]:
     algorithm, ended = FedSALoRA(head=head), {}
-    server = algorithm.server_init(SEED)
+    server = algorithm.server_init(SEED, ())
     for client, end in END.items():
         learner = Stub(SEED, EXAMPLES[client])
         down = algorithm.send(server, client)

@@ -29,7 +29,7 @@ HEAD = {"head.weight": torch.tensor([[1.0, 6.0], [0.0, 1.0]])}
 
 def one_round(head: Head) -> tuple[FFALoRA, Any, dict[str, Any]]:
     algorithm, ended = FFALoRA(head=head), {}
-    server = algorithm.server_init(SEED)
+    server = algorithm.server_init(SEED, ())
     for client, end in END.items():
         learner = Stub(SEED, EXAMPLES[client])
         down = algorithm.send(server, client)

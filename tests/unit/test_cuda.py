@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from celora.core.adapters import Lora
 from celora.core.learner import Fit, Recipe, Score
 from celora.core.solve import fit, fit_together
 from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Prefixes, Rows, initial, load
@@ -21,8 +22,8 @@ def backbone(device: str, layers: str = "all", dtype: Any = "float32") -> Backbo
 
 def learners(of: Backbone, steps: int = 3) -> list[ModelLearner]:
     """Four clients of 12 texts."""
-    passes, draw = Passes(of, Prefixes(of, 1 << 28) if of.depth else None), torch.Generator().manual_seed(0)
-    weights, found = initial(of, Adapter(), "lora", 2, seed=0), []
+    passes, draw = Passes(of, Lora(), Prefixes(of, 1 << 28) if of.depth else None), torch.Generator().manual_seed(0)
+    weights, found = initial(of, Adapter(), Lora(), 2, seed=0), []
     for client in range(4):
         sizes = torch.randint(3, 40, (12,), generator=draw).tolist()
         ids = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in sizes]

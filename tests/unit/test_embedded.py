@@ -9,6 +9,7 @@ import pytest
 
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import Down, FedSALoRA, Local, Up
+from celora.core.adapters import Lora
 from celora.core.messages import Exchange, Order, Plan, Reply
 from celora.core.solve import solve
 from celora.engines import embedded
@@ -37,7 +38,7 @@ def test_replies_are_frames_and_private_state_is_handed_over_as_it_is() -> None:
 
 
 def test_a_client_that_raises_answers_with_the_error_and_the_others_are_run() -> None:
-    federation = Federation(FedSALoRA(), World("lora", faults={("c1", 1): ZeroDivisionError("no rows")}))
+    federation = Federation(FedSALoRA(), World(Lora(), faults={("c1", 1): ZeroDivisionError("no rows")}))
     replies = federation.engine({client: order(frame=down(federation)) for client in CLIENTS})
     assert replies["c1"].error == "ZeroDivisionError: no rows"
     assert (replies["c1"].frame, replies["c1"].scores) == (b"", {})
@@ -61,7 +62,7 @@ def test_a_private_state_that_cannot_be_read_is_told_and_left_as_it_is() -> None
 
 
 def test_a_client_whose_world_cannot_be_built_is_a_client_that_did_not_deliver() -> None:
-    world = World("lora")
+    world = World(Lora())
 
     def fragile(client: str, round: int) -> Any:
         if client == "c1":
@@ -140,7 +141,7 @@ def test_an_order_and_a_reply_survive_a_real_wire() -> None:
 
 def test_an_error_that_quotes_a_name_which_is_not_unicode_is_still_one_clients_error() -> None:
     """A file name that is not UTF-8 reaches Python with lone surrogates in it."""
-    federation = Federation(FedIT(), World("lora", faults={("c1", 1): ValueError("cannot read caf\udce9.csv")}))
+    federation = Federation(FedIT(), World(Lora(), faults={("c1", 1): ValueError("cannot read caf\udce9.csv")}))
     first = next(federation.run(Plan(rounds=1)))
     assert first.heard == ("c0", "c2", "c3")
     assert first.excluded["c1"].startswith("ValueError: cannot read caf")
@@ -168,7 +169,7 @@ def test_a_full_disk_for_replies_is_told_in_words(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_turn_that_fails_leaves_the_shelf_as_it_was() -> None:
-    world = World("lora", faults={("c0", 2): ZeroDivisionError("no rows")})
+    world = World(Lora(), faults={("c0", 2): ZeroDivisionError("no rows")})
     federation = Federation(FedSALoRA(), world)
     federation.engine({"c0": order(frame=down(federation), evaluate=True)})
     before = federation.copies()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from celora.algorithms import ALGORITHMS
+from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Fit, Fitted, Recipe
 from celora.core.messages import Plan
 from celora.core.solve import fit, solve
@@ -18,7 +19,7 @@ from tests.toy import RECIPE, Federation, Stub, World, image
 TWENTY = replace(RECIPE, steps=20, lr=1e-2, batch_size=8)
 
 
-def learner(recipe: Recipe = TWENTY, family: str = "tri", client: str = "c1") -> Any:
+def learner(recipe: Recipe = TWENTY, family: Family = Tri(), client: str = "c1") -> Any:
     return World(family, recipe=recipe)(client, 1)
 
 
@@ -135,7 +136,7 @@ def test_a_penalty_sees_the_frozen_weights_too() -> None:
 
 def test_a_fit_without_anything_to_train_is_refused_with_what_there_was() -> None:
     with pytest.raises(ValueError, match=r"nothing to train among layer\.A, layer\.B"):
-        fit(learner(family="lora"), Fit({}, train=only("C")))
+        fit(learner(family=Lora()), Fit({}, train=only("C")))
 
 
 def test_steps_replace_epochs_and_epochs_go_through_all_rows() -> None:
@@ -154,7 +155,7 @@ def test_training_lowers_the_loss() -> None:
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "local"])
 def test_a_loss_of_nan_excludes_its_client_by_that_name(name: str) -> None:
     algorithm = ALGORITHMS[name]()
-    federation = Federation(algorithm, World(algorithm.card.family, faults={("c0", 1): nan}))
+    federation = Federation(algorithm, World(algorithm.family, faults={("c0", 1): nan}))
     first = next(federation.run(Plan(rounds=1)))
     assert list(first.excluded) == ["c0"]
     assert "found NaN or infinity" in first.excluded["c0"]
@@ -200,7 +201,7 @@ def test_turns_are_run_to_their_ends_in_order_whatever_the_number_of_fits() -> N
 
 def test_a_turn_that_raises_leaves_its_error_in_its_place_and_the_others_their_values() -> None:
     client, problem = learner(replace(TWENTY, steps=1)), Fit({}, train=only("B"))
-    world = World("lora", faults={("c0", 1): OSError("torn")})
+    world = World(Lora(), faults={("c0", 1): OSError("torn")})
     error = KeyError("x")
     found = solve(
         [

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Fit, Learner, Recipe
 from celora.core.solve import fit
 from celora.errors import ModelError
-from celora.models import Adapter, Backbone, Family, Model, ModelLearner, Passes, Rows, initial, join, load, predict
+from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Rows, initial, join, load, predict
 from celora.models.passes import bucketed, budgeted
 from celora.tensors import Tensors, but
 
@@ -45,7 +46,7 @@ def texts() -> Rows:
     return Rows(minilm().tokenize(TEXTS), torch.tensor([1, 0, 1, 0, 1, 0]))
 
 
-def start(backbone: Backbone, family: Family = "tri") -> dict[str, Tensor]:
+def start(backbone: Backbone, family: Family = Tri()) -> dict[str, Tensor]:
     adapter = ADAPTER if backbone.kind == "image" else Adapter()
     return initial(backbone, adapter, family, 2, seed=0)
 
@@ -55,11 +56,13 @@ def shaken(weights: Tensors, seed: int) -> dict[str, Tensor]:
     return {name: w + 0.05 * torch.randn(w.shape, generator=g) for name, w in weights.items()}
 
 
-def learner(backbone: Backbone, rows: Rows, client: str = "a", round: int = 1, **recipe: Any) -> ModelLearner:
+def learner(
+    backbone: Backbone, rows: Rows, client: str = "a", round: int = 1, family: Family = Tri(), **recipe: Any
+) -> ModelLearner:
     """A client with these rows in every split."""
     splits: dict[Any, Rows] = {"train": rows, "test": rows}
-    weights = start(backbone)
-    return ModelLearner(Passes(backbone), splits, weights, Recipe(**recipe), seed=0, client=client, round=round)
+    weights, shared = start(backbone, family), Passes(backbone, family)
+    return ModelLearner(shared, splits, weights, Recipe(**recipe), seed=0, client=client, round=round)
 
 
 def pixels(batches: list[Any]) -> list[str]:
@@ -110,18 +113,18 @@ def test_batches_have_an_address() -> None:
 
 
 def test_a_client_without_training_rows_has_no_batches() -> None:
-    empty = ModelLearner(Passes(vit()), {}, start(vit()), Recipe(steps=3), seed=0, client="a", round=1)
+    empty = ModelLearner(Passes(vit(), Tri()), {}, start(vit()), Recipe(steps=3), seed=0, client="a", round=1)
     assert (empty.examples, list(empty.batches()), empty.test({}, "test")) == (0, [], {"rows": 0.0})
     features, labels = empty.features()
     assert (features.shape, labels.shape) == ((0, 64), (0,))
 
 
 @pytest.mark.parametrize("backbone", [vit, minilm])
-@pytest.mark.parametrize("family", ["lora", "tri"])
+@pytest.mark.parametrize("family", [Lora(), Tri()], ids=["lora", "tri"])
 def test_clients_side_by_side_have_their_own_losses_and_gradients(backbone: Any, family: Family) -> None:
     shared, rows = backbone(), texts() if backbone is minilm else images(6)
     many = [shaken(start(shared, family), seed) for seed in range(3)]
-    learners = [learner(shared, rows, client=str(k), batch_size=2, steps=1) for k in range(3)]
+    learners = [learner(shared, rows, client=str(k), family=family, batch_size=2, steps=1) for k in range(3)]
     batches = [next(it.batches()) for it in learners]
 
     stacked = {name: torch.stack([w[name] for w in many]).requires_grad_() for name in many[0]}
@@ -185,8 +188,8 @@ def test_dropout_is_on_in_training_only_and_has_an_address() -> None:
 def test_predictions_come_in_the_order_of_the_rows() -> None:
     weights = shaken(start(minilm()), 0)
     ids = minilm().tokenize([text * repeat for repeat in (40, 1, 20) for text in TEXTS])
-    together = predict(minilm(), weights, ids)
-    alone = torch.cat([predict(minilm(), weights, [row]) for row in ids])
+    together = predict(minilm(), Tri(), weights, ids)
+    alone = torch.cat([predict(minilm(), Tri(), weights, [row]) for row in ids])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from celora.core.adapters import Lora
 from celora.core.learner import Fit, Recipe, Score
 from celora.core.solve import fit, fit_together
 from celora.errors import ModelError
@@ -42,7 +43,7 @@ def rows(backbone: Backbone, first: int, count: int = 10) -> Rows:
 
 def trained(backbone: Backbone, prefixes: Prefixes | None, together: bool = False) -> Any:
     """Two rounds of three clients: their weights and scores."""
-    passes, weights = Passes(backbone, prefixes), initial(backbone, Adapter(), "lora", 2, seed=0)
+    passes, weights = Passes(backbone, Lora(), prefixes), initial(backbone, Adapter(), Lora(), 2, seed=0)
     found: list[Any] = []
     for round in (1, 2):
         learners = [
@@ -110,7 +111,7 @@ def test_a_run_that_keeps_prefixes_is_bit_equal_to_one_that_does_not(backbone: A
 @pytest.mark.parametrize("backbone", [minilm, vit])
 def test_passing_over_layers_changes_nothing_but_rounding(backbone: Any) -> None:
     shared, own = backbone(), rows(backbone(), 0)
-    batch = Passes(shared).batch(own, range(10))
+    batch = Passes(shared, Lora()).batch(own, range(10))
     hidden = Prefixes(shared, ROOM)(batch)
     torch.testing.assert_close(shared.encode(batch, {}, hidden=hidden), shared.encode(batch, {}), atol=1e-5, rtol=0)
 
@@ -149,7 +150,7 @@ def test_a_full_disk_costs_time_and_not_the_run(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prefixes_module.os, "posix_fallocate", full)
     kept = Prefixes(minilm(), 1)
     assert image(trained(minilm(), kept)) == expected
-    assert Passes(minilm(), kept).notices == kept.notices
+    assert Passes(minilm(), Lora(), kept).notices == kept.notices
     assert len(kept.notices) == 1
     assert "No space left on device" in kept.notices[0]
     assert "engine.cache_mb" in kept.notices[0]

@@ -1,10 +1,13 @@
 """celora.models.slots: one batched product is K single ones, and nothing stays bound."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from celora.models.slots import bound, inject, linear
+from celora.core.adapters import Lora, linear
+from celora.models.slots import bound, inject
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -40,7 +43,7 @@ def test_injection_draws_nothing_and_adapts_what_is_bound() -> None:
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
 
     a, b = draw(2, 5), draw(4, 2)
-    with bound(layers, {"first": (a, b)}):
+    with bound(layers, {"first": partial(Lora().delta, w={"A": a, "B": b})}):
         adapted = model(x)
     by_hand = model.second.base_layer(model.first.base_layer(x) + 3 * x @ a.T @ b.T)  # type: ignore[operator,union-attr]
     torch.testing.assert_close(adapted, by_hand)
@@ -51,6 +54,9 @@ def test_injection_draws_nothing_and_adapts_what_is_bound() -> None:
 def test_nothing_stays_bound_when_a_pass_fails() -> None:
     model = Toy()
     layers = inject(model, ["first"], rank=2, alpha=2)
-    with pytest.raises(RuntimeError), bound(layers, {"first": (draw(2, 5), draw(4, 2))}):
+    with (
+        pytest.raises(RuntimeError),
+        bound(layers, {"first": partial(Lora().delta, w={"A": draw(2, 5), "B": draw(4, 2)})}),
+    ):
         model(draw(6, 3))
-    assert layers["first"].lora_A["default"].weight.numel() == 0
+    assert layers["first"].lora_B["default"].update is None

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Encode, Fit, Learner, Recipe, Score, Turn
 from celora.core.solve import FILLING, PASS, fit, fit_together, passes, solve, solve_together
 from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Rows, initial, load
@@ -42,7 +43,7 @@ def test_batches_of_one_shape_share_passes_up_to_the_capacity() -> None:
 def test_rows_of_unlike_length_are_cut_and_go_with_their_like() -> None:
     """Two clients' batches of a short and a long text: padded 4 × 40 tokens, cut and joined 2 × 5 and 2 × 40."""
     backbone = load(Model(device="cpu"), Adapter(), Path())
-    shared = Passes(backbone)
+    shared = Passes(backbone, Lora())
     rows = Rows([[101] * 5, [101] * 40, [101] * 41, [101] * 42], torch.arange(4))
     uneven, even = shared.batch(rows, [0, 1]), shared.batch(rows, [1, 2, 3])
     assert [shared.size(piece) for piece in shared.cut(uneven)] == [(1, 5), (1, 40)]
@@ -70,7 +71,7 @@ def close(one: Tensors, other: Tensors) -> None:
 @pytest.mark.parametrize("train", [but(), only("B"), only("C", "head")])
 def test_unequal_numbers_of_steps_rows_and_recipes(change: dict[str, Any], train: Any) -> None:
     """24, 30 and 36 rows in batches of 7: 4, 5 and 6 steps, the last ones of 3, 2 and 1 rows."""
-    world = World("tri", recipe=replace(RECIPE, batch_size=7, **change))
+    world = World(Tri(), recipe=replace(RECIPE, batch_size=7, **change))
     together = fit_together(fits(world, train=train))
     assert max(world.shared.clients) > 1
     for fitted, (learner, problem) in zip(together, fits(world, train=train), strict=True):
@@ -87,7 +88,7 @@ def test_penalties_are_each_clients_own() -> None:
         assert weights["layer.A"].shape == (4, 6)
         return 5 * (weights["layer.A"] - 1).square().sum()
 
-    world = World("lora")
+    world = World(Lora())
     together = fit_together(fits(world, near_zero, near_one))
     ends = [fit(*problem) for problem in fits(world, near_zero, near_one)]
     for fitted, alone in zip(together, ends, strict=True):
@@ -96,7 +97,7 @@ def test_penalties_are_each_clients_own() -> None:
 
 
 def test_frozen_parts_may_differ_from_client_to_client() -> None:
-    world = World("lora")
+    world = World(Lora())
     problems = [
         (world(client, 1), Fit({"layer.A": torch.full((4, 6), 0.1 * at)}, only("B", "head")))
         for at, client in enumerate(("c0", "c1", "c2"))
@@ -109,7 +110,7 @@ def test_frozen_parts_may_differ_from_client_to_client() -> None:
 
 def test_clients_that_train_other_names_or_by_another_recipe_are_not_stacked() -> None:
     """They are still solved, each with its like."""
-    one, other = World("tri"), World("tri", recipe=replace(RECIPE, lr=1e-3))
+    one, other = World(Tri()), World(Tri(), recipe=replace(RECIPE, lr=1e-3))
     other.shared = one.shared
     problems = [*fits(one, train=only("B")), *fits(one, train=only("C")), *fits(other, train=only("C"))]
     expected = [fit(learner.world(learner.client, 1), problem) for learner, problem in problems]
@@ -120,11 +121,11 @@ def test_clients_that_train_other_names_or_by_another_recipe_are_not_stacked() -
 @pytest.mark.parametrize("fault", ["raises", "diverges"])
 def test_one_clients_fault_is_its_own(fault: str) -> None:
     torn = ZeroDivisionError("no rows")
-    world = World("tri", faults={("c1", 1): torn} if fault == "raises" else {})
+    world = World(Tri(), faults={("c1", 1): torn} if fault == "raises" else {})
     problems = fits(world)
     if fault == "diverges":
         problems[1] = (problems[1][0], Fit({"layer.A": torch.full((4, 6), torch.nan)}, EVERYTHING))
-    together, healthy = fit_together(problems), World("tri")
+    together, healthy = fit_together(problems), World(Tri())
     for at, client in ((0, "c0"), (2, "c2")):
         close(together[at].weights, fit(healthy(client, 1), Fit({}, EVERYTHING)).weights)
     if fault == "raises":
@@ -135,7 +136,7 @@ def test_one_clients_fault_is_its_own(fault: str) -> None:
 
 
 def test_nothing_to_train_is_that_clients_error() -> None:
-    world = World("lora")
+    world = World(Lora())
     problems = [(world("c0", 1), Fit({}, only("C"))), (world("c1", 1), Fit({}, only("B")))]
     refused, fitted = fit_together(problems)
     assert "nothing to train" in str(refused)
@@ -153,7 +154,7 @@ def everything(learner: Learner, log: list[str]) -> Turn[Any]:
 
 
 def test_turns_that_ask_for_several_things_go_side_by_side() -> None:
-    world, log = World("tri"), list[str]()
+    world, log = World(Tri()), list[str]()
     learners = [world(client, 1) for client in ("c0", "c1", "c2")]
     together = solve_together([(it, everything(it, log)) for it in learners])
     assert log == ["fit"] * 3
@@ -165,7 +166,7 @@ def test_turns_that_ask_for_several_things_go_side_by_side() -> None:
 
 
 def test_a_turn_may_handle_its_failed_problem_and_one_that_does_not_fails_alone() -> None:
-    world = World("tri", faults={("c0", 1): ValueError("torn"), ("c1", 1): ValueError("torn")})
+    world = World(Tri(), faults={("c0", 1): ValueError("torn"), ("c1", 1): ValueError("torn")})
 
     def careful(learner: Learner) -> Turn[str]:
         try:
@@ -193,9 +194,9 @@ def vit(**more: Any) -> tuple[Backbone, Adapter]:
     return load(Model(backbone="random-vit", device="cpu", **more), adapter, Path()), adapter
 
 
-def clients(backbone: Backbone, adapter: Adapter, family: Any = "tri") -> list[ModelLearner]:
+def clients(backbone: Backbone, adapter: Adapter, family: Family = Tri()) -> list[ModelLearner]:
     """Five of 5, 8, 11, 14 and 17 rows, in batches of 4."""
-    found, shared, draw = [], Passes(backbone), torch.Generator().manual_seed(0)
+    found, shared, draw = [], Passes(backbone, family), torch.Generator().manual_seed(0)
     weights = initial(backbone, adapter, family, 2, seed=0)
     for client in range(5):
         labels = torch.arange(5 + 3 * client) % 2
@@ -210,7 +211,7 @@ def clients(backbone: Backbone, adapter: Adapter, family: Any = "tri") -> list[M
     return found
 
 
-@pytest.mark.parametrize("family", ["lora", "tri"])
+@pytest.mark.parametrize("family", [Lora(), Tri()], ids=["lora", "tri"])
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_learners_of_one_backbone(kind: str, family: Any) -> None:
     backbone, adapter = vit() if kind == "image" else (load(Model(device="cpu"), Adapter(), Path()), Adapter())

@@ -36,12 +36,13 @@ Does anything flow? C̄_i multiplies A_i and B_i that other clients' cores were 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from celora.core.adapters import Family, Tri
 from celora.core.algorithm import Card, ClientId, Head, Mixing, Trained, private, shared, trained
 from celora.core.learner import Encode, Fit, Learner, Turn
 from celora.fields import Count, NonNegative, Positive, Share, setting, settings
@@ -118,12 +119,18 @@ class CELoRA:
         title="Li et al., Communication-Efficient and Personalized Federated Foundation Model Fine-Tuning via "
         "Tri-Matrix Adaptation (CE-LoRA, re-implementation), IEEE TMM 2026",
         link="https://arxiv.org/abs/2503.23869",
-        family="tri",
         server=Server,
         local=Local,
         down=Down,
         up=Up,
         private_bases=True,
+        trains="A, B, C, head",
+        sends="C; G once",
+        gets="C̄_i",
+        keeps="A_i, B_i, head",
+        remembers="every C_i and G_i, W",
+        uplink="r²",
+        floats=lambda r, d, k: r * r,
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged like C) or frozen as drawn")
@@ -152,11 +159,16 @@ class CELoRA:
     freeze_bases: bool = setting(False, "control: A and B stay as drawn (needs adapter.init = 'orthonormal')")
 
     @property
+    def family(self) -> Family:
+        """ΔW = s·B C A."""
+        return Tri()
+
+    @property
     def shares(self) -> Names:
         """C alone."""
         return shared(self.head, "C")
 
-    def server_init(self, weights: Tensors) -> Server:
+    def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nobody has been heard."""
         none, nobody = torch.zeros(0, 0), Mixing((), torch.zeros(0, 0))
         return Server(select(weights, only("C")), {}, {}, {}, none, none.int(), none, nobody, {}, 0)

@@ -11,9 +11,10 @@ The average is inexact: (Σ p_i B_i)(Σ p_i A_i) ≠ Σ p_i B_i A_i (a test in t
 What the sources leave open: FedPETuning's code averages uniformly; here, as in FedAvg, p_i = n_i / Σ n.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Fit, Learner, Turn
 from celora.fields import setting, settings
@@ -57,22 +58,33 @@ class FedIT:
     card: ClassVar[Card] = Card(
         title="Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning (FedIT), ICASSP 2024",
         link="https://arxiv.org/abs/2305.05644",
-        family="lora",
         server=Server,
         local=Local,
         down=Down,
         up=Up,
         private_bases=False,
+        trains="A, B, head",
+        sends="A, B",
+        gets="A, B",
+        keeps="–",
+        remembers="A, B",
+        uplink="r(d + k)",
+        floats=lambda r, d, k: r * (d + k),
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged like A and B) or frozen as drawn")
+
+    @property
+    def family(self) -> Family:
+        """ΔW = s·B A."""
+        return Lora()
 
     @property
     def shares(self) -> Names:
         """A and B."""
         return shared(self.head, "A", "B")
 
-    def server_init(self, weights: Tensors) -> Server:
+    def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nothing to send yet."""
         return Server({})
 

@@ -12,9 +12,10 @@ What the paper leaves open: nothing that matters here; note that (B_i M⁻¹)(M 
 M, so an average of A_i depends on how each client happens to represent its update.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Fit, Learner, Turn
 from celora.fields import setting, settings
@@ -58,22 +59,33 @@ class FedSALoRA:
     card: ClassVar[Card] = Card(
         title="Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning (FedSA-LoRA), ICLR 2025",
         link="https://arxiv.org/abs/2410.01463",
-        family="lora",
         server=Server,
         local=Local,
         down=Down,
         up=Up,
         private_bases=False,
+        trains="A, B, head",
+        sends="A",
+        gets="A",
+        keeps="B_i, head",
+        remembers="A",
+        uplink="r d",
+        floats=lambda r, d, k: r * d,
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged like A) or frozen as drawn")
+
+    @property
+    def family(self) -> Family:
+        """ΔW = s·B A."""
+        return Lora()
 
     @property
     def shares(self) -> Names:
         """A alone."""
         return shared(self.head, "A")
 
-    def server_init(self, weights: Tensors) -> Server:
+    def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nothing to send yet."""
         return Server({})
 

@@ -11,9 +11,10 @@ What the paper leaves open: how the head is treated; here it is averaged with B 
 trainable numbers FFA-LoRA wants a larger learning rate than FedIT: select it, do not copy it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Fit, Learner, Turn
 from celora.fields import setting, settings
@@ -57,22 +58,33 @@ class FFALoRA:
     card: ClassVar[Card] = Card(
         title="Sun et al., Improving LoRA in Privacy-preserving Federated Learning (FFA-LoRA), ICLR 2024",
         link="https://arxiv.org/abs/2403.12313",
-        family="lora",
         server=Server,
         local=Local,
         down=Down,
         up=Up,
         private_bases=False,
+        trains="B, head",
+        sends="B",
+        gets="B",
+        keeps="–",
+        remembers="B",
+        uplink="r k",
+        floats=lambda r, d, k: r * k,
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged like B) or frozen as drawn")
+
+    @property
+    def family(self) -> Family:
+        """ΔW = s·B A."""
+        return Lora()
 
     @property
     def shares(self) -> Names:
         """B alone."""
         return shared(self.head, "B")
 
-    def server_init(self, weights: Tensors) -> Server:
+    def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nothing to send yet."""
         return Server({})
 

@@ -6,9 +6,10 @@ What travels: nothing. Round by round it spends exactly the budget of a federate
 mini-batches, optimiser and number of steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Card, ClientId, Head, Trained, private, trained
 from celora.core.learner import Fit, Learner, Turn
 from celora.fields import setting, settings
@@ -45,12 +46,18 @@ class LocalOnly:
     card: ClassVar[Card] = Card(
         title="Each client alone, at the same budget",
         link="",
-        family="lora",
         server=Server,
         local=Local,
         down=Down,
         up=Up,
         private_bases=True,
+        trains="A, B, head",
+        sends="nothing",
+        gets="nothing",
+        keeps="A_i, B_i, head",
+        remembers="nothing",
+        uplink="0",
+        floats=lambda r, d, k: 0,
     )
 
     head: Head = setting("private", "the task head: private, or frozen as drawn; shared has nobody to share with")
@@ -60,11 +67,16 @@ class LocalOnly:
             raise ValueError("local training shares nothing: head must be 'private' or 'frozen'")
 
     @property
+    def family(self) -> Family:
+        """ΔW = s·B A."""
+        return Lora()
+
+    @property
     def shares(self) -> Names:
         """No name at all."""
         return lambda name: False
 
-    def server_init(self, weights: Tensors) -> Server:
+    def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nothing."""
         return Server()
 

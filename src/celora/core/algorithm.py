@@ -1,7 +1,7 @@
 """What a federated algorithm is: a frozen dataclass whose six pure methods are the lines of its paper.
 
     server                                          client
-    S = server_init(weights)                        L = client_init(learner)
+    S = server_init(weights, clients)               L = client_init(learner)
     D = send(S, client)          -- frame -->       predicts with model(L, D)            "received"
                                  <-- frame --       Trained(L, U, model) = train(learner, L, D)   "personal"
     S = aggregate(S, {client: U})
@@ -9,12 +9,13 @@
 What lasts is a record (`celora.wire.record`); what must not cross is in L, and only there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
+from celora.core.adapters import Family
 from celora.core.learner import Learner, Turn
 from celora.tensors import Names, Tensors, but, only
 from celora.wire import record
@@ -36,20 +37,33 @@ class Card:
     Attributes:
         title: of the paper, with authors, venue and year.
         link: to the paper; empty where there is none.
-        family: "lora" for ΔW = s·B A, "tri" for ΔW = s·B C A.
         server, local, down, up: the record types.
         private_bases: whether each client may draw A and B from a secret of its own; False where the method needs
             the same A everywhere.
+        trains, sends, gets, keeps, remembers: what is trained, goes up, comes down, stays at the client and lasts on
+            the server, in the field's letters.
+        uplink: numbers sent in a round and layer (d_out = k, d_in = d) at rank r, as a formula in r, d and k …
+        floats: … and as a function of them; a test holds it against payloads. What is sent once does not count.
+        mixed_ranks: whether each client may have a rank of its own.
+        partial: whether a client may send some of what is shared, and not all.
     """
 
     title: str
     link: str
-    family: Literal["lora", "tri"]
     server: type
     local: type
     down: type
     up: type
     private_bases: bool
+    trains: str
+    sends: str
+    gets: str
+    keeps: str
+    remembers: str
+    uplink: str
+    floats: Callable[[int, int, int], float]
+    mixed_ranks: bool = False
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,10 @@ class Algorithm(Protocol[S, L, D, U]):
     card: ClassVar[Card]
 
     @property
+    def family(self) -> Family:
+        """What stands at an adapted module."""
+
+    @property
     def head(self) -> Head:
         """What happens to the task head."""
 
@@ -82,8 +100,8 @@ class Algorithm(Protocol[S, L, D, U]):
     def shares(self) -> Names:
         """The weights that travel; every reply must hold exactly these."""
 
-    def server_init(self, weights: Tensors) -> S:
-        """The server's state before round 1, from the weights everybody starts from."""
+    def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> S:
+        """The server's state before round 1, from the weights everybody starts from; `clients`: all there are."""
 
     def client_init(self, learner: Learner) -> L:
         """A client's private state before its first turn."""

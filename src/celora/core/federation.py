@@ -43,7 +43,7 @@ def run(
     """
     schema = Schema.of(initial)
     if checkpoint is None:
-        server, best, done = algorithm.server_init(initial), dict[str, Best](), 0
+        server, best, done = algorithm.server_init(initial, clients), dict[str, Best](), 0
     else:
         server = unpack(algorithm.card.server, checkpoint.server, schema)
         best, done = dict(checkpoint.best), checkpoint.round
@@ -120,7 +120,8 @@ def _hear(
         up: object = unpack(algorithm.card.up, reply.frame, schema)
     except WireError as error:
         return None, str(error)
-    return up, screen(up, schema, algorithm.shares)
+    card = algorithm.card
+    return up, screen(up, schema, algorithm.shares, mixed_ranks=card.mixed_ranks, partial=card.partial)
 
 
 class _Heard(Mapping[ClientId, object]):

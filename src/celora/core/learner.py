@@ -35,6 +35,10 @@ class Recipe:
     decay: Literal["none", "linear"] = setting("none", "learning rate within a round: constant, or linear to 0")
 
 
+Losses = Callable[[Tensors], Tensor]
+"""Mean losses of one pass under these weights: `()`, or `(K,)` where weights carry a leading client axis."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """A local training problem.
@@ -43,11 +47,14 @@ class Fit:
         weights: where to start; names that are missing take the learner's `initial` value.
         train: the names that are trained, the others stay as they are.
         penalty: added to the loss of every batch, from the weights being trained to a scalar (shape `()`).
+        objective: what is minimised instead of `losses(weights)`, made of losses under weights that may differ: for
+            models in two parts. It must be the same for all clients: a method, not a closure over a client's state.
     """
 
     weights: Tensors
     train: Names
     penalty: Callable[[Tensors], Tensor] | None = None
+    objective: Callable[[Losses, Tensors], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,38 @@ class Fitted:
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """The gradient of a mini-batch's mean loss: for methods whose local step is no `Fit`.
+
+    Attributes:
+        weights: where; names that are missing take the learner's `initial` value.
+        batch: one of `Learner.batches()`.
+        names: with respect to which weights.
+        along: given, the gradient of ⟨∇ loss, along⟩ instead, ∇ being with respect to the names in `along`: a (mixed)
+            second derivative times a vector.
+    """
+
+    weights: Tensors
+    batch: "Batch"
+    names: Names
+    along: Tensors | None = None
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A solved `Gradient`: the loss (before any clipping, penalty or decay), and the gradient on the CPU."""
+
+    loss: float
+    gradient: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Score:
-    """The metrics of these weights on a split, as `Learner.test` gives them."""
+    """The metrics of these weights on a split, as `Learner.test` gives them; of its first `rows` rows, if given."""
 
     weights: Tensors
     split: Split
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +105,17 @@ class Encode:
     """The frozen backbone's features of the training rows, as `Learner.features` gives them."""
 
 
-Problem = Fit | Score | Encode
+@dataclass(frozen=True)
+class Channels:
+    """The norm of every input channel of every adapted module, as `Learner.channels` gives them."""
+
+    rows: int
+
+
+Problem = Fit | Gradient | Score | Encode | Channels
 Turn = Generator[Problem, Any, T]
-"""A client's turn: a `Fit` is answered with `Fitted`, a `Score` with `Metrics`, an `Encode` with two tensors."""
+"""A client's turn. A `Fit` is answered with `Fitted`, a `Gradient` with `Slope`, a `Score` with `Metrics`, an `Encode`
+with two tensors, `Channels` with a tensor for each module."""
 
 
 class Learner(Protocol):
@@ -109,11 +151,14 @@ class Learner(Protocol):
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
         """Mean loss of a batch: `()` for one client, `(K,)` where the weights carry a leading client axis."""
 
-    def test(self, weights: Tensors, split: Split) -> Metrics:
-        """`score` (higher is better), `loss` and `rows` on a split; without `score` and `loss` if it has no rows."""
+    def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
+        """`score` (higher is better), `loss` and `rows` on a split or its first rows; `rows` alone if it is empty."""
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Frozen-backbone features (n, d) of the training rows and their class ids (n,)."""
+
+    def channels(self, rows: int) -> dict[str, Tensor]:
+        """Module -> ‖X_j‖₂ (d_in,) of its inputs X (tokens, d_in) over the first training rows, nothing adapted."""
 
 
 class Shared(Protocol):

@@ -5,14 +5,16 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from celora.tensors import Names
+from celora.tensors import Names, Tensors
 from celora.wire import Schema
 
 MOST_EXAMPLES = 10**9
 """Rows a client may claim: an absurd weight would be the whole average."""
 
 
-def screen(up: object, schema: Schema, shares: Names) -> str | None:
+def screen(
+    up: object, schema: Schema, shares: Names, *, mixed_ranks: bool = False, partial: bool = False
+) -> str | None:
     """Why a reply cannot be aggregated, or None.
 
     Args:
@@ -20,6 +22,8 @@ def screen(up: object, schema: Schema, shares: Names) -> str | None:
             floating-point content must be finite; a field `examples` must be from 1 to 10⁹.
         schema: the weights everybody starts from.
         shares: the names that travel.
+        mixed_ranks: whether an A may have fewer rows, and its B as many fewer columns, than the schema says.
+        partial: whether a reply may lack some of the shared names, though not all.
     """
     expected = {name for name in schema.entries if shares(name)}
     for field in dataclasses.fields(up):  # type: ignore[arg-type]  # every record is a dataclass
@@ -28,18 +32,31 @@ def screen(up: object, schema: Schema, shares: Names) -> str | None:
             found = str(value) if abs(value) < 10**12 else f"a number of {value.bit_length()} bits"
             return f"examples: found {found}, expected 1 to {MOST_EXAMPLES}"
         if isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values()):
-            if missing := sorted(expected - set(value)):
+            if (missing := sorted(expected - set(value))) and not (partial and value):
                 return f"{field.name}: {len(missing)} of {len(expected)} tensors are missing (first: {missing[0]})"
             if foreign := sorted(set(value) - expected):
                 return f"{field.name}: found {foreign[0]}, which this algorithm does not share"
             for name, tensor in value.items():
                 dtype, shape = schema.entries[name]
+                if mixed_ranks:
+                    shape = _at_rank(name, shape, value)
                 if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                     found = f"{tensor.dtype} {tuple(tensor.shape)}"
                     return f"{field.name}[{name}]: found {found}, expected {dtype} {shape}"
         if broken := not_finite(value, field.name):
             return f"{broken}: found NaN or infinity, expected finite numbers"
     return None
+
+
+def _at_rank(name: str, shape: tuple[int, ...], tensors: Tensors) -> tuple[int, ...]:
+    """The shape this tensor has at the rank of its module's A, 1 to that of the schema."""
+    module, _, letter = name.rpartition(".")
+    a = tensors.get(f"{module}.A")
+    if letter not in ("A", "B") or a is None or a.dim() != 2:
+        return shape
+    full = shape[0] if letter == "A" else shape[1]
+    rank = min(max(len(a), 1), full)
+    return (rank, shape[1]) if letter == "A" else (shape[0], rank)
 
 
 def not_finite(value: object, where: str) -> str | None:

@@ -19,9 +19,24 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from celora.core.learner import Batch, Encode, Fit, Fitted, Learner, Problem, Recipe, Score, Shared, Turn
-from celora.tensors import common, flatten
+from celora.core.learner import (
+    Batch,
+    Channels,
+    Encode,
+    Fit,
+    Fitted,
+    Gradient,
+    Learner,
+    Problem,
+    Recipe,
+    Score,
+    Shared,
+    Slope,
+    Turn,
+)
+from celora.tensors import Names, Tensors, common, flatten
 
 T = TypeVar("T")
 
@@ -79,10 +94,14 @@ def _alone(learner: Learner, problem: Problem) -> object:
     match problem:
         case Fit():
             return fit(learner, problem)
-        case Score(weights, split):
-            return learner.test(weights, split)
+        case Gradient():
+            return slope(learner, problem)
+        case Score(weights, split, rows):
+            return learner.test(weights, split, rows)
         case Encode():
             return learner.features()
+        case Channels(rows):
+            return learner.channels(rows)
 
 
 def _together(asked: Asked) -> list[Any]:
@@ -100,10 +119,12 @@ def _together(asked: Asked) -> list[Any]:
 def _alike(asked: Asked) -> list[Any]:
     """Answers to problems of one kind; if together they fail, each alone, so that only the culprit does."""
     shared = asked[0][0].shared
-    if shared is None:
+    if shared is None or isinstance(asked[0][1], Channels):
         return _one_by_one(asked)
     if isinstance(asked[0][1], Fit):
         return fit_together([(learner, problem) for learner, problem in asked if isinstance(problem, Fit)])
+    if isinstance(asked[0][1], Gradient):
+        return slopes_together([(learner, problem) for learner, problem in asked if isinstance(problem, Gradient)])
     answers = _caught(partial(_jointly, shared, asked))
     return _one_by_one(asked) if isinstance(answers, Exception) else answers
 
@@ -139,43 +160,85 @@ def fit_together(problems: Sequence[tuple[Learner, Fit]]) -> list[Fitted | Excep
     Those that train the same names with the same recipe are stacked. If a stack fails, each of its clients starts
     again alone with the same mini-batches, so that only the culprit fails.
     """
-    tasks = [_caught(partial(_Task.of, *problem)) for problem in problems]
-    solved: list[Fitted | Exception] = [task if isinstance(task, Exception) else RuntimeError() for task in tasks]
+    return _stacked([_caught(partial(_Task.of, *problem)) for problem in problems], _minimise)
+
+
+def slope(learner: Learner, problem: Gradient) -> Slope:
+    """A `Gradient`'s answer.
+
+    Raises:
+        ValueError: if there is nothing to differentiate with respect to.
+    """
+    return _slopes([_Task.at(learner, problem)], whole=True)[0]
+
+
+def slopes_together(problems: Sequence[tuple[Learner, Gradient]]) -> list[Slope | Exception]:
+    """Answer `Gradient`s of learners that share a backbone in as few passes as pay."""
+    return _stacked([_caught(partial(_Task.at, *problem)) for problem in problems], _slopes)
+
+
+def _stacked(tasks: Sequence["_Task | Exception"], work: Callable[..., list[T]]) -> list[T | Exception]:
+    """What `work` makes of the tasks, those together that can be stacked."""
+    done: dict[int, T | Exception] = {at: task for at, task in enumerate(tasks) if isinstance(task, Exception)}
     alike: dict[Hashable, list[int]] = {}
     for at, task in enumerate(tasks):
         if not isinstance(task, Exception):
-            kind = (id(task.learner.shared), task.learner.recipe, tuple(task.shapes.items()), tuple(task.start))
-            alike.setdefault(kind if task.learner.shared else at, []).append(at)
+            alike.setdefault(task.kind if task.learner.shared else at, []).append(at)
     for group in alike.values():
         members = [task for at in group if not isinstance(task := tasks[at], Exception)]
-        together = _caught(partial(_minimise, members))
-        ends = together if not isinstance(together, Exception) else [_caught(partial(_only, task)) for task in members]
-        for at, end in zip(group, ends, strict=True):
-            solved[at] = end
-    return solved
+        together = _caught(partial(work, members))
+        ends: list[T | Exception] = (
+            [_caught(partial(_only, work, task)) for task in members]
+            if isinstance(together, Exception)
+            else [*together]
+        )
+        done |= dict(zip(group, ends, strict=True))
+    return [done[at] for at in range(len(tasks))]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A `Fit` made ready: where it starts, what of it is trained, and its mini-batches."""
+    """A problem made ready: where it is posed, with respect to which weights, and its mini-batches."""
 
     learner: Learner
-    problem: Fit
+    problem: Fit | Gradient
     start: Mapping[str, Tensor]
     shapes: Mapping[str, torch.Size]
     batches: Sequence[Batch]
 
     @staticmethod
     def of(learner: Learner, problem: Fit) -> "_Task":
-        start = {name: w.to(learner.device) for name, w in {**learner.initial, **problem.weights}.items()}
-        shapes = {name: w.shape for name, w in start.items() if problem.train(name)}
-        if not shapes:
-            raise ValueError(f"nothing to train among {', '.join(start)}")
+        start, shapes = _posed(learner, problem.weights, problem.train)
         return _Task(learner, problem, start, shapes, list(learner.batches()))
 
+    @staticmethod
+    def at(learner: Learner, problem: Gradient) -> "_Task":
+        start, shapes = _posed(learner, problem.weights, problem.names)
+        return _Task(learner, problem, start, shapes, [problem.batch])
 
-def _only(task: _Task) -> Fitted:
-    return _minimise([task], whole=True)[0]
+    @property
+    def objective(self) -> Callable[..., Tensor] | None:
+        return self.problem.objective if isinstance(self.problem, Fit) else None
+
+    @property
+    def kind(self) -> Hashable:
+        """Tasks of one kind can be stacked."""
+        shapes = tuple((name, w.shape) for name, w in self.start.items())
+        along = isinstance(self.problem, Gradient) and self.problem.along and tuple(self.problem.along)
+        return id(self.learner.shared), self.learner.recipe, tuple(self.shapes), shapes, self.objective, along
+
+
+def _posed(learner: Learner, given: Tensors, names: Names) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
+    """All weights on the device, and the shapes of those that are asked about."""
+    start = {name: w.to(learner.device) for name, w in {**learner.initial, **given}.items()}
+    shapes = {name: w.shape for name, w in start.items() if names(name)}
+    if not shapes:
+        raise ValueError(f"nothing to train among {', '.join(start)}")
+    return start, shapes
+
+
+def _only(work: Callable[..., list[T]], task: _Task) -> T:
+    return work([task], whole=True)[0]
 
 
 def _minimise(tasks: Sequence[_Task], *, whole: bool = False) -> list[Fitted]:
@@ -239,6 +302,20 @@ def _passes(tasks: Sequence[_Task], step: int, whole: bool) -> Iterator[list[_Pi
         yield [pieces[at] for at in chosen]
 
 
+def _slopes(tasks: Sequence[_Task], *, whole: bool = False) -> list[Slope]:
+    """Each task's gradient at its start."""
+    shapes = tasks[0].shapes
+    stack = torch.stack([flatten({name: task.start[name] for name in shapes}) for task in tasks])
+    losses, gradient = torch.zeros(len(tasks), device=stack.device), torch.zeros_like(stack)
+    for pieces in _passes(tasks, 0, whole):
+        where = torch.tensor([piece.row for piece in pieces]).to(stack.device, non_blocking=True)
+        loss, ascent = _gradients(stack[where], pieces)
+        losses.index_add_(0, where, loss.float())
+        gradient.index_add_(0, where, ascent)
+    rows = [{name: w.clone() for name, w in _unflatten(row, shapes).items()} for row in gradient.cpu()]
+    return [Slope(loss, row) for loss, row in zip(losses.tolist(), rows, strict=True)]
+
+
 def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]:
     """Losses (K,) and gradients (K, n) of one pass, each times its share; a piece that is alone has no leading axis."""
     first, alone = pieces[0].task, len(pieces) == 1
@@ -249,15 +326,52 @@ def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]
     shared, batches = first.learner.shared, [piece.batch for piece in pieces]
     batch = batches[0] if alone or shared is None else shared.join(batches)
     shares = torch.tensor([piece.share for piece in pieces]).to(start.device, non_blocking=True)
-    loss = first.learner.losses(weights, batch) * shares.to(start.dtype)
+    shares = (shares[0] if alone else shares).to(start.dtype)
+    if isinstance(first.problem, Gradient):
+        loss, gradient = _slope(first.learner, weights, batch, shares, vector, [piece.task.problem for piece in pieces])
+        return loss.detach().reshape(-1), gradient.view_as(start)
+    losses = partial(first.learner.losses, batch=batch)
+    loss = (losses(weights) if first.objective is None else first.objective(losses, weights)) * shares
     objective = loss.sum()
     for at, piece in enumerate(pieces):
-        if piece.task.problem.penalty is not None:
+        if isinstance(piece.task.problem, Fit) and piece.task.problem.penalty is not None:
             start_of = piece.task.start
             own = {n: start_of[n] if n in frozen else w if alone else w[at] for n, w in weights.items()}
             objective = objective + piece.share * piece.task.problem.penalty(own)
     (gradient,) = torch.autograd.grad(objective, vector)
-    return loss.detach(), gradient.view_as(start)
+    return loss.detach().reshape(-1), gradient.view_as(start)
+
+
+def _slope(
+    learner: Learner,
+    weights: dict[str, Tensor],
+    batch: Batch,
+    shares: Tensor,
+    vector: Tensor,
+    problems: Sequence[Any],
+) -> tuple[Tensor, Tensor]:
+    """∇ of the losses with respect to `vector`, or of ⟨∇ losses, along⟩; both add up over the pieces of a batch."""
+    many, along = len(problems) > 1, problems[0].along
+    if along is None:
+        loss = learner.losses(weights, batch) * shares
+        return loss, torch.autograd.grad(loss.sum(), vector)[0]
+    leaves = {
+        name: weights[name]
+        if weights[name].requires_grad
+        else (
+            weights[name].expand(len(problems), *w.shape) if many and weights[name].dim() == w.dim() else weights[name]
+        )
+        .detach()
+        .requires_grad_(True)
+        for name, w in along.items()
+    }
+    with sdpa_kernel(SDPBackend.MATH):  # the fast attention kernels have no second derivative
+        loss = learner.losses({**weights, **leaves}, batch) * shares
+        inner = torch.autograd.grad(loss.sum(), list(leaves.values()), create_graph=True)
+        vectors = [torch.stack([p.along[name] for p in problems]) if many else along[name] for name in along]
+        product = torch.stack([(g * v.to(g.device)).sum() for g, v in zip(inner, vectors, strict=True)]).sum()
+        (gradient,) = torch.autograd.grad(product, vector, allow_unused=True)
+    return loss, torch.zeros_like(vector) if gradient is None else gradient
 
 
 def _unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

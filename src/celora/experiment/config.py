@@ -162,8 +162,16 @@ def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter) -> list[str
     card, found = algorithm.card, []
     if adapter.bases == "secret" and not card.private_bases:
         found.append(f"adapter.bases: found 'secret', but {name} needs the same A at every client; expected 'shared'")
-    if adapter.init == "orthonormal" and card.family != "tri":
-        found.append(f"adapter.init: found 'orthonormal', which needs a core C; {name} adapts with A and B alone")
+    draws = {part.draw for part in algorithm.family.parts(adapter.rank, adapter.rank, adapter.rank).values()}
+    if adapter.init == "orthonormal" and "core" not in draws:
+        found.append(f"adapter.init: found 'orthonormal', which needs a core C; {name} has none to start from 0")
+    if adapter.ranks is not None and not card.mixed_ranks:
+        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.card.mixed_ranks)
+        found.append(
+            f"adapter.ranks: {name} needs one rank for all clients; ranks of their own work with {able or 'none'}"
+        )
+    if adapter.ranks is not None and adapter.bases == "secret":
+        found.append("adapter.ranks: with adapter.bases = 'secret' no two clients share a base; expected 'shared'")
     if getattr(algorithm, "freeze_bases", False) and adapter.init != "orthonormal":
         found.append(
             f"algorithm.freeze_bases: with adapter.init = {adapter.init!r} B is 0 and no core could ever matter; "

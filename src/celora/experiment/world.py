@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from celora import data, models
+from celora.core.adapters import truncated
 from celora.core.algorithm import ClientId
 from celora.core.learner import Split
 from celora.errors import ConfigError
@@ -53,7 +54,7 @@ class Workshop:
         frozen = (read_as, backbone.depth, experiment.engine.cache_mb)
         if backbone.depth and frozen not in self._prefixes:
             self._prefixes[frozen] = Prefixes(backbone, experiment.engine.cache_mb << 20)
-        passes = Passes(backbone, self._prefixes.get(frozen))
+        passes = Passes(backbone, experiment.algorithm.family, self._prefixes.get(frozen))
         return World(experiment, federation, passes, self._inputs[read_as])
 
 
@@ -83,12 +84,17 @@ class World:
             for client, share in federation.clients.items()
         }
         self.initial: Tensors = self._initial()
+        ranks = experiment.adapter.ranks
+        if isinstance(ranks, Mapping) and (unknown := sorted(set(ranks) - set(self.clients))):
+            raise ConfigError(
+                [f"adapter.ranks: found client {unknown[0]!r}, expected some of {', '.join(self.clients)}"]
+            )
 
     def _initial(self, secret: int | None = None) -> Tensors:
         adapter = self.experiment.adapter
         if secret is None:  # what the server knows: of secret bases their shapes, and values nobody uses
             adapter = replace(adapter, bases="shared")
-        family, classes = self.experiment.algorithm.card.family, len(self.federation.classes)
+        family, classes = self.experiment.algorithm.family, len(self.federation.classes)
         return models.initial(self.backbone, adapter, family, classes, self.experiment.plan.seed, secret)
 
     def start(self, client: ClientId) -> Tensors:
@@ -97,7 +103,10 @@ class World:
         In this simulation the secret is drawn from the run's seed, so that the run can be repeated; a real site draws
         it from its own.
         """
-        if self.experiment.adapter.bases == "shared":
+        adapter = self.experiment.adapter
+        if adapter.ranks is not None:
+            return truncated(self.initial, adapter.rank_of(client, self.clients))
+        if adapter.bases == "shared":
             return self.initial
         drawn = torch.randint(2**62, (), generator=generator(self.experiment.plan.seed, "secret", client))
         return self._initial(secret=int(drawn))  # drawn again each round: milliseconds, and no client costs memory
@@ -129,6 +138,7 @@ class World:
             folder,
             self.backbone,
             weights,
+            family=experiment.algorithm.family,
             classes=classes,
             model=experiment.model,
             adapter=experiment.adapter,

@@ -4,7 +4,7 @@ from celora.models.backbone import Adapter, Backbone, Inputs, Model, load
 from celora.models.export import export_peft
 from celora.models.export import load as load_adapters
 from celora.models.export import save as save_adapters
-from celora.models.families import Family, factors, initial
+from celora.models.families import initial
 from celora.models.learner import ModelLearner
 from celora.models.passes import Passes, Rows, join, predict
 from celora.models.prefixes import Prefixes
@@ -12,7 +12,6 @@ from celora.models.prefixes import Prefixes
 __all__ = [
     "Adapter",
     "Backbone",
-    "Family",
     "Inputs",
     "Model",
     "ModelLearner",
@@ -20,7 +19,6 @@ __all__ = [
     "Prefixes",
     "Rows",
     "export_peft",
-    "factors",
     "initial",
     "join",
     "load",

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from celora.core.learner import Batch
 from celora.errors import ModelError
 from celora.fields import Count, Positive, setting, settings
 from celora.models import sources
-from celora.models.slots import bound, inject
+from celora.models.slots import Update, bound, inject
 
 _ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
 LAYERS = r"^(all|last:[1-9][0-9]*)$"
@@ -46,9 +46,13 @@ class Model:
 
 @settings
 class Adapter:
-    """The low-rank adapter at each adapted module, ΔW = s · B (C) A with s = alpha / rank."""
+    """The low-rank adapter at each adapted module, ΔW = s · B (C) A with s = alpha / rank, one s for all clients."""
 
-    rank: Count = setting(8, "r")
+    rank: Count = setting(8, "r; where clients have ranks of their own, the largest of them")
+    ranks: Mapping[str, Count] | tuple[Count, ...] | None = setting(
+        None,
+        "{client = r, …}, others having `rank`; or tiers such as [2, 4, 8], each for as many clients; or one for all",
+    )
     alpha: Positive | None = setting(None, "s = alpha / rank; by default 2 · rank, as is common, so s = 2")
     targets: tuple[str, ...] | str = setting(
         ("query", "value"), 'PEFT\'s way: suffixes of module names, one regular expression, or "all-linear"'
@@ -58,6 +62,19 @@ class Adapter:
         "kaiming", "A as PEFT draws it; N(0, 1e-3²) as CE-LoRA's code; or A and B orthonormal with C = 0"
     )
     bases: Literal["shared", "secret"] = setting("shared", "A from the run's seed, or from each client's secret")
+
+    def __post_init__(self) -> None:
+        given = self.ranks.values() if isinstance(self.ranks, Mapping) else self.ranks or ()
+        if over := [rank for rank in given if rank > self.rank]:
+            raise ValueError(f"ranks: found {max(over)}, expected at most rank = {self.rank}, the largest")
+
+    def rank_of(self, client: str, clients: Sequence[str]) -> int:
+        """The rank of a client among all: its own, or its tier's, the first tier going to the first clients."""
+        if self.ranks is None:
+            return self.rank
+        if isinstance(self.ranks, Mapping):
+            return self.ranks.get(client, self.rank)
+        return self.ranks[clients.index(client) * len(self.ranks) // len(clients)]
 
     @property
     def lora_alpha(self) -> float:
@@ -210,7 +227,7 @@ class Backbone:
     def encode(
         self,
         inputs: Batch,
-        slots: Mapping[str, tuple[Tensor, Tensor]],
+        updates: Mapping[str, Update],
         dropout_seed: int | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
@@ -218,14 +235,14 @@ class Backbone:
 
         Args:
             inputs: what `batch` made; other keys are ignored.
-            slots: module -> (A, B), each with or without a leading client axis K (rows client-major); a
-                missing module stays frozen, so `{}` gives the features of the backbone itself.
+            updates: module -> what is added to its output, over s; a missing module stays frozen, so `{}` gives the
+                features of the backbone itself.
             dropout_seed: given, the backbone's own dropout is on and draws from this seed.
             hidden: (rows, t, d), what `prefix` gives for these rows, 0 where they are padded: the layers below
                 `depth` are then passed over.
         """
         accepted = self._moved(inputs)
-        with bound(self._layers, slots):
+        with bound(self._layers, updates):
             if dropout_seed is not None:
                 states = self._with_dropout(accepted, dropout_seed)
             elif hidden is not None and self.depth:
@@ -274,6 +291,26 @@ class Backbone:
                 hook.remove()
         lengths = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
         return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+
+    @torch.no_grad()
+    def squares(self, inputs: Batch) -> dict[str, Tensor]:
+        """Adapted module -> the sum over all tokens of its squared inputs (d_in,), float64 on the CPU; no padding."""
+        accepted, found = self._moved(inputs), dict[str, Tensor]()
+        mask = accepted.get("attention_mask")
+
+        def look(name: str, module: nn.Module, args: Any) -> None:
+            x = args[0].double().square()
+            x = x if mask is None else x * mask.unsqueeze(-1)
+            found[name] = x.flatten(0, -2).sum(0).cpu()
+
+        hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in self._layers.items()]
+        try:
+            with bound(self._layers, {}):
+                self._transformer(**accepted)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     @contextmanager
     def _from(self, hidden: Tensor) -> Iterator[None]:

@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from celora.core.adapters import Family, modules
 from celora.errors import RunFolderError
 from celora.models import sources
 from celora.models.backbone import Adapter, Backbone, Model
-from celora.models.families import factors
 from celora.tensors import Tensors, only, select
 
 _POOLED = {
@@ -52,30 +53,42 @@ head = load_file("head.safetensors")
 logits = {pooled} @ head["head.weight"].T + head["head.bias"]
 """
 
+_ALONE = """\
+# Adapter of the family "{family}"
+
+Trained with celora. What it adds to a module's output, {update}, is no fixed matrix, so there is no plain LoRA that
+does the same; `celora.safetensors` holds its weights and `head.safetensors` the head's.
+"""
+
 
 def export_peft(
     folder: Path,
     backbone: Backbone,
     weights: Tensors,
     *,
+    family: Family,
     classes: Sequence[str],
     model: Model,
     adapter: Adapter,
 ) -> None:
-    """Write one client's adapter as plain PEFT LoRA of rank r: a core C is folded into B.
+    """Write one client's adapter as plain PEFT LoRA: a core C is folded into B, ranks side by side are one rank.
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds `head.weight
     (classes, d)` and `head.bias`; `celora.json` the class names, the pooling and the backbone's fingerprint;
     `README.md` how to load it all without celora. An earlier folder of this name is replaced once the new one
-    is complete.
+    is complete. An adapter that is no matrix (`Family.lora` gives none) is written as it is, `celora.safetensors`,
+    which only celora reads.
     """
+    factors = {module: family.lora(w) for module, w in modules(weights).items()}
+    pairs = {module: pair for module, pair in factors.items() if pair is not None}
+    rank = max((len(a) for a, _ in pairs.values()), default=0)
     state: dict[str, Tensor] = {}
-    for module, (a, b) in factors(weights).items():
-        state[f"base_model.model.{module}.lora_A.weight"] = a
-        state[f"base_model.model.{module}.lora_B.weight"] = b
-    alpha: Any = adapter.lora_alpha  # PEFT declares an int and takes a float
+    for module, (a, b) in pairs.items():  # one rank for all modules: the rest is 0
+        state[f"base_model.model.{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - len(a)))
+        state[f"base_model.model.{module}.lora_B.weight"] = F.pad(b, (0, rank - len(a)))
+    alpha: Any = adapter.scaling * rank  # PEFT declares an int and takes a float
     config = LoraConfig(
-        r=adapter.rank,
+        r=rank,
         lora_alpha=alpha,
         target_modules=list(backbone.targets),
         lora_dropout=0.0,
@@ -91,11 +104,15 @@ def export_peft(
         "fingerprint": backbone.fingerprint(),
     }
     with replacing(folder) as new:
-        config.save_pretrained(str(new))
-        save_file(_plain(state), new / "adapter_model.safetensors", metadata={"format": "pt"})
+        if pairs:
+            config.save_pretrained(str(new))
+            save_file(_plain(state), new / "adapter_model.safetensors", metadata={"format": "pt"})
+        else:
+            save_file(_plain(weights), new / "celora.safetensors", metadata={"format": "pt"})
         save_file(_plain(select(weights, only("head"))), new / "head.safetensors", metadata={"format": "pt"})
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (new / "README.md").write_text(_readme(backbone, classes, model), "utf-8")
+        text = _readme(backbone, classes, model) if pairs else _ALONE.format(family=family.name, update=family.update)
+        (new / "README.md").write_text(text, "utf-8")
         if model.backbone == "random-vit":  # nobody else has these weights
             with sources.quiet():
                 sources.random_vit().save_pretrained(new / "backbone")

@@ -85,10 +85,14 @@ class ModelLearner:
             drawn = int(torch.randint(2**62, (), generator=self._dropout))
         return self._passes.losses(weights, batch, drawn)
 
-    def test(self, weights: Tensors, split: Split) -> Metrics:
+    def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
         """`score` (accuracy), `loss` (mean cross entropy) and `rows`; `rows` alone on an empty split."""
-        return self._passes.scores([(self, Score(weights, split))])[0]
+        return self._passes.scores([(self, Score(weights, split, rows))])[0]
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Frozen-backbone features (n, d) of the training rows, pooled, and their labels (n,), on the CPU."""
         return self._passes.features([self])[0]
+
+    def channels(self, rows: int) -> dict[str, Tensor]:
+        """Module -> ‖X_j‖₂ (d_in,) of its inputs over the first training rows, padding and adapters aside."""
+        return self._passes.channels(self.rows("train").first(rows))

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from celora.core.adapters import Family, linear, modules
 from celora.core.learner import Batch, Metrics, Score
 from celora.core.solve import FILLING, passes
 from celora.models.backbone import Backbone, Inputs
-from celora.models.families import factors
 from celora.models.prefixes import Prefixes
-from celora.models.slots import linear
 from celora.tensors import Tensors, common
 
 _WINDOW = 8
@@ -40,17 +40,23 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int | None) -> "Rows":
+        """The first rows; all, if no count is given."""
+        numbers = None if self.numbers is None else self.numbers[:count]
+        return self if count is None else Rows(self.inputs[:count], self.labels[:count], numbers)
+
 
 class Passes:
     """What the learners of one backbone share (`celora.core.learner.Shared`).
 
     Args:
+        family: of the adapters.
         prefixes: activations below the first adapted layer; None where there are none to keep, because the lowest
             layer is adapted, or the rows have no numbers.
     """
 
-    def __init__(self, backbone: Backbone, prefixes: Prefixes | None = None) -> None:
-        self.backbone, self._prefixes = backbone, prefixes
+    def __init__(self, backbone: Backbone, family: Family, prefixes: Prefixes | None = None) -> None:
+        self.backbone, self.family, self._prefixes = backbone, family, prefixes
 
     @property
     def capacity(self) -> int:
@@ -101,7 +107,8 @@ class Passes:
 
     def _features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         hidden = None if self._prefixes is None or dropout_seed is not None else self._prefixes(batch)
-        return self.backbone.encode(batch, factors(weights), dropout_seed, hidden)
+        updates = {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
+        return self.backbone.encode(batch, updates, dropout_seed, hidden)
 
     def losses(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """Mean cross entropy: `()`, or `(K,)` where the weights carry a leading client axis."""
@@ -115,7 +122,7 @@ class Passes:
 
     def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
         """`score` (accuracy), `loss` (mean cross entropy) and `rows` of each; `rows` alone on an empty split."""
-        rows = [learner.rows(score.split) for learner, score in asked]
+        rows = [learner.rows(score.split).first(score.rows) for learner, score in asked]
         weights = [{**learner.initial, **score.weights} for learner, score in asked]
         found: list[Metrics] = []
         for logits, one in zip(self._logits(weights, rows), rows, strict=True):
@@ -130,12 +137,17 @@ class Passes:
     def _logits(self, weights: Sequence[Tensors], rows: Sequence[Rows]) -> list[Tensor]:
         """Logits (n, classes) on the CPU for each client's rows, in their order."""
         parts = [(client, piece) for client, own in enumerate(rows) for piece in self._pieces(own.inputs)]
+        shapes = [tuple((name, w.shape) for name, w in one.items()) for one in weights]
         lengths = [self.lengths(own.inputs) for own in rows]
         sizes = [(len(piece), lengths[client][piece[-1]]) for client, piece in parts]
         classes = [len(one["head.bias"]) for one in weights]
         device = self.backbone.device
         found = [torch.zeros(len(own), n, device=device) for own, n in zip(rows, classes, strict=True)]
-        for group in passes(sizes, self.capacity):
+        alike: dict[object, list[int]] = {}  # clients of one rank share passes
+        for at, (client, _) in enumerate(parts):
+            alike.setdefault(shapes[client], []).append(at)
+        together = [[at[i] for i in g] for at in alike.values() for g in passes([sizes[i] for i in at], self.capacity)]
+        for group in together:
             members = [parts[at] for at in group]
             batches = [self.batch(rows[client], chosen) for client, chosen in members]
             many = [weights[client] for client, _ in members]
@@ -150,6 +162,14 @@ class Passes:
         """Frozen-backbone features (n, d) of each learner's training rows, pooled, and their labels, on the CPU."""
         rows = [learner.rows("train") for learner in learners]
         return list(zip(self._encode(rows), (own.labels for own in rows), strict=True))
+
+    def channels(self, rows: Rows) -> dict[str, Tensor]:
+        """Module -> ‖X_j‖₂ (d_in,) float32 of the inputs X (tokens, d_in) that these rows give it, on the CPU."""
+        squares = {name: torch.zeros(d_in, dtype=torch.float64) for name, (_, d_in) in self.backbone.targets.items()}
+        for chosen in self._budgeted(rows.inputs):
+            for name, found in self.backbone.squares(self.batch(rows, chosen)).items():
+                squares[name] += found
+        return {name: found.sqrt().float() for name, found in squares.items()}
 
     @torch.no_grad()
     def _encode(self, many: Sequence[Rows]) -> list[Tensor]:
@@ -181,10 +201,10 @@ def _concatenated(many: Sequence[Rows]) -> Rows:
     return Rows(inputs, labels, torch.cat(numbers) if len(numbers) == len(many) else None)
 
 
-def predict(backbone: Backbone, weights: Tensors, inputs: Inputs) -> Tensor:
+def predict(backbone: Backbone, family: Family, weights: Tensors, inputs: Inputs) -> Tensor:
     """Logits (n, classes) of all rows in their order, on the CPU, for one client's weights."""
     rows = Rows(inputs, torch.zeros(len(inputs), dtype=torch.int64))
-    return Passes(backbone)._logits([weights], [rows])[0]
+    return Passes(backbone, family)._logits([weights], [rows])[0]
 
 
 def bucketed(sizes: Sequence[int], batch_size: int, order: torch.Generator) -> list[list[int]]:

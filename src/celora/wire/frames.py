@@ -137,10 +137,12 @@ def _write_tensors(out: list[bytes], value: Tensors, schema: Schema, where: str)
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise WireError(f"{where}[{name!r}]: found {type(tensor).__name__}, expected a tensor under a str")
-    if value and schema.covers(value):  # one bit a name, raw bytes in the schema's order
-        bits = sum(1 << schema.positions[name] for name in value)
-        out += [b"\1", bits.to_bytes((len(schema.entries) + 7) // 8, "little")]
-        out += [_raw(value[name]) for name in schema.entries if name in value]
+    if value and schema.names(value):  # one bit a name, raw bytes in the schema's order; sizes where they are others
+        bits, known = sum(1 << schema.positions[name] for name in value), schema.covers(value)
+        out += [b"\1" if known else b"\2", bits.to_bytes((len(schema.entries) + 7) // 8, "little")]
+        for name in [name for name in schema.entries if name in value]:
+            out += [] if known else [b"".join(map(_varint, value[name].shape))]
+            out.append(_raw(value[name]))
     else:
         out += [b"\0", _varint(len(value))]
         for name, tensor in value.items():
@@ -256,16 +258,19 @@ def _flag(reader: _Reader, where: str) -> bool:
 
 
 def _read_tensors(reader: _Reader, schema: Schema, where: str) -> dict[str, Tensor]:
-    if _flag(reader, where):
+    form = reader.take(1, where)[0]
+    if form > 2:
+        raise WireError(f"{where}: found form {form}, expected 0, 1 or 2")
+    found: dict[str, Tensor] = {}
+    if form:
         bits = int.from_bytes(reader.take((len(schema.entries) + 7) // 8, where), "little")
         if bits >> len(schema.entries):
             raise WireError(f"{where}: found bits for tensors beyond the {len(schema.entries)} that are known")
-        return {
-            name: reader.tensor(dtype, shape, f"{where}[{name!r}]")
-            for position, (name, (dtype, shape)) in enumerate(schema.entries.items())
-            if bits >> position & 1
-        }
-    found: dict[str, Tensor] = {}
+        for position, (name, (dtype, shape)) in enumerate(schema.entries.items()):
+            if bits >> position & 1:
+                sizes = shape if form == 1 else tuple(reader.size(where) for _ in shape)
+                found[name] = reader.tensor(dtype, sizes, f"{where}[{name!r}]")
+        return found
     for _ in range(reader.size(where)):
         name = reader.text(where)
         found[name] = _read_tensor(reader, f"{where}[{name!r}]")

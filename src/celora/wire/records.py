@@ -54,6 +54,13 @@ class Schema:
         """Whether every tensor has its place here, with this dtype and shape."""
         return all(self.entries.get(name) == (t.dtype, tuple(t.shape)) for name, t in tensors.items())
 
+    def names(self, tensors: Tensors) -> bool:
+        """Whether every tensor has its place here but for its size: a lower rank, say."""
+        known = {name: self.entries.get(name) for name in tensors}
+        return all(
+            of is not None and (of[0], len(of[1])) == (tensors[n].dtype, tensors[n].dim()) for n, of in known.items()
+        )
+
 
 NOTHING = Schema({})
 
