@@ -118,7 +118,7 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
         for missing, count in left_out.items():
             were = "was" if count == 1 else "were"
             notices.append(
-                f"{sheet.name}: {counted(count, 'row')} without a {missing} {were} left out "
+                f"{sheet.name}: {counted(count, 'row')} without {_a(missing)} {were} left out "
                 f"(first: {sheet.unit} {first[missing]})"
             )
         if len(rows) == before:
@@ -214,6 +214,10 @@ def _split(value: object, column: str, where: str) -> str:
             "Correct the row, or drop `split` from [data] to have the rows split by share."
         )
     return name
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun == "image" else f"a {noun}"
 
 
 def _kind(value: object) -> str:
