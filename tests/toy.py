@@ -149,11 +149,11 @@ class Toy:
         self.rng = generator(world.seed, "algorithm", client, round)
         self.examples = 24 + 6 * int(client[1:])
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
         x, y = self.world.rows(self.client, "train")
         draw, made = generator(self.world.seed, "fit", self.client, self.round), 0
         for _ in range(self.recipe.epochs if self.recipe.steps is None else self.recipe.steps):
-            for rows in torch.randperm(len(x), generator=draw).split(self.recipe.batch_size):
+            for rows in torch.randperm(len(x), generator=draw).split(size or self.recipe.batch_size):
                 if made == self.recipe.steps:
                     return
                 made += 1
@@ -205,8 +205,9 @@ class Stub:
     device: ClassVar[torch.device] = torch.device("cpu")
     shared: ClassVar[None] = None
 
-    def batches(self) -> Iterator[Batch]:
-        raise AssertionError("a stub does not train")
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """One, to name in a `Gradient`; nothing is in it."""
+        yield {}
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
         raise AssertionError("a stub does not train")

@@ -39,6 +39,11 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"combination": "product", "normalise": "softmax", "cka_of": "C", "components": 1},
         {"freeze_bases": True, "self_weight": "fixed", "kernel": "inverse", "components": 1},
     ],
+    "fed-hello": [
+        {"allocation": "bottleneck", "randomised": True},
+        {"allocation": "uniform", "tiers": (1.0,), "head": "private"},
+        {"first": 2, "every": 1, "fim_rows": 3},
+    ],
 }
 
 

@@ -168,7 +168,7 @@ def test_a_loss_of_nan_excludes_its_client_by_that_name(name: str) -> None:
 class Silent(Stub):
     """A learner without rows."""
 
-    def batches(self) -> Any:
+    def batches(self, size: int | None = None) -> Any:
         return iter(())
 
 
