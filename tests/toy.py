@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 from torch import Tensor
 
-from celora.core.adapters import Family, modules
+from celora.core.adapters import Family, modules, truncated
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.federation import run
 from celora.core.learner import (
@@ -54,6 +54,7 @@ class World:
         family: of the adapter.
         b: "zero", or "random" where the bases are to be frozen.
         faults: (client, round) -> an exception that the client's loss raises there, or a factor of its loss.
+        ranks: of the clients that have one of their own.
 
     Attributes:
         reads: (client, split) -> how often the rows of that split were read.
@@ -67,8 +68,9 @@ class World:
         seed: int = 0,
         b: str = "zero",
         faults: Mapping[tuple[str, int], Exception | float] | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
-        self.recipe, self.seed, self.faults = recipe, seed, faults or {}
+        self.recipe, self.seed, self.faults, self.ranks = recipe, seed, faults or {}, ranks or {}
         self.reads: Counter[tuple[str, str]] = Counter()
         draw = generator(seed, "initial")
         self.backbone = torch.randn(D_OUT, D_IN, generator=draw) / 2
@@ -146,6 +148,8 @@ class Toy:
     def __init__(self, world: World, client: str, round: int) -> None:
         self.world, self.client, self.round = world, client, round
         self.recipe, self.initial, self.shared = world.recipe, world.initial, world.shared
+        if client in world.ranks:
+            self.initial = truncated(world.initial, world.ranks[client])
         self.rng = generator(world.seed, "algorithm", client, round)
         self.examples = 24 + 6 * int(client[1:])
 

@@ -10,6 +10,7 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.pfedlora import PFedLoRA
+from celora.algorithms.rolora import RoLoRA
 
 ALGORITHMS: Mapping[str, type[Any]] = {
     "local": LocalOnly,
@@ -19,5 +20,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ce-lora": CELoRA,
     "pfedlora": PFedLoRA,
     "fed-hello": FedHeLLo,
+    "rolora": RoLoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
