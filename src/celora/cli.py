@@ -160,7 +160,7 @@ def list_(
     elif names:
         _print(*(part for entry in found for part in catalog.page(entry)))
     else:
-        _print(catalog.table(found), Text("celora list NAME shows its paper, its records and its settings"))
+        _print(catalog.table(found), Text("celora list NAME shows its paper, its records and its settings"), wrap=True)
 
 
 def main() -> None:
@@ -218,10 +218,16 @@ def _seeds(text: str | None) -> list[int] | None:
     return [int(word) for word in words]
 
 
-def _print(*parts: RenderableType) -> None:
-    """To stdout, as wide as the tables need: a narrow terminal wraps lines rather than cut numbers."""
+def _print(*parts: RenderableType, wrap: bool = False) -> None:
+    """To stdout, as wide as the tables need: a narrow terminal wraps lines rather than cut numbers.
+
+    Args:
+        wrap: whether cells may wrap instead, for tables of words.
+    """
     wide = Console(width=1000)
-    needed = [Measurement.get(wide, wide.options, part).maximum for part in parts if isinstance(part, Table)]
+    needed = [
+        Measurement.get(wide, wide.options, part).maximum for part in parts if isinstance(part, Table) and not wrap
+    ]
     width = max(tables.WIDTH, shutil.get_terminal_size().columns, *needed)
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
