@@ -16,7 +16,12 @@ from tests.toy import D_IN, D_OUT, RANK, Federation, tensors_in
 ROUNDS, FIRST = 6, 3
 """Rounds 3 to 6 are measured: an even number, for methods that take turns, after what is sent once has been sent."""
 NOTHING = ("nothing", "–")
-OTHERWISE: dict[str, tuple[str, float]] = {}
+OTHERWISE: dict[str, tuple[str, float]] = {
+    "fed-hello": (
+        "the toy has one layer, which everybody trains; in round 6 of the four its F goes up",
+        4 * (6 + 8) + 1 / 4,
+    ),
+}
 """name -> why the numbers sent follow from more than r, d and k, and how many they are on the toy federation."""
 ALSO: dict[str, set[str]] = {}
 """name -> letters of parts that `sends` speaks of although no weight of that name travels."""

@@ -84,7 +84,7 @@ class RoLoRA:
         trains="B or A, head",
         sends="B or A",
         gets="B or A",
-        keeps="–",
+        keeps="the half that came last",
         remembers="A, B",
         uplink="r(d + k) / 2",
         floats=lambda r, d, k: r * (d + k) / 2,

@@ -151,14 +151,14 @@ class OwnLearner:
         """The rows of a split."""
         return self.splits.get(split, Rows([], torch.zeros(0, dtype=torch.int64)))
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
         """As `ModelLearner.batches`."""
         rows, left = self.rows("train"), self.recipe.steps
         sizes = [1] * len(rows) if isinstance(rows.inputs, Tensor) else [len(row) for row in rows.inputs]
         for _ in range(self.recipe.epochs) if left is None else iter(int, 1):
             if not len(rows):
                 return
-            for chosen in bucketed(sizes, self.recipe.batch_size, self._order):
+            for chosen in bucketed(sizes, size or self.recipe.batch_size, self._order):
                 if left == 0:
                     return
                 left = None if left is None else left - 1
