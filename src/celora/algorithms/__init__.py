@@ -7,6 +7,7 @@ from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
+from celora.algorithms.flexlora import FlexLoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.rolora import RoLoRA
 
@@ -17,5 +18,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "fedsa-lora": FedSALoRA,
     "ce-lora": CELoRA,
     "rolora": RoLoRA,
+    "flexlora": FlexLoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
