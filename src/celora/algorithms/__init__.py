@@ -8,6 +8,7 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.flexlora import FlexLoRA
+from celora.algorithms.hetlora import HetLoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.rolora import RoLoRA
 
@@ -19,5 +20,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ce-lora": CELoRA,
     "rolora": RoLoRA,
     "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
