@@ -21,11 +21,11 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.learner import Fit
-from celora.core.messages import Checkpoint, Exchange, Model, Notes, Order, Plan, Reply, Round
+from celora.core.messages import Checkpoint, Exchange, Model, Notes, Order, Plan, Reply, Round, opened
 from celora.core.solve import solve_together
 from celora.engines import embedded
 from celora.errors import QuorumError, WireError
-from celora.tensors import Names, Tensors, mean, only
+from celora.tensors import Names, Tensors, mean, only, part
 from celora.track.shelves import Shelves
 from celora.wire import Schema, pack, unpack
 from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, pretended, tensors_in, world_of
@@ -43,6 +43,10 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"allocation": "bottleneck", "randomised": True},
         {"allocation": "uniform", "tiers": (1.0,), "head": "private"},
         {"first": 2, "every": 1, "fim_rows": 3},
+    ],
+    "hetlora": [
+        {"lam": 0.3, "gamma": 0.5, "weighting": "all"},
+        {"pruning": False},
     ],
 }
 
@@ -699,6 +703,59 @@ def test_with_a_fraction_only_the_drawn_train_and_everybody_is_scored(name: str)
             if client not in rnd.heard:
                 earlier = before.get(client, {})
                 assert shelves[client].get(newest(shelves[client])) == earlier.get(newest(earlier))
+
+
+# --- clients of unlike rank ---------------------------------------------------------------------------------------
+
+RANKS = dict(zip(CLIENTS, (1, 3, 2, 4), strict=True))
+mixed = pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].card.mixed_ranks])
+
+
+def unlike(name: str, **options: Any) -> World:
+    return world_of(again(name), ranks=RANKS, **options)
+
+
+def ranks_in(weights: Tensors) -> dict[str, int]:
+    return {n: len(w) if part(n) == "A" else w.shape[1] for n, w in weights.items() if part(n) in ("A", "B")}
+
+
+@mixed
+def test_each_client_trains_predicts_and_sends_at_its_own_rank_or_below(name: str) -> None:
+    run, algorithm = record_run(again(name), unlike(name)), VARIANTS[name]
+    assert [rnd.heard for rnd in run.rounds] == [CLIENTS, CLIENTS, ()]
+    assert not any(rnd.excluded for rnd in run.rounds)
+    for _, client, reply in run.tape.replies:
+        for model in ("received@1", "personal@2"):
+            weights = opened(Model, run.shelves[-1][client][model], run.federation.schema).weights
+            assert max(ranks_in(weights).values()) <= RANKS[client]
+        if reply.frame:
+            sent = unpack(algorithm.card.up, reply.frame, run.federation.schema)
+            assert max(ranks_in(sent.weights).values()) <= RANKS[client]
+    assert any(image(a) != image(b) for a, b in pairwise(rnd.server for rnd in run.rounds[:2]))
+
+
+@mixed
+def test_unlike_ranks_survive_clients_that_are_away_fail_or_never_answer(name: str) -> None:
+    """c3, the only one of the largest rank, is never heard, and c0, of the smallest, joins late."""
+    world = unlike(name, faults={("c2", 2): RuntimeError("the disk is full")})
+    gone = lost(("c0", 1), ("c0", 2), ("c1", 3), *(("c3", index) for index in range(1, 4)))
+    run = record_run(again(name), world, Plan(rounds=4), gone)
+    assert [rnd.heard for rnd in run.rounds] == [("c1", "c2"), ("c1",), ("c0", "c2"), CLIENTS, ()]
+    losses = [score["received"]["loss"] for score in run.rounds[-1].scores.values()]
+    assert len(losses) == len(CLIENTS)
+    assert all(map(math.isfinite, losses))
+
+
+@mixed
+def test_with_unlike_ranks_sharing_passes_and_resuming_change_nothing(name: str) -> None:
+    expected = record_run(again(name), unlike(name))
+    federation = Federation(again(name), unlike(name), shelves=expected.shelves[0])
+    rest = list(federation.run(PLAN, checkpoint=expected.rounds[0].checkpoint))
+    assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in expected.rounds[1:]]
+    for found, alone in zip(together(Federation(again(name), unlike(name)), PLAN), expected.rounds, strict=True):
+        for client, moments in alone.scores.items():
+            for moment, metrics in moments.items():
+                assert found.scores[client][moment] == pytest.approx(metrics, abs=1e-5)
 
 
 # --- training does something --------------------------------------------------------------------------------------

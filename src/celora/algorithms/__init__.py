@@ -8,6 +8,8 @@ from celora.algorithms.fed_hello import FedHeLLo
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
+from celora.algorithms.flexlora import FlexLoRA
+from celora.algorithms.hetlora import HetLoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.pfedlora import PFedLoRA
 from celora.algorithms.rolora import RoLoRA
@@ -21,5 +23,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "pfedlora": PFedLoRA,
     "fed-hello": FedHeLLo,
     "rolora": RoLoRA,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
