@@ -8,6 +8,7 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.local import LocalOnly
+from celora.algorithms.ravan import Ravan
 
 ALGORITHMS: Mapping[str, type[Any]] = {
     "local": LocalOnly,
@@ -15,5 +16,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ffa-lora": FFALoRA,
     "fedsa-lora": FedSALoRA,
     "ce-lora": CELoRA,
+    "ravan": Ravan,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
