@@ -199,8 +199,8 @@ class Heads:
         """[s_1 B_1 C_1 | … | s_H B_H C_H], (..., d_out, H r); some heads may have a client axis, and others none."""
         bases = w["B"].chunk(self.heads, dim=-1)
         folded = [b @ (w[c] * w[s]) for b, c, s in zip(bases, self.cores, self.scales, strict=True)]
-        shape = torch.broadcast_shapes(*(block.shape for block in folded))
-        return torch.cat([block.expand(shape) for block in folded], dim=-1)
+        lead = max((block.shape[:-2] for block in folded), key=len)
+        return torch.cat([block.expand(*lead, -1, -1) for block in folded], dim=-1)
 
 
 @dataclass(frozen=True)
