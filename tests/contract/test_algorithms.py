@@ -22,13 +22,13 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.learner import Fit
 from celora.core.messages import Checkpoint, Exchange, Model, Notes, Order, Plan, Reply, Round, opened
-from celora.core.solve import solve_together
+from celora.core.solve import solve, solve_together
 from celora.engines import embedded
 from celora.errors import QuorumError, WireError
 from celora.tensors import Names, Tensors, mean, only, part
 from celora.track.shelves import Shelves
 from celora.wire import Schema, pack, unpack
-from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, pretended, tensors_in, world_of
+from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, tensors_in, world_of
 
 HEADS = ("private", "shared", "frozen")
 MORE: Mapping[str, list[dict[str, Any]]] = {
@@ -47,6 +47,11 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
     "hetlora": [
         {"lam": 0.3, "gamma": 0.5, "weighting": "all"},
         {"pruning": False},
+    ],
+    "ravan": [
+        {"train_heads": 1, "choose": "random"},
+        {"heads": 2, "train_heads": 1, "choose": "norm", "head": "private"},
+        {"heads": 3, "train_heads": 2, "choose": "gradient", "head": "frozen"},
     ],
 }
 
@@ -645,17 +650,31 @@ def test_before_training_every_client_predicts_with_the_weights_of_the_seed(name
         assert image(model) == image(initial)
 
 
-def trained_names(algorithm: AnyAlgorithm, learner: Any, local: Any, down: Any) -> set[str]:
-    """The names that a client's turn asks to train, or to have gradients of."""
-    found, steps = set[str](), algorithm.train(learner, local, down)
+def noting(steps: Any, learner: Any, found: set[str]) -> Any:
+    """A turn that notes the names it asks to train, or to have gradients of."""
     try:
         problem = next(steps)
         while True:
             names = problem.train if isinstance(problem, Fit) else getattr(problem, "names", lambda name: False)
             found |= {name for name in learner.initial if names(name)}
-            problem = steps.send(pretended(learner, problem))
-    except StopIteration:
-        return found
+            answer = yield problem
+            problem = steps.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
+def trained_names(run: Run, client: str) -> set[str]:
+    """The names that a client's turns ask to train, each turn done again from what it started from."""
+    federation, found = run.federation, set[str]()
+    algorithm = federation.algorithm
+    frames = {index: order.frame for index, c, order in run.tape.orders if c == client}
+    for index in range(1, PLAN.rounds + 1):
+        learner = federation.world(client, index)
+        local = private(run, index - 1, client) if index > 1 else algorithm.client_init(learner)
+        down = unpack(algorithm.card.down, frames[index], federation.schema)
+        (end,) = solve([(learner, noting(algorithm.train(learner, local, down), learner, found))])
+        assert isinstance(end, Trained)
+    return found
 
 
 def names_in(value: object) -> Iterator[str]:
@@ -670,10 +689,9 @@ def names_in(value: object) -> Iterator[str]:
 def test_what_is_frozen_stays_as_drawn_at_every_client(name: str) -> None:
     """Of the trained model: the names that neither travel nor are kept are the seed's, to the bit."""
     algorithm, run = VARIANTS[name], reference(name)
-    initial, learner = run.federation.world.initial, run.federation.world("c0", 1)
-    down = algorithm.send(algorithm.server_init(initial, CLIENTS), "c0")
+    initial = run.federation.world.initial
     for client in CLIENTS:
-        asked = trained_names(algorithm, learner, algorithm.client_init(learner), down)
+        asked = trained_names(run, client)
         crossed = [
             unpack(algorithm.card.down, o.frame, run.federation.schema) for _, c, o in run.tape.orders if c == client
         ]

@@ -12,6 +12,7 @@ from celora.algorithms.flexlora import FlexLoRA
 from celora.algorithms.hetlora import HetLoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.pfedlora import PFedLoRA
+from celora.algorithms.ravan import Ravan
 from celora.algorithms.rolora import RoLoRA
 
 ALGORITHMS: Mapping[str, type[Any]] = {
@@ -25,5 +26,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "rolora": RoLoRA,
     "flexlora": FlexLoRA,
     "hetlora": HetLoRA,
+    "ravan": Ravan,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
