@@ -174,9 +174,12 @@ def test_objectives_together_are_those_alone_and_others_are_not_stacked_with_the
 
     two, world = TwoParts(), World(Lora())
     methods = [two.objective, two.objective, None]
-    learners = [world(client, 1) for client in CLIENTS]
-    together = solve_together([(it, turn(it, method)) for it, method in zip(learners, methods, strict=True)])
-    alone = solve([(it, turn(it, method)) for it, method in zip(learners, methods, strict=True)])
+
+    def jobs() -> Any:
+        learners = [world(client, 1) for client in CLIENTS]
+        return [(it, turn(it, method)) for it, method in zip(learners, methods, strict=True)]
+
+    together, alone = solve_together(jobs()), solve(jobs())
     for one, other in zip(together, alone, strict=True):
         close(one.weights, other.weights)
         assert one.metrics == pytest.approx(other.metrics, abs=1e-5)

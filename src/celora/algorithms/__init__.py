@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from celora.algorithms.ce_lora import CELoRA
+from celora.algorithms.ditto import Ditto
 from celora.algorithms.fed_hello import FedHeLLo
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
@@ -27,5 +28,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "flexlora": FlexLoRA,
     "hetlora": HetLoRA,
     "ravan": Ravan,
+    "ditto": Ditto,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
