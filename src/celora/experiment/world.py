@@ -31,20 +31,28 @@ class Workshop:
         self._inputs: dict[object, Any] = {}
         self._prefixes: dict[object, Prefixes] = {}
 
+    def backbone(self, experiment: Experiment) -> Backbone:
+        """The backbone, adapted where the experiment says; the rank is no matter to it, only s is."""
+        model, adapter = experiment.model, experiment.adapter
+        shape = (repr(model), repr(adapter.targets), adapter.layers, adapter.scaling)
+        if shape not in self._backbones:
+            self._backbones[shape] = models.load(model, adapter, experiment.base)
+        return self._backbones[shape]
+
+    def modules(self, experiment: Experiment) -> list[tuple[int, int]]:
+        """(d_out, d_in) of every adapted module."""
+        return list(self.backbone(experiment).targets.values())
+
     def world(self, experiment: Experiment) -> "World":
         """The clients of an experiment, with their rows ready for its backbone."""
-        model, adapter, base = experiment.model, experiment.adapter, experiment.base
-        dealt = (repr(experiment.data), experiment.plan.seed)
+        model, dealt = experiment.model, (repr(experiment.data), experiment.plan.seed)
         if dealt not in self._federations:
-            self._federations[dealt] = data.load(experiment.data, base, experiment.plan.seed)
+            self._federations[dealt] = data.load(experiment.data, experiment.base, experiment.plan.seed)
         federation, plan = self._federations[dealt], experiment.plan
         drawn = max(1, round(plan.fraction * len(federation.clients)))
         if plan.quorum > drawn:
             raise ConfigError([f"plan.quorum: found {plan.quorum}, but only {drawn} clients train in a round"])
-        shape = (repr(model), repr(adapter.targets), adapter.layers, adapter.rank, adapter.scaling)
-        if shape not in self._backbones:
-            self._backbones[shape] = models.load(model, adapter, base)
-        backbone = self._backbones[shape]
+        backbone = self.backbone(experiment)
         read_as = (federation.table.fingerprint(), repr(model))
         if read_as not in self._inputs:
             inputs = federation.table.inputs
