@@ -100,6 +100,7 @@ def run(
     epilog=_examples(
         "celora compare demo.toml --algorithms fedit,fedsa-lora,ce-lora",
         "celora compare demo.toml --algorithms fedsa-lora,ce-lora --seeds 0,1,2 --out runs/table-1",
+        "celora compare demo.toml --algorithms fedit,ce-lora --match floats --out runs/equal-uplink",
     )
 )
 def compare(
@@ -109,6 +110,13 @@ def compare(
         str, typer.Option(metavar="A,B,…", help="Names, or labels of the overrides; local is added.")
     ],
     seeds: Annotated[str | None, typer.Option(metavar="0,1,…", help="Whole numbers.", show_default="plan.seed")] = None,
+    match: Annotated[
+        str,
+        typer.Option(
+            metavar="rank|floats",
+            help="One rank for all; or for each algorithm the rank at which it sends as much as fedit, or just less.",
+        ),
+    ] = "rank",
     sets: Sets = None,
     group: Group = None,
     out: Out = None,
@@ -126,7 +134,7 @@ def compare(
         if problems:
             raise ConfigError(problems)
         chosen = _read(config, sets, group)
-        return experiment.compare(chosen, labels, numbers or [chosen.plan.seed], out)
+        return experiment.compare(chosen, labels, numbers or [chosen.plan.seed], out, match=match)
 
     _follow(start, as_json, quiet)
 

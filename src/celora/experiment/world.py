@@ -32,29 +32,47 @@ class Workshop:
         self._prefixes: dict[object, Prefixes] = {}
         self._zoos: dict[object, Zoo] = {}
 
-    def world(self, experiment: Experiment) -> "World":
-        """The clients of an experiment, with their rows ready for its backbone."""
-        model, adapter, base = experiment.model, experiment.adapter, experiment.base
+    def backbone(self, experiment: Experiment) -> Backbone:
+        """The backbone, adapted where the experiment says; the rank is no matter to it, only s is."""
+        model, adapter = experiment.model, experiment.adapter
+        shape = (repr(model), repr(adapter.targets), adapter.layers, adapter.scaling)
+        if shape not in self._backbones:
+            self._backbones[shape] = models.load(model, adapter, experiment.base)
+        return self._backbones[shape]
+
+    def zoo(self, experiment: Experiment) -> Zoo:
+        """The clients' own models."""
+        drawn_as = (repr(experiment.model), experiment.plan.seed)
+        if drawn_as not in self._zoos:
+            self._zoos[drawn_as] = Zoo(experiment.model, experiment.base, experiment.plan.seed)
+        return self._zoos[drawn_as]
+
+    def federation(self, experiment: Experiment) -> data.Federation:
+        """The rows, dealt to the clients."""
         dealt = (repr(experiment.data), experiment.plan.seed)
         if dealt not in self._federations:
-            self._federations[dealt] = data.load(experiment.data, base, experiment.plan.seed)
-        federation, plan = self._federations[dealt], experiment.plan
+            self._federations[dealt] = data.load(experiment.data, experiment.base, experiment.plan.seed)
+        return self._federations[dealt]
+
+    def modules(self, experiment: Experiment) -> list[tuple[int, int]]:
+        """(d_out, d_in) of every adapted module."""
+        if experiment.model.own is not None:
+            return [(len(self.federation(experiment).classes), self.zoo(experiment).width)]
+        return list(self.backbone(experiment).targets.values())
+
+    def world(self, experiment: Experiment) -> "World":
+        """The clients of an experiment, with their rows ready for its backbone."""
+        model, plan, federation = experiment.model, experiment.plan, self.federation(experiment)
         drawn = max(1, round(plan.fraction * len(federation.clients)))
         if plan.quorum > drawn:
             raise ConfigError([f"plan.quorum: found {plan.quorum}, but only {drawn} clients train in a round"])
         read_as = (federation.table.fingerprint(), repr(model))
         if model.own is not None:
-            drawn_as = (repr(model), plan.seed)
-            if drawn_as not in self._zoos:
-                self._zoos[drawn_as] = Zoo(model, base, plan.seed)
-            zoo = self._zoos[drawn_as]
+            zoo = self.zoo(experiment)
             if read_as not in self._inputs:
                 self._inputs[read_as] = zoo.read(federation.table.inputs)
             return World(experiment, federation, zoo, self._inputs[read_as])
-        shape = (repr(model), repr(adapter.targets), adapter.layers, adapter.rank, adapter.scaling)
-        if shape not in self._backbones:
-            self._backbones[shape] = models.load(model, adapter, base)
-        backbone = self._backbones[shape]
+        backbone = self.backbone(experiment)
         if read_as not in self._inputs:
             inputs = federation.table.inputs
             ready = inputs if isinstance(inputs, torch.Tensor) else backbone.tokenize(inputs)
