@@ -17,6 +17,7 @@ ROUNDS, FIRST = 6, 3
 """Rounds 3 to 6 are measured: an even number, for methods that take turns, after what is sent once has been sent."""
 NOTHING = ("nothing", "–")
 OTHERWISE: dict[str, tuple[str, float]] = {
+    "hetlora": ("clients prune their ranks; a sixteenth of all has gone by then", 4 * (6 + 8) * 15 / 16),
     "fed-hello": (
         "the toy has one layer, which everybody trains; in round 6 of the four its F goes up",
         4 * (6 + 8) + 1 / 4,
