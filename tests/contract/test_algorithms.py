@@ -39,6 +39,7 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"combination": "product", "normalise": "softmax", "cka_of": "C", "components": 1},
         {"freeze_bases": True, "self_weight": "fixed", "kernel": "inverse", "components": 1},
     ],
+    "fedex-lora": [{"rank": 2}],
     "hetlora": [
         {"lam": 0.3, "gamma": 0.5, "weighting": "all"},
         {"pruning": False},

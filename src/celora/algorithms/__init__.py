@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from celora.algorithms.ce_lora import CELoRA
+from celora.algorithms.fedex_lora import FedExLoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.flexlora import FlexLoRA
+from celora.algorithms.flora import FLoRA
 from celora.algorithms.hetlora import HetLoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.rolora import RoLoRA
@@ -21,5 +23,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "rolora": RoLoRA,
     "flexlora": FlexLoRA,
     "hetlora": HetLoRA,
+    "flora": FLoRA,
+    "fedex-lora": FedExLoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
