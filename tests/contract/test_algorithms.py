@@ -44,6 +44,7 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"allocation": "uniform", "tiers": (1.0,), "head": "private"},
         {"first": 2, "every": 1, "fim_rows": 3},
     ],
+    "fedex-lora": [{"rank": 2}],
     "hetlora": [
         {"lam": 0.3, "gamma": 0.5, "weighting": "all"},
         {"pruning": False},

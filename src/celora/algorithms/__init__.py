@@ -6,10 +6,12 @@ from typing import Any
 from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.ditto import Ditto
 from celora.algorithms.fed_hello import FedHeLLo
+from celora.algorithms.fedex_lora import FedExLoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.flexlora import FlexLoRA
+from celora.algorithms.flora import FLoRA
 from celora.algorithms.hetlora import HetLoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.pfedlora import PFedLoRA
@@ -29,5 +31,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "hetlora": HetLoRA,
     "ravan": Ravan,
     "ditto": Ditto,
+    "flora": FLoRA,
+    "fedex-lora": FedExLoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
