@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from celora.algorithms.ce_lora import CELoRA
+from celora.algorithms.fed_sb import FedSB
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
@@ -17,5 +18,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "fedsa-lora": FedSALoRA,
     "ce-lora": CELoRA,
     "ravan": Ravan,
+    "fed-sb": FedSB,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
