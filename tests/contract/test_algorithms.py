@@ -54,6 +54,11 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"heads": 2, "train_heads": 1, "choose": "norm", "head": "private"},
         {"heads": 3, "train_heads": 2, "choose": "gradient", "head": "frozen"},
     ],
+    "fed-sb": [
+        {"start": "random"},
+        {"start": "gradient", "eta": 1e-2},
+        {"start": "gradient", "head": "private", "batches": 1},
+    ],
 }
 
 
@@ -121,7 +126,8 @@ def private(run: Run, index: int, client: str) -> Any:
 
 
 def has_private_state(name: str) -> bool:
-    return bool([t for client in CLIENTS for t in tensors_in(private(reference(name), 1, client))])
+    """Whether a client has come to keep anything in the course of a run."""
+    return bool([t for client in CLIENTS for t in tensors_in(private(reference(name), PLAN.rounds, client))])
 
 
 def sends_anything(name: str) -> bool:
@@ -525,7 +531,7 @@ def private_bytes_that_travel(run: Run, public: tuple[str, ...] = ()) -> list[st
     return found
 
 
-PUBLIC: Mapping[str, tuple[str, ...]] = {"rolora": ("frozen",)}
+PUBLIC: Mapping[str, tuple[str, ...]] = {"rolora": ("frozen",), "fed-sb": ("bases",)}
 """Algorithm -> the fields of its `Local` that hold what the server sent to everybody: a copy, kept to save a download.
 They are private in nothing but where they lie, so they may come down again, to a client that lacks them."""
 

@@ -6,6 +6,7 @@ from typing import Any
 from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.ditto import Ditto
 from celora.algorithms.fed_hello import FedHeLLo
+from celora.algorithms.fed_sb import FedSB
 from celora.algorithms.fedex_lora import FedExLoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
@@ -33,5 +34,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ditto": Ditto,
     "flora": FLoRA,
     "fedex-lora": FedExLoRA,
+    "fed-sb": FedSB,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
