@@ -11,6 +11,7 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.pfedlora import PFedLoRA
+from celora.algorithms.pfedme import PFedMe
 from celora.algorithms.rolora import RoLoRA
 
 ALGORITHMS: Mapping[str, type[Any]] = {
@@ -23,5 +24,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "fed-hello": FedHeLLo,
     "rolora": RoLoRA,
     "ditto": Ditto,
+    "pfedme": PFedMe,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
