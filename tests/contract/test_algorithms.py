@@ -59,6 +59,7 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"start": "gradient", "eta": 1e-2},
         {"start": "gradient", "head": "private", "batches": 1},
     ],
+    "pfedme": [{"beta": 1.5, "inner_steps": 2, "lam": 3.0, "eta": 0.1}],
 }
 
 

@@ -17,6 +17,7 @@ from celora.algorithms.hetlora import HetLoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.pfedlora import PFedLoRA
 from celora.algorithms.ravan import Ravan
+from celora.algorithms.pfedme import PFedMe
 from celora.algorithms.rolora import RoLoRA
 
 ALGORITHMS: Mapping[str, type[Any]] = {
@@ -35,5 +36,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "flora": FLoRA,
     "fedex-lora": FedExLoRA,
     "fed-sb": FedSB,
+    "pfedme": PFedMe,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
