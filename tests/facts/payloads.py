@@ -34,7 +34,7 @@ def weights(family: Family) -> dict[str, Tensor]:
 class Worker(Stub):
     """A stub with mini-batches, for methods that ask for gradients."""
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
         return iter([{}, {}])
 
 

@@ -16,8 +16,8 @@ from celora.algorithms.flora import FLoRA
 from celora.algorithms.hetlora import HetLoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.pfedlora import PFedLoRA
-from celora.algorithms.ravan import Ravan
 from celora.algorithms.pfedme import PFedMe
+from celora.algorithms.ravan import Ravan
 from celora.algorithms.rolora import RoLoRA
 
 ALGORITHMS: Mapping[str, type[Any]] = {

@@ -110,7 +110,7 @@ class FedSB:
         trains="C, head",
         sends="C; G or its sketch once",
         gets="C; A, B once",
-        keeps="–",
+        keeps="A, B, which are everybody's",
         remembers="A, B, C",
         uplink="r²",
         floats=lambda r, d, k: r * r,
