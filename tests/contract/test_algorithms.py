@@ -755,9 +755,9 @@ def test_each_client_trains_predicts_and_sends_at_its_own_rank_or_below(name: st
             weights = opened(Model, run.shelves[-1][client][model], run.federation.schema).weights
             assert max(ranks_in(weights).values()) <= RANKS[client]
         if reply.frame:
-            sent = unpack(algorithm.card.up, reply.frame, run.federation.schema)
-            assert max(ranks_in(sent.weights).values()) <= RANKS[client]
-    assert any(image(a) != image(b) for a, b in pairwise(rnd.server for rnd in run.rounds[:2]))
+            sent = getattr(unpack(algorithm.card.up, reply.frame, run.federation.schema), "weights", {})
+            assert max(ranks_in(sent).values(), default=0) <= RANKS[client]
+            assert bool(sent) == sends_anything(name)
 
 
 @mixed
