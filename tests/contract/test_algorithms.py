@@ -49,8 +49,9 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"start": "gradient", "eta": 1e-2},
         {"start": "gradient", "head": "private", "batches": 1},
     ],
+    "fedalt": [{"by_rows": True, "head": "shared"}],
 }
-CROSSES: Mapping[str, str] = {"fed-sb": "bases"}
+CROSSES: Mapping[str, str] = {"fed-sb": "bases", "fedalt": "own"}
 """Fields of a `Local` whose content also crosses, by design: each is said here, and all others are secret."""
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fed_sb import FedSB
+from celora.algorithms.fedalt import FedALT
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
@@ -19,5 +20,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ce-lora": CELoRA,
     "ravan": Ravan,
     "fed-sb": FedSB,
+    "fedalt": FedALT,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
