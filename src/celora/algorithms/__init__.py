@@ -7,6 +7,7 @@ from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.ditto import Ditto
 from celora.algorithms.fed_hello import FedHeLLo
 from celora.algorithms.fed_sb import FedSB
+from celora.algorithms.fedalt import FedALT
 from celora.algorithms.fedex_lora import FedExLoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
@@ -37,5 +38,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "fedex-lora": FedExLoRA,
     "fed-sb": FedSB,
     "pfedme": PFedMe,
+    "fedalt": FedALT,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
