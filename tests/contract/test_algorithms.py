@@ -540,7 +540,7 @@ They are private in nothing but where they lie, so they may come down again, to 
 
 
 SENT: Mapping[str, tuple[str, ...]] = {"fedalt": ("own",)}
-"""Algorithm -> the fields of its `Local` that are also sent, by design: the client goes on from them, not from a mean."""
+"""Algorithm -> the fields of its `Local` that are also sent, by design: the client goes on from them, not a mean."""
 
 
 def public(name: str) -> tuple[str, ...]:
