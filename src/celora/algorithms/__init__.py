@@ -9,6 +9,7 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.local import LocalOnly
+from celora.algorithms.she_lora import SHELoRA
 
 ALGORITHMS: Mapping[str, type[Any]] = {
     "local": LocalOnly,
@@ -17,5 +18,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "fedsa-lora": FedSALoRA,
     "ce-lora": CELoRA,
     "fed-hello": FedHeLLo,
+    "she-lora": SHELoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
