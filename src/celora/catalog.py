@@ -17,6 +17,7 @@ from celora.core.algorithm import AnyAlgorithm, Card
 from celora.errors import ConfigError
 
 Entry = dict[str, Any]
+MIXED = "*"
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -39,14 +40,21 @@ def describe(names: Sequence[str]) -> list[Entry]:
 
 
 def table(entries: Sequence[Entry]) -> Table:
-    """A row for each algorithm."""
-    found = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("algorithm", "what it is", "update", "travels", "stays", "head", "secret bases"):
-        found.add_column(column, no_wrap=column != "what it is")
+    """A row for each algorithm: what is trained, what goes up and comes down, what stays, what the server keeps."""
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    columns = ("algorithm", "trained", "up", "down", "stays at the client", "server keeps", "numbers up a layer")
+    for number, column in enumerate(columns):
+        found.add_column(column, no_wrap=number == 0, overflow="fold")
     for e in entries:
-        parts = (" ".join(e[key]) or "nothing" for key in ("travels", "stays"))
-        bases = "allowed" if e["private_bases"] else "no"
-        found.add_row(*map(Text, (e["name"], e["about"], e["update"], *parts, e["head"], bases)))
+        name = f"{e['name']} {MIXED}" if _is_mixed(e) else e["name"]
+        stays, kept = (e[key] for key in ("keeps", "remembers"))
+        found.add_row(*map(Text, (name, e["trains"], _up(e), _down(e), stays, kept, e["uplink"])))
+    mixed = f"\n{MIXED} clients may have ranks of their own (adapter.ranks)." if any(map(_is_mixed, entries)) else ""
+    found.caption = Text(
+        "Numbers up a layer: what a client sends in a round for one adapted matrix (d inputs, k outputs) at rank r, "
+        f"without a head. Whether the head travels is a setting, algorithm.head; this is its default.{mixed}",
+        justify="left",
+    )
     return found
 
 
@@ -56,8 +64,12 @@ def page(entry: Entry) -> Iterator[RenderableType]:
     facts = {
         "paper": " ".join((entry["title"], entry["link"])).strip(),
         "update": entry["update"],
-        "travels": " ".join(entry["travels"]) or "nothing",
-        "stays": " ".join(entry["stays"]) or "nothing",
+        "trained": entry["trains"],
+        "up": f"{_up(entry)}: {entry['uplink']} numbers a layer and round (d inputs, k outputs, rank r; no head)",
+        "down": _down(entry),
+        "stays": entry["keeps"],
+        "server keeps": entry["remembers"],
+        "ranks": "each client may have its own (adapter.ranks)" if entry["mixed_ranks"] else "one for all clients",
         "client sends": entry["up"],
         "client gets": entry["down"],
         "client keeps": entry["local"],
@@ -72,6 +84,23 @@ def page(entry: Entry) -> Iterator[RenderableType]:
     for s in entry["settings"]:
         settings.add_row(*map(Text, (f"algorithm.{s['name']}", _toml(s["default"]), s["allowed"], s["help"])))
     yield settings
+
+
+def _is_mixed(entry: Entry) -> bool:
+    return bool(entry["mixed_ranks"])
+
+
+def _up(entry: Entry) -> str:
+    return _with_head(entry["sends"], entry)
+
+
+def _down(entry: Entry) -> str:
+    return _with_head(entry["gets"], entry)
+
+
+def _with_head(letters: str, entry: Entry) -> str:
+    """The card's letters, and the head where it travels by default."""
+    return letters if "head" in letters or "head" not in entry["travels"] else f"{letters}, head"
 
 
 def _entry(name: str) -> Entry:
@@ -91,6 +120,14 @@ def _entry(name: str) -> Entry:
         "head": algorithm.head,
         "travels": travels,
         "stays": [part for part in all_parts if part not in travels],
+        "trains": card.trains,
+        "sends": card.sends,
+        "gets": card.gets,
+        "keeps": card.keeps,
+        "remembers": card.remembers,
+        "uplink": card.uplink,
+        "mixed_ranks": card.mixed_ranks,
+        "partial": card.partial,
         "up": getdoc(card.up),
         "down": getdoc(card.down),
         "local": getdoc(card.local),

@@ -100,6 +100,7 @@ def run(
     epilog=_examples(
         "celora compare demo.toml --algorithms fedit,fedsa-lora,ce-lora",
         "celora compare demo.toml --algorithms fedsa-lora,ce-lora --seeds 0,1,2 --out runs/table-1",
+        "celora compare demo.toml --algorithms fedit,ce-lora --match floats --out runs/equal-uplink",
     )
 )
 def compare(
@@ -109,6 +110,13 @@ def compare(
         str, typer.Option(metavar="A,B,…", help="Names, or labels of the overrides; local is added.")
     ],
     seeds: Annotated[str | None, typer.Option(metavar="0,1,…", help="Whole numbers.", show_default="plan.seed")] = None,
+    match: Annotated[
+        str,
+        typer.Option(
+            metavar="rank|floats",
+            help="One rank for all; or for each algorithm the rank at which it sends as much as fedit, or just less.",
+        ),
+    ] = "rank",
     sets: Sets = None,
     group: Group = None,
     out: Out = None,
@@ -126,7 +134,7 @@ def compare(
         if problems:
             raise ConfigError(problems)
         chosen = _read(config, sets, group)
-        return experiment.compare(chosen, labels, numbers or [chosen.plan.seed], out)
+        return experiment.compare(chosen, labels, numbers or [chosen.plan.seed], out, match=match)
 
     _follow(start, as_json, quiet)
 
@@ -160,7 +168,7 @@ def list_(
     elif names:
         _print(*(part for entry in found for part in catalog.page(entry)))
     else:
-        _print(catalog.table(found), Text("celora list NAME shows its paper, its records and its settings"))
+        _print(catalog.table(found), Text("celora list NAME shows its paper, its records and its settings"), wrap=True)
 
 
 def main() -> None:
@@ -218,10 +226,16 @@ def _seeds(text: str | None) -> list[int] | None:
     return [int(word) for word in words]
 
 
-def _print(*parts: RenderableType) -> None:
-    """To stdout, as wide as the tables need: a narrow terminal wraps lines rather than cut numbers."""
+def _print(*parts: RenderableType, wrap: bool = False) -> None:
+    """To stdout, as wide as the tables need: a narrow terminal wraps lines rather than cut numbers.
+
+    Args:
+        wrap: whether cells may wrap instead, for tables of words.
+    """
     wide = Console(width=1000)
-    needed = [Measurement.get(wide, wide.options, part).maximum for part in parts if isinstance(part, Table)]
+    needed = [
+        Measurement.get(wide, wide.options, part).maximum for part in parts if isinstance(part, Table) and not wrap
+    ]
     width = max(tables.WIDTH, shutil.get_terminal_size().columns, *needed)
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:

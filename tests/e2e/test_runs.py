@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,39 @@ def test_comparing_writes_a_list_of_summaries_with_local_first(config: Path, tmp
     assert up == {"local": 0, "fedit": 2 * pair, "ffa-lora": pair, "fedsa-lora": pair}
     head = {summary["algorithm"]: summary["bytes"]["head"] for summary in summaries}
     assert head == {"local": 0, "fedit": 10 * 65 * 4, "ffa-lora": 10 * 65 * 4, "fedsa-lora": 0}
+
+
+def test_matched_budgets_send_equally_much_and_are_resumed_with_the_same_ranks(config: Path, tmp_path: Path) -> None:
+    """FedIT at rank 8: 4 matrices of 64 × 64, 4 · 8 · 128 numbers; a core of as many is 32 × 32."""
+    out = tmp_path / "matched"
+    words = ("compare", config, "--algorithms", "fedit,ffa-lora,ce-lora", "--match", "floats", "--out", out)
+    code, stdout, stderr = celora(*words, "--json")
+    assert code == 0, stderr
+    summaries = {summary["algorithm"]: summary for summary in json.loads(stdout)}
+    ranks = {name: summary["uplink"]["rank"] for name, summary in summaries.items()}
+    assert ranks == {"local": 8, "fedit": 8, "ffa-lora": 16, "ce-lora": 32}
+    for name, summary in summaries.items():
+        sent = 0 if name == "local" else 4 * 8 * 128
+        assert summary["uplink"] == {"match": "floats", "rank": ranks[name], "floats": sent, "budget": 4 * 8 * 128}
+        assert summary["bytes"]["up_payload"] == 4 * sent
+        assert summary["settings"]["adapter"]["rank"] == ranks[name]
+    assert any("at rank 32 a client of ce-lora sends 4,096" in notice for notice in summaries["ce-lora"]["notices"])
+
+    for name in ("summary.json", "events.jsonl"):
+        (out / "ce-lora" / name).unlink()
+    for state in (out / "ce-lora" / "state").glob("round_*"):
+        shutil.rmtree(state)
+    code, stdout, stderr = celora("resume", out)
+    assert code == 0, stderr
+    assert "numbers" in stdout and "4,096" in stdout
+    again = json.loads((out / "compare.json").read_text())[-1]
+    for key in ("metrics", "clients", "uplink", "bytes", "settings"):
+        assert again[key] == summaries["ce-lora"][key]
+
+    code, _, stderr = celora("compare", config, "--algorithms", "fedit", "--match", "bytes", "--out", tmp_path / "no")
+    assert code == 2
+    assert "--match: found 'bytes', expected 'rank'" in stderr
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(config: Path, tmp_path: Path) -> None:

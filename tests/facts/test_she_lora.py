@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from celora.algorithms.she_lora import Down, Local, Server, SHELoRA, Up, _entries, _factors, _permutation
+from celora.algorithms.she_lora import Down, Local, Server, SHELoRA, Up, _entries, _permutation
 from celora.core.adapters import modules
 from celora.core.messages import Plan
 from celora.privacy import ckks, keys
@@ -103,18 +103,14 @@ def test_clients_are_sent_p_at_their_own_rank() -> None:
         assert algorithm.model(local(rank), down)["low.q.B"].shape == (7, rank)
 
 
-def test_factors_are_those_of_the_product() -> None:
-    draw = torch.Generator().manual_seed(0)
-    b, a = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((9, 6), (6, 20)))
-    u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
-    for rank in (2, 6):
-        left, right = _factors(b, a, rank)
-        torch.testing.assert_close(left @ right, (u[:, :rank] * s[:rank]) @ vh[:rank])
-        torch.testing.assert_close(left.norm(dim=0), s[:rank])
-    left, right = _factors(b, a, 8)  # more than the product has
-    torch.testing.assert_close(left @ right, b @ a)
-    torch.testing.assert_close(right @ right.mT, torch.eye(8, dtype=torch.float64))
-    assert float(left[:, 6:].abs().max()) < 1e-12
+def test_where_only_low_ranks_were_heard_a_client_of_a_high_rank_can_still_train_all_of_its() -> None:
+    """The directions that the mean has not are orthonormal rows of A, with columns of 0 in B."""
+    algorithm, server, _ = one_round((0.1,))
+    assert len(server.weights["low.v.A"]) < RANK  # 2 + 3 + 4
+    model = algorithm.model(local(), Down(**{**vars(algorithm.send(server, "a")), "weights": server.weights}))
+    a, b = model["low.v.A"], model["low.v.B"]
+    assert (a.shape, b.shape) == ((5, 40), (5, 5))  # no more than min(d_in, d_out)
+    torch.testing.assert_close(a @ a.mT, torch.eye(5))
 
 
 def test_the_published_weights_count_a_column_more_than_once() -> None:

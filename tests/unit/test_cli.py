@@ -26,7 +26,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
         monkeypatch.setattr(experiment, "read", lambda path, sets: SimpleNamespace(plan=SimpleNamespace(seed=5)))
         monkeypatch.setattr(experiment, "run", lambda chosen, folder: script())
         monkeypatch.setattr(experiment, "resume", lambda folder: script())
-        monkeypatch.setattr(experiment, "compare", lambda chosen, labels, seeds, folder: script())
+        monkeypatch.setattr(experiment, "compare", lambda chosen, labels, seeds, folder, match: script())
         return CliRunner().invoke(cli.app, list(words))
 
     return invoke
@@ -100,14 +100,15 @@ def test_algorithms_and_seeds_arrive_as_written(
 ) -> None:
     seen: list[Any] = []
 
-    def compare(chosen: object, labels: list[str], numbers: list[int], folder: object) -> Iterator[Event]:
-        seen.append((labels, numbers))
+    def compare(chosen: object, labels: list[str], numbers: list[int], folder: object, match: str) -> Iterator[Event]:
+        seen.append((labels, numbers, match))
         return session("compare")
 
     play(session, "run", "demo.toml")  # so that `read` is a stand-in, too
     monkeypatch.setattr(experiment, "compare", compare)
     CliRunner().invoke(cli.app, ["compare", "demo.toml", "--algorithms", "fedit, ce-lora", *words])
-    assert seen == [(["fedit", "ce-lora"], seeds)]
+    CliRunner().invoke(cli.app, ["compare", "demo.toml", "--algorithms", "fedit", *words, "--match", "floats"])
+    assert seen == [(["fedit", "ce-lora"], seeds, "rank"), (["fedit"], seeds, "floats")]
 
 
 # --- other ends

@@ -90,6 +90,18 @@ def test_a_method_that_loses_to_local_training_is_red_and_marked() -> None:
     assert "\x1b[1;31m" in row(coloured(compare_table([worse])), "ce-lora")
 
 
+def test_rank_and_numbers_sent_are_shown_where_budgets_are_matched() -> None:
+    uplink = {"match": "floats", "rank": 110, "floats": 145200, "budget": 147456.0}
+    stream = io.StringIO()
+    shown = compare_table([summary("local", uplink={**uplink, "floats": 0}), summary(uplink=uplink)])
+    Console(file=stream, width=150).print(shown)  # the command line prints a table as wide as it is
+    text = stream.getvalue()
+    assert "numbers" in text and "rank: chosen so that" in text
+    assert row(text, "ce-lora").split()[9:11] == ["110", "145,200"]
+    for uplinks in ({}, {"uplink": {**uplink, "match": "rank"}}):
+        assert "numbers" not in plain(compare_table([summary(**uplinks)]))
+
+
 @pytest.mark.parametrize("moments", [["personal", "received"], ["personal", "personal"]])
 def test_the_headline_moment_is_said_or_said_to_differ(moments: list[str]) -> None:
     text = plain(compare_table([summary(moment=moments[0]), summary(seed=1, moment=moments[1])]))

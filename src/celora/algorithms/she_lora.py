@@ -47,6 +47,7 @@ from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Channels, Fit, Learner, Turn
 from celora.fields import Count, setting, settings
+from celora.maths.lowrank import Sum, nearest
 from celora.privacy import ckks, keys
 from celora.privacy.order import Code
 from celora.tensors import Names, Tensors, mean, only, part, select
@@ -259,13 +260,27 @@ class SHELoRA:
             server,
             weights={
                 **server.weights,
-                **_product(((weights, p) for _, weights, p in weighed()), server.rank),
+                **self.plain(((weights, p) for _, weights, p in weighed()), server.rank),
                 **mean((select(weights, only("head")), p) for _, weights, p in weighed()),
             },
             cipher=ckks.weighted_sum((up.cipher, p) for up, _, p in weighed()),
             covered=max(server.budgets[client] for client in usable),
             ranks={**server.ranks, **{client: rank for client, (_, rank) in usable.items()}},
         )
+
+    def plain(self, weighted: Iterable[tuple[Tensors, float]], rank: int) -> dict[str, Tensor]:
+        """Factors of P = Σ p_i B_i A'_i at the largest rank."""
+        sums: dict[str, Sum] = defaultdict(Sum)
+        dtypes: dict[str, torch.dtype] = {}
+        for weights, p in weighted:
+            for module, w in modules(weights).items():
+                sums[module].add(w["B"], w["A"], p)
+                dtypes[module] = w["A"].dtype
+        found: dict[str, Tensor] = {}
+        for module, total in sums.items():
+            b, a = (factor.to(dtypes[module]) for factor in nearest(*total.factors(), rank))
+            found |= {f"{module}.A": a.contiguous(), f"{module}.B": b.contiguous()}
+        return found
 
     def merged(self, wishes: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """One list of codes for each module, as long as the longest wish: the server reads neither column nor score."""
@@ -293,15 +308,17 @@ class SHELoRA:
             columns[module].append(column)
         merged: dict[str, Tensor] = {}
         for module, w in adapted.items():
-            d_in = w["A"].shape[1]
-            places = lists[module][: len(columns[module])]
+            d_in, places = w["A"].shape[1], lists[module][: len(columns[module])]
+            missing = max(local.rank - len(w["A"]) - len(places), 0)  # where only clients of lower rank were heard
+            b = [
+                w["B"].double(),
+                *(column[:, None] for column in columns[module]),
+                w["B"].new_zeros(len(w["B"]), missing),
+            ]
             a = w["A"].double()[:, _permutation(lists[module], d_in).argsort()]
-            b, a = (
-                torch.cat([w["B"].double(), *(column[:, None] for column in columns[module])], dim=1),
-                torch.cat([a, torch.eye(d_in, dtype=torch.float64)[places]]),
-            )
-            b, a = _factors(b, a, local.rank)
-            merged |= {f"{module}.A": a.to(w["A"].dtype), f"{module}.B": b.to(w["B"].dtype)}
+            rows = [a, torch.eye(d_in, dtype=torch.float64)[places], a.new_zeros(missing, d_in)]
+            b_i, a_i = nearest(torch.cat(b, dim=1), torch.cat(rows), local.rank)
+            merged |= {f"{module}.A": a_i.to(w["A"].dtype), f"{module}.B": b_i.to(w["B"].dtype)}
         return {**local.mine, **select(down.weights, only("head")), **merged}
 
 
@@ -352,33 +369,3 @@ def _permutation(last: Tensor, size: int) -> Tensor:
     rest = torch.ones(size, dtype=torch.bool)
     rest[last] = False
     return torch.cat([rest.nonzero().flatten(), last.flip(0)])
-
-
-def _product(weighted: Iterable[tuple[Tensors, float]], rank: int) -> dict[str, Tensor]:
-    """Factors B = U S, A = Vᵀ of Σ p_i B_i A_i at a rank, without ever holding more than d_in + max r_i of them."""
-    stacks: dict[str, tuple[Tensor, Tensor]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for weights, p in weighted:
-        for module, w in modules(weights).items():
-            b, a = p * w["B"].double(), w["A"].double()
-            if module in stacks:
-                b, a = torch.cat([stacks[module][0], b], dim=1), torch.cat([stacks[module][1], a])
-            stacks[module] = _factors(b, a, a.shape[1]) if len(a) > a.shape[1] else (b, a)  # without loss
-            dtypes[module] = w["A"].dtype
-    found: dict[str, Tensor] = {}
-    for module, stack in stacks.items():
-        b, a = _factors(*stack, rank)
-        found |= {f"{module}.A": a.to(dtypes[module]), f"{module}.B": b.to(dtypes[module])}
-    return found
-
-
-def _factors(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B = U S (d_out, rank) and A = Vᵀ (rank, d_in) of the product b a, by QR and the SVD of a small core.
-
-    Where the product's own rank is lower, B ends in columns of 0 and A in rows orthonormal to the others.
-    """
-    missing = max(rank - len(a), 0)
-    left, core_left = torch.linalg.qr(torch.cat([b, b.new_zeros(len(b), missing)], dim=1))
-    right, core_right = torch.linalg.qr(torch.cat([a, a.new_zeros(missing, a.shape[1])]).mT)
-    u, values, vh = torch.linalg.svd(core_left @ core_right.mT, full_matrices=False)
-    return ((left @ u) * values)[:, :rank].contiguous(), (vh @ right.mT)[:rank].contiguous()

@@ -43,7 +43,8 @@ class Card:
         trains, sends, gets, keeps, remembers: what is trained, goes up, comes down, stays at the client and lasts on
             the server, in the field's letters.
         uplink: numbers sent in a round and layer (d_out = k, d_in = d) at rank r, as a formula in r, d and k …
-        floats: … and as a function of them; a test holds it against payloads. What is sent once does not count.
+        floats: … and as a function of them, at the default settings; a test holds it against payloads. What is sent
+            once does not count. `celora compare --match floats` chooses ranks by it.
         mixed_ranks: whether each client may have a rank of its own.
         partial: whether a client may send some of what is shared, and not all.
     """

@@ -432,3 +432,14 @@ class AdamW:
         root = (self.second / (1 - self.beta2**self.steps)).sqrt_().add_(self.eps)
         move = self.first / (1 - self.beta1**self.steps) / root
         return rows * (1 - rate * self.recipe.weight_decay) - rate * move
+
+
+def descend(weights: Tensors, gradient: Tensors, rate: float, clip: float = 0.0) -> dict[str, Tensor]:
+    """One step of plain gradient descent, w − rate · g, wherever there is a g; a g longer than `clip` is cut to it.
+
+    >>> descend({"A": torch.tensor([1.0]), "B": torch.tensor([2.0])}, {"A": torch.tensor([4.0])}, 0.1, clip=2.0)
+    {'A': tensor([0.8000]), 'B': tensor([2.])}
+    """
+    if clip:
+        rate *= clip / max(float(flatten(gradient).norm()), clip)
+    return {name: w - rate * gradient[name] if name in gradient else w for name, w in weights.items()}

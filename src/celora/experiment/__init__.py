@@ -18,6 +18,7 @@ from celora.core.federation import run as federate
 from celora.core.messages import Model, opened
 from celora.engines.embedded import Embedded
 from celora.errors import ConfigError, QuorumError, RunFolderError
+from celora.experiment import budget
 from celora.experiment.config import Experiment, dump, read, resolve, written
 from celora.experiment.summary import round_event, summarise
 from celora.experiment.world import Workshop, manifest
@@ -58,20 +59,29 @@ def run(experiment: Experiment, folder: Path | None = None, *, twin: bool = True
 
 
 def compare(
-    experiment: Experiment, labels: Sequence[str], seeds: Sequence[int], folder: Path | None = None
+    experiment: Experiment,
+    labels: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path | None = None,
+    *,
+    match: str = "rank",
 ) -> Iterator[Event]:
     """Several algorithms, each with every seed, on the same clients; local-only is always among them.
 
     Writes `compare.json`, a list of summaries. Labels are algorithm names or labels of `[overrides]`.
 
+    Args:
+        match: "rank": all have the rank that is written; "floats": each has the rank at which it sends as much as FedIT
+            would at that one (celora.experiment.budget).
+
     Raises:
         CeloraError: any of celora.errors; the folder is then as it was, or can be resumed.
     """
-    root = folder or Path("runs") / experiment.name
+    chosen, root = budget.match_of(match), folder or Path("runs") / experiment.name
     labels = list(dict.fromkeys(["local", *labels]))
     many = len(seeds) > 1
     jobs = [Job(a, s, root / a / f"seed-{s}" if many else root / a) for s in dict.fromkeys(seeds) for a in labels]
-    yield from _start(experiment, root, "compare", jobs)
+    yield from _start(experiment, root, "compare", jobs, chosen)
 
 
 def resume(root: Path) -> Iterator[Event]:
@@ -88,12 +98,14 @@ def resume(root: Path) -> Iterator[Event]:
     experiment = dataclasses.replace(read(root / "experiment.toml"), base=Path(session["base"]))
     jobs = [Job(job["label"], job["seed"], root / job["folder"]) for job in session["jobs"]]
     with folder.lock():
-        yield from _session(experiment, root, session["kind"], jobs, Workshop())
+        yield from _session(experiment, root, session["kind"], jobs, Workshop(), session.get("match", "rank"))
 
 
-def _start(experiment: Experiment, root: Path, kind: str, jobs: list[Job]) -> Iterator[Event]:
-    problems: list[str] = []
-    for label in dict.fromkeys(job.label for job in jobs):  # all mistakes of all algorithms, before anything is run
+def _start(
+    experiment: Experiment, root: Path, kind: str, jobs: list[Job], match: budget.Match = "rank"
+) -> Iterator[Event]:
+    labels, problems = list(dict.fromkeys(job.label for job in jobs)), list[str]()
+    for label in labels:  # all mistakes of all algorithms, before anything is run
         try:
             experiment.variant(label, experiment.plan.seed)
         except ConfigError as error:
@@ -103,15 +115,20 @@ def _start(experiment: Experiment, root: Path, kind: str, jobs: list[Job]) -> It
     workshop = Workshop()
     for seed in dict.fromkeys(job.seed for job in jobs):  # data and backbone must load before a folder is made
         workshop.world(experiment.variant(jobs[0].label, seed))
+    if match == "floats":  # from here on the ranks are part of what was written, so that resuming knows them
+        experiment = budget.matched(experiment, labels, workshop.modules)
     folder = RunFolder.create(root)
     with folder.lock():
         folder.write("experiment.toml", written(experiment))
         places = [{"label": j.label, "seed": j.seed, "folder": str(j.folder.relative_to(root))} for j in jobs]
-        folder.write_json(SESSION, {"kind": kind, "base": str(experiment.base.resolve()), "jobs": places})
-        yield from _session(experiment, root, kind, jobs, workshop)
+        base = str(experiment.base.resolve())
+        folder.write_json(SESSION, {"kind": kind, "base": base, "match": match, "jobs": places})
+        yield from _session(experiment, root, kind, jobs, workshop, match)
 
 
-def _session(experiment: Experiment, root: Path, kind: str, jobs: list[Job], workshop: Workshop) -> Iterator[Event]:
+def _session(
+    experiment: Experiment, root: Path, kind: str, jobs: list[Job], workshop: Workshop, match: budget.Match
+) -> Iterator[Event]:
     states = [
         {
             "algorithm": j.label,
@@ -129,7 +146,8 @@ def _session(experiment: Experiment, root: Path, kind: str, jobs: list[Job], wor
         variant = experiment.variant(job.label, job.seed)
         twin = twins.get(job.seed)
         try:
-            yield from _job(variant, job, workshop, RunFolder(twin.folder) if twin and twin != job else None)
+            alone = RunFolder(twin.folder) if twin and twin != job else None
+            yield from _job(variant, job, workshop, alone, match)
         except (KeyboardInterrupt, GeneratorExit, QuorumError) as reason:
             why = str(reason) or type(reason).__name__
             RunFolder(job.folder).event({"event": "stopped", "algorithm": job.label, "seed": job.seed, "why": why})
@@ -142,7 +160,9 @@ def _session(experiment: Experiment, root: Path, kind: str, jobs: list[Job], wor
     yield stamped({"event": "session_end", "folder": str(root), "summaries": summaries, "compare": compared})
 
 
-def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder | None) -> Iterator[Event]:
+def _job(
+    experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder | None, match: budget.Match
+) -> Iterator[Event]:
     """One algorithm, one seed: every event of it, from wherever its folder stands to its summary."""
     folder = RunFolder(job.folder)
     who = {"algorithm": job.label, "seed": job.seed}
@@ -166,10 +186,11 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
                 told.add(text)
                 yield folder.event({"event": "notice", **who, "text": text})
 
-    yield from notices([*world.notices, *(found[3] if found else [])])
+    sending = budget.uplink(experiment, match, workshop.modules)
+    yield from notices([*budget.notices(experiment, sending), *world.notices, *(found[3] if found else [])])
     schema = Schema.of(world.initial)
     shelves = Shelves(folder.shelves, schema, experiment.engine.state_mb * 2**20, found[1] if found else None)
-    engine = Embedded(algorithm, world.learner, shelves, schema, *experiment.engine.solver(world.backbone.device))
+    engine = Embedded(algorithm, world.learner, shelves, schema, *experiment.engine.solver(world.models.device))
     twin_rounds = {e["index"]: e["validation"] for e in twin.events() if e["event"] == "round"} if twin else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
     best = checkpoint.best if checkpoint else None
@@ -186,13 +207,13 @@ def _job(experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder |
         best = done.checkpoint.best
         del done  # the server's state and its frame, before the next round makes others
         line = folder.event(event)
-        yield from notices([*_notes(engine.notes), *world.passes.notices])
+        yield from notices([*_notes(engine.notes), *world.models.notices])
         yield line
     if best is None:
         raise RunFolderError(f"{job.folder}: no round was run")
     alone = {c: row["score"] for c, row in twin.read_json("summary.json")["clients"].items()} if twin else None
     summary = summarise(experiment, world, engine, best, folder.events(), alone)
-    summary |= {"folder": str(job.folder), "adapters": str(job.folder / "adapters")}
+    summary |= {"uplink": sending, "folder": str(job.folder), "adapters": str(job.folder / "adapters")}
     chosen = f"{summary['moment']}@{summary['round']}"
     for client in world.clients:
         if (kept := shelves.get(client, {}).get(chosen)) is not None:

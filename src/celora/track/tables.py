@@ -96,8 +96,10 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
     seeds = max((len(group) for group in groups.values()), default=0)
     table = _table("test scores" + (f", mean ± std over {seeds} seeds" if seeds > 1 else ""))
     table.add_column("algorithm", overflow="fold", min_width=10)
+    matched = any(summary.get("uplink", {}).get("match") == "floats" for summary in summaries)
     scores = ("mean", "worst\ndecile", "harmed", "lift", "of the\nmodels", "received", "personal")
-    for name in (*scores, "adapter\nup", "frame\nup", "head\nup", "data\nonce", "time"):
+    sending = ("rank", "numbers\nup") if matched else ()
+    for name in (*scores, *sending, "adapter\nup", "frame\nup", "head\nup", "data\nonce", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for algorithm, group in groups.items():
         metrics = [summary["metrics"] for summary in group]
@@ -114,6 +116,7 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
                 _spread(score, (s["moments"].get(name, {}).get("metrics", {}).get("mean") for s in group))
                 for name in ("received", "personal")
             ),
+            *(Text(f"{group[0]['uplink'][name]:,.0f}") for name in (("rank", "floats") if matched else ())),
             *(
                 Text(size(_mean(_values(s["bytes"][name] for s in group))))
                 for name in ("up_payload", "up_frame", "head", "summary")
@@ -123,7 +126,10 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
         )
     table.caption = Text(
         "harmed: clients below their local-only twin. received, personal: mean at that moment's best round on "
-        "validation. adapter, frame, head: bytes sent per client and round; data: of the data summary, once.",
+        "validation. adapter, frame, head: bytes sent per client and round; data: of the data summary, once."
+        + (
+            " rank: chosen so that numbers up, of the adapter in a round, are FedIT's or just fewer." if matched else ""
+        ),
         justify="left",
     )
     return table
