@@ -22,6 +22,7 @@ OTHERWISE: dict[str, tuple[str, float]] = {
         "the toy has one layer, which everybody trains; in round 6 of the four its F goes up",
         4 * (6 + 8) + 1 / 4,
     ),
+    "she-lora": ("a ciphertext of 120 KiB, and 8 bytes by which a wrong key is found", 4 * (6 + 8) + 120 * 256 + 2),
 }
 """name -> why the numbers sent follow from more than r, d and k, and how many they are on the toy federation."""
 HEADS = {"ravan"}

@@ -20,6 +20,7 @@ from celora.algorithms.pfedlora import PFedLoRA
 from celora.algorithms.pfedme import PFedMe
 from celora.algorithms.ravan import Ravan
 from celora.algorithms.rolora import RoLoRA
+from celora.algorithms.she_lora import SHELoRA
 
 ALGORITHMS: Mapping[str, type[Any]] = {
     "local": LocalOnly,
@@ -29,6 +30,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ce-lora": CELoRA,
     "pfedlora": PFedLoRA,
     "fed-hello": FedHeLLo,
+    "she-lora": SHELoRA,
     "rolora": RoLoRA,
     "flexlora": FlexLoRA,
     "hetlora": HetLoRA,
