@@ -50,8 +50,9 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"start": "gradient", "head": "private", "batches": 1},
     ],
     "fedalt": [{"by_rows": True, "head": "shared"}],
+    "fedmosaic": [{"coordinates": 5, "memory": 0, "noise": 0.01, "temperature": 0.01}, {"batches": 1, "memory": 1}],
 }
-CROSSES: Mapping[str, str] = {"fed-sb": "bases", "fedalt": "own"}
+CROSSES: Mapping[str, str] = {"fed-sb": "bases", "fedalt": "own", "fedmosaic": "own"}
 """Fields of a `Local` whose content also crosses, by design: each is said here, and all others are secret."""
 
 

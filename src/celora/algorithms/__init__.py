@@ -7,6 +7,7 @@ from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fed_sb import FedSB
 from celora.algorithms.fedalt import FedALT
 from celora.algorithms.fedit import FedIT
+from celora.algorithms.fedmosaic import FedMosaic
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.local import LocalOnly
@@ -21,5 +22,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ravan": Ravan,
     "fed-sb": FedSB,
     "fedalt": FedALT,
+    "fedmosaic": FedMosaic,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""

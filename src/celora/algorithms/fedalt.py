@@ -15,8 +15,8 @@ A_m and B_m of every client, so that those who are away in a round still count; 
 nothing.
 The mean is inexact, as FedIT's: factors are averaged apart, mean(B_m) mean(A_m) ≠ mean(B_m A_m).
 What the paper leaves open, or this file does in another way. It is about language models without a task head: here the
-head is private by default, and shared it is averaged over those heard in the round. Every client counts alike, as in the
-authors' code, unless `by_rows`. Their LoRA dropout of 0.05 is left out. Their code fails where a client is alone.
+head is private by default, and shared it is averaged over those heard in the round. Every client counts alike, as in
+the authors' code, unless `by_rows`. Their LoRA dropout of 0.05 is left out. Their code fails where a client is alone.
 """
 
 from collections.abc import Mapping, Sequence
