@@ -65,6 +65,7 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
     ],
     "pfedme": [{"beta": 1.5, "inner_steps": 2, "lam": 3.0, "eta": 0.1}],
     "fedalt": [{"by_rows": True, "head": "shared"}],
+    "fedmosaic": [{"coordinates": 5, "memory": 0, "noise": 0.01, "temperature": 0.01}, {"batches": 1, "memory": 1}],
 }
 
 
@@ -543,7 +544,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {"rolora": ("frozen",), "fed-sb": ("base
 They are private in nothing but where they lie, so they may come down again, to a client that lacks them."""
 
 
-SENT: Mapping[str, tuple[str, ...]] = {"fedalt": ("own",)}
+SENT: Mapping[str, tuple[str, ...]] = {"fedalt": ("own",), "fedmosaic": ("own",)}
 """Algorithm -> the fields of its `Local` that are also sent, by design: the client goes on from them, not a mean."""
 
 

@@ -10,6 +10,7 @@ from celora.algorithms.fed_sb import FedSB
 from celora.algorithms.fedalt import FedALT
 from celora.algorithms.fedex_lora import FedExLoRA
 from celora.algorithms.fedit import FedIT
+from celora.algorithms.fedmosaic import FedMosaic
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.flexlora import FlexLoRA
@@ -41,5 +42,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "fed-sb": FedSB,
     "pfedme": PFedMe,
     "fedalt": FedALT,
+    "fedmosaic": FedMosaic,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
