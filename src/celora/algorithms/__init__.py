@@ -10,6 +10,7 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.local import LocalOnly
+from celora.algorithms.per_fedavg import PerFedAvg
 from celora.algorithms.pfedlora import PFedLoRA
 from celora.algorithms.pfedme import PFedMe
 from celora.algorithms.rolora import RoLoRA
@@ -25,5 +26,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "rolora": RoLoRA,
     "ditto": Ditto,
     "pfedme": PFedMe,
+    "per-fedavg": PerFedAvg,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
