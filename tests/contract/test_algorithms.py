@@ -45,6 +45,7 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"first": 2, "every": 1, "fim_rows": 3},
     ],
     "pfedme": [{"beta": 1.5, "inner_steps": 2, "lam": 3.0, "eta": 0.1}],
+    "pf2lora": [{"zeta": "same", "divisor": 4, "head": "private"}, {"first_order": True}],
     "per-fedavg": [{"variant": "HF", "adapt": 3}],
 }
 

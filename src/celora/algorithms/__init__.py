@@ -11,6 +11,7 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.algorithms.ffa_lora import FFALoRA
 from celora.algorithms.local import LocalOnly
 from celora.algorithms.per_fedavg import PerFedAvg
+from celora.algorithms.pf2lora import PF2LoRA
 from celora.algorithms.pfedlora import PFedLoRA
 from celora.algorithms.pfedme import PFedMe
 from celora.algorithms.rolora import RoLoRA
@@ -27,5 +28,6 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ditto": Ditto,
     "pfedme": PFedMe,
     "per-fedavg": PerFedAvg,
+    "pf2lora": PF2LoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
