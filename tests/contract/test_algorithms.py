@@ -45,6 +45,7 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"first": 2, "every": 1, "fim_rows": 3},
     ],
     "pfedme": [{"beta": 1.5, "inner_steps": 2, "lam": 3.0, "eta": 0.1}],
+    "fdlora": [{"sync": "train", "sync_every": 1, "budget": 5}, {"sync_every": 1, "momentum": 0.9, "outer_lr": 0.7}],
     "pf2lora": [{"zeta": "same", "divisor": 4, "head": "private"}, {"first_order": True}],
     "per-fedavg": [{"variant": "HF", "adapt": 3}],
 }
@@ -486,19 +487,23 @@ def test_sharing_passes_is_reproducible_to_the_bit(name: str) -> None:
 # --- what travels -------------------------------------------------------------------------------------------------
 
 
-def private_bytes_that_travel(run: Run, public: tuple[str, ...] = ()) -> list[str]:
+def private_bytes_that_travel(run: Run, public: tuple[str, ...] = (), sent: tuple[str, ...] = ()) -> list[str]:
     """Where 32 consecutive bytes of a tensor of any client's `Local` cross, at whatever offset, in whatever round.
 
     All that crosses is searched: orders and replies whole, so frames, scores and errors alike. A tensor of fewer than
     32 bytes is searched for whole. Windows that repeat one number (the zeros of a B that has not moved) are left out:
     they are the seed's, and tell nothing of a client. The fields in `public` came down: they are searched for in what
-    goes up.
+    goes up. Those in `sent` went up: they are searched for in what comes down.
     """
     up = [pack(reply) for _, _, reply in run.tape.replies]
     down = [pack(order) for _, _, order in run.tape.orders]
     assert sum(map(len, down + up)) > sum(len(reply.frame) for _, _, reply in run.tape.replies) > 0
     found: list[str] = []
-    for searched, crossed in ((lambda field: field not in public, down + up), (lambda field: field in public, up)):
+    for searched, crossed in (
+        (lambda field: field not in public + sent, down + up),
+        (lambda field: field in public, up),
+        (lambda field: field in sent, down),
+    ):
         wanted: dict[bytes, str] = {}
         for index, shelves in enumerate(run.shelves, 1):
             for client, shelf in shelves.items():
@@ -522,15 +527,23 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {"rolora": ("frozen",)}
 """Algorithm -> the fields of its `Local` that hold what the server sent to everybody: a copy, kept to save a download.
 They are private in nothing but where they lie, so they may come down again, to a client that lacks them."""
 
+SENT: Mapping[str, tuple[str, ...]] = {"fdlora": ("personal",)}
+"""Algorithm -> the fields of its `Local` that hold what the client itself has sent, and that no other may get."""
+
 
 def public(name: str) -> tuple[str, ...]:
     """The public fields of a variant's `Local`."""
     return PUBLIC.get(name.rpartition("-")[0], ())
 
 
+def sent(name: str) -> tuple[str, ...]:
+    """The fields of a variant's `Local` that were sent."""
+    return SENT.get(name.rpartition("-")[0], ())
+
+
 @every_algorithm
 def test_no_32_bytes_of_a_private_tensor_are_in_anything_that_crosses(name: str) -> None:
-    assert private_bytes_that_travel(reference(name), public(name)) == []
+    assert private_bytes_that_travel(reference(name), public(name), sent(name)) == []
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if public(name)])

@@ -5,6 +5,7 @@ from typing import Any
 
 from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.ditto import Ditto
+from celora.algorithms.fdlora import FDLoRA
 from celora.algorithms.fed_hello import FedHeLLo
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
@@ -28,6 +29,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ditto": Ditto,
     "pfedme": PFedMe,
     "per-fedavg": PerFedAvg,
+    "fdlora": FDLoRA,
     "pf2lora": PF2LoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
