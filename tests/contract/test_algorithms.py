@@ -66,6 +66,9 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
     "pfedme": [{"beta": 1.5, "inner_steps": 2, "lam": 3.0, "eta": 0.1}],
     "fedalt": [{"by_rows": True, "head": "shared"}],
     "fedmosaic": [{"coordinates": 5, "memory": 0, "noise": 0.01, "temperature": 0.01}, {"batches": 1, "memory": 1}],
+    "fdlora": [{"sync": "train", "sync_every": 1, "budget": 5}, {"sync_every": 1, "momentum": 0.9, "outer_lr": 0.7}],
+    "pf2lora": [{"zeta": "same", "divisor": 4, "head": "private"}, {"first_order": True}],
+    "per-fedavg": [{"variant": "HF", "adapt": 3}],
 }
 
 
@@ -512,14 +515,17 @@ def private_bytes_that_travel(run: Run, public: tuple[str, ...] = (), sent: tupl
     All that crosses is searched: orders and replies whole, so frames, scores and errors alike. A tensor of fewer than
     32 bytes is searched for whole. Windows that repeat one number (the zeros of a B that has not moved) are left out:
     they are the seed's, and tell nothing of a client. The fields in `public` came down: they are searched for in what
-    goes up. Those in `sent` go up: they are not searched for.
+    goes up. Those in `sent` went up: they are searched for in what comes down.
     """
     up = [pack(reply) for _, _, reply in run.tape.replies]
     down = [pack(order) for _, _, order in run.tape.orders]
     assert sum(map(len, down + up)) > sum(len(reply.frame) for _, _, reply in run.tape.replies) > 0
     found: list[str] = []
-    others = {*public, *sent}
-    for searched, crossed in ((lambda field: field not in others, down + up), (lambda field: field in public, up)):
+    for searched, crossed in (
+        (lambda field: field not in public + sent, down + up),
+        (lambda field: field in public, up),
+        (lambda field: field in sent, down),
+    ):
         wanted: dict[bytes, str] = {}
         for index, shelves in enumerate(run.shelves, 1):
             for client, shelf in shelves.items():
@@ -543,9 +549,8 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {"rolora": ("frozen",), "fed-sb": ("base
 """Algorithm -> the fields of its `Local` that hold what the server sent to everybody: a copy, kept to save a download.
 They are private in nothing but where they lie, so they may come down again, to a client that lacks them."""
 
-
-SENT: Mapping[str, tuple[str, ...]] = {"fedalt": ("own",), "fedmosaic": ("own",)}
-"""Algorithm -> the fields of its `Local` that are also sent, by design: the client goes on from them, not a mean."""
+SENT: Mapping[str, tuple[str, ...]] = {"fdlora": ("personal",), "fedalt": ("own",), "fedmosaic": ("own",)}
+"""Algorithm -> the fields of its `Local` that hold what the client itself has sent, and that no other may get."""
 
 
 def public(name: str) -> tuple[str, ...]:
@@ -554,7 +559,7 @@ def public(name: str) -> tuple[str, ...]:
 
 
 def sent(name: str) -> tuple[str, ...]:
-    """The fields of a variant's `Local` that are also sent."""
+    """The fields of a variant's `Local` that were sent."""
     return SENT.get(name.rpartition("-")[0], ())
 
 

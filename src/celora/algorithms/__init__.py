@@ -5,6 +5,7 @@ from typing import Any
 
 from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.ditto import Ditto
+from celora.algorithms.fdlora import FDLoRA
 from celora.algorithms.fed_hello import FedHeLLo
 from celora.algorithms.fed_sb import FedSB
 from celora.algorithms.fedalt import FedALT
@@ -17,6 +18,8 @@ from celora.algorithms.flexlora import FlexLoRA
 from celora.algorithms.flora import FLoRA
 from celora.algorithms.hetlora import HetLoRA
 from celora.algorithms.local import LocalOnly
+from celora.algorithms.per_fedavg import PerFedAvg
+from celora.algorithms.pf2lora import PF2LoRA
 from celora.algorithms.pfedlora import PFedLoRA
 from celora.algorithms.pfedme import PFedMe
 from celora.algorithms.ravan import Ravan
@@ -43,5 +46,8 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "pfedme": PFedMe,
     "fedalt": FedALT,
     "fedmosaic": FedMosaic,
+    "per-fedavg": PerFedAvg,
+    "fdlora": FDLoRA,
+    "pf2lora": PF2LoRA,
 }
 """Name in tables, configuration files and the command line -> the algorithm."""
