@@ -65,7 +65,7 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
     ],
     "pfedme": [{"beta": 1.5, "inner_steps": 2, "lam": 3.0, "eta": 0.1}],
     "fedalt": [{"by_rows": True, "head": "shared"}],
-    "fedmosaic": [{"coordinates": 5, "memory": 0, "noise": 0.01, "temperature": 0.01}, {"batches": 1, "memory": 1}],
+    "fedmosaic": [{"coordinates": 5, "memory": 0, "noise": 0.01, "temperature": 0.5}, {"batches": 1, "memory": 1}],
     "fdlora": [{"sync": "train", "sync_every": 1, "budget": 5}, {"sync_every": 1, "momentum": 0.9, "outer_lr": 0.7}],
     "pf2lora": [{"zeta": "same", "divisor": 4, "head": "private"}, {"first_order": True}],
     "per-fedavg": [{"variant": "HF", "adapt": 3}],
