@@ -107,7 +107,7 @@ def world_of(*trees: Tree) -> World:
 def federate(world: World, group: int | None) -> None:
     """All rounds of a world, frames, screening, averages and the closing download included; no run folder."""
     of, shelves = world.experiment, dict[str, Any]()
-    ways = dataclasses.replace(world.experiment.engine, group=group).solver(world.backbone.device)
+    ways = dataclasses.replace(world.experiment.engine, group=group).solver(world.models.device)
     exchange = embedded.Embedded(of.algorithm, world.learner, shelves, Schema.of(world.initial), *ways)
     for done in federation.run(of.algorithm, exchange, of.plan, world.clients, world.initial):
         if done.excluded:

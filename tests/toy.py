@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 from torch import Tensor
 
-from celora.core.adapters import Family, modules
+from celora.core.adapters import Family, modules, truncated
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.federation import run
 from celora.core.learner import (
@@ -54,6 +54,7 @@ class World:
         family: of the adapter.
         b: "zero", or "random" where the bases are to be frozen.
         faults: (client, round) -> an exception that the client's loss raises there, or a factor of its loss.
+        ranks: of the clients that have one of their own.
 
     Attributes:
         reads: (client, split) -> how often the rows of that split were read.
@@ -67,8 +68,9 @@ class World:
         seed: int = 0,
         b: str = "zero",
         faults: Mapping[tuple[str, int], Exception | float] | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
-        self.recipe, self.seed, self.faults = recipe, seed, faults or {}
+        self.recipe, self.seed, self.faults, self.ranks = recipe, seed, faults or {}, ranks or {}
         self.reads: Counter[tuple[str, str]] = Counter()
         draw = generator(seed, "initial")
         self.backbone = torch.randn(D_OUT, D_IN, generator=draw) / 2
@@ -146,14 +148,18 @@ class Toy:
     def __init__(self, world: World, client: str, round: int) -> None:
         self.world, self.client, self.round = world, client, round
         self.recipe, self.initial, self.shared = world.recipe, world.initial, world.shared
+        if client in world.ranks:
+            self.initial = truncated(world.initial, world.ranks[client])
         self.rng = generator(world.seed, "algorithm", client, round)
+        self.order = generator(world.seed, "fit", client, round)
         self.examples = 24 + 6 * int(client[1:])
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """Each call draws another order, as a `ModelLearner`'s."""
         x, y = self.world.rows(self.client, "train")
-        draw, made = generator(self.world.seed, "fit", self.client, self.round), 0
+        made = 0
         for _ in range(self.recipe.epochs if self.recipe.steps is None else self.recipe.steps):
-            for rows in torch.randperm(len(x), generator=draw).split(self.recipe.batch_size):
+            for rows in torch.randperm(len(x), generator=self.order).split(size or self.recipe.batch_size):
                 if made == self.recipe.steps:
                     return
                 made += 1
@@ -195,18 +201,20 @@ class Toy:
 
 @dataclass(frozen=True)
 class Stub:
-    """A learner that holds what it is given; it can be asked for anything but to train."""
+    """A learner that holds what it is given; it can be asked for anything but losses."""
 
     initial: Tensors
     examples: int = 1
     rows: tuple[Tensor, Tensor] = (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
     recipe: Recipe = RECIPE
+    mini: Sequence[Batch] = ({},)
     rng: torch.Generator = field(default_factory=lambda: generator(0, "stub"))
     device: ClassVar[torch.device] = torch.device("cpu")
     shared: ClassVar[None] = None
 
-    def batches(self) -> Iterator[Batch]:
-        raise AssertionError("a stub does not train")
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """To name in a `Gradient`; nothing need be in them."""
+        yield from self.mini
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
         raise AssertionError("a stub does not train")
@@ -234,6 +242,21 @@ def turn(
     except StopIteration as stop:
         return problem, stop.value
     raise AssertionError("a second Fit")
+
+
+def played(
+    algorithm: AnyAlgorithm, learner: Any, local: Any, down: Any, answers: Sequence[object]
+) -> tuple[list[Problem], Trained[Any, Any]]:
+    """A client's turn whose problems get these answers, one after another: the problems posed, and what came of it."""
+    steps, asked = algorithm.train(learner, local, down), list[Problem]()
+    try:
+        asked.append(next(steps))
+        for answer in answers:
+            asked.append(steps.send(answer))
+    except StopIteration as stop:
+        assert len(asked) == len(answers)
+        return asked, stop.value
+    raise AssertionError(f"one more problem: {asked[-1]}")
 
 
 def pretend(jobs: Sequence[Any]) -> list[Any]:

@@ -21,14 +21,14 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.learner import Fit
-from celora.core.messages import Checkpoint, Exchange, Model, Notes, Order, Plan, Reply, Round
-from celora.core.solve import solve_together
+from celora.core.messages import Checkpoint, Exchange, Model, Notes, Order, Plan, Reply, Round, opened
+from celora.core.solve import solve, solve_together
 from celora.engines import embedded
 from celora.errors import QuorumError, WireError
-from celora.tensors import Names, Tensors, mean, only
+from celora.tensors import Names, Tensors, mean, only, part
 from celora.track.shelves import Shelves
 from celora.wire import Schema, pack, unpack
-from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, pretended, tensors_in, world_of
+from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, tensors_in, world_of
 
 HEADS = ("private", "shared", "frozen")
 MORE: Mapping[str, list[dict[str, Any]]] = {
@@ -39,6 +39,36 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
         {"combination": "product", "normalise": "softmax", "cka_of": "C", "components": 1},
         {"freeze_bases": True, "self_weight": "fixed", "kernel": "inverse", "components": 1},
     ],
+    "fed-hello": [
+        {"allocation": "bottleneck", "randomised": True},
+        {"allocation": "uniform", "tiers": (1.0,), "head": "private"},
+        {"first": 2, "every": 1, "fim_rows": 3},
+    ],
+    "she-lora": [
+        {"budget": (0.2, 0.5, 1.0), "merge": "score", "head": "private"},
+        {"sensitivity": "code", "budget": (0.4,), "calibration": 5},
+    ],
+    "fedex-lora": [{"rank": 2}],
+    "hetlora": [
+        {"lam": 0.3, "gamma": 0.5, "weighting": "all"},
+        {"pruning": False},
+    ],
+    "ravan": [
+        {"train_heads": 1, "choose": "random"},
+        {"heads": 2, "train_heads": 1, "choose": "norm", "head": "private"},
+        {"heads": 3, "train_heads": 2, "choose": "gradient", "head": "frozen"},
+    ],
+    "fed-sb": [
+        {"start": "random"},
+        {"start": "gradient", "eta": 1e-2},
+        {"start": "gradient", "head": "private", "batches": 1},
+    ],
+    "pfedme": [{"beta": 1.5, "inner_steps": 2, "lam": 3.0, "eta": 0.1}],
+    "fedalt": [{"by_rows": True, "head": "shared"}],
+    "fedmosaic": [{"coordinates": 5, "memory": 0, "noise": 0.01, "temperature": 0.01}, {"batches": 1, "memory": 1}],
+    "fdlora": [{"sync": "train", "sync_every": 1, "budget": 5}, {"sync_every": 1, "momentum": 0.9, "outer_lr": 0.7}],
+    "pf2lora": [{"zeta": "same", "divisor": 4, "head": "private"}, {"first_order": True}],
+    "per-fedavg": [{"variant": "HF", "adapt": 3}],
 }
 
 
@@ -106,7 +136,8 @@ def private(run: Run, index: int, client: str) -> Any:
 
 
 def has_private_state(name: str) -> bool:
-    return bool([t for client in CLIENTS for t in tensors_in(private(reference(name), 1, client))])
+    """Whether a client has come to keep anything in the course of a run."""
+    return bool([t for client in CLIENTS for t in tensors_in(private(reference(name), PLAN.rounds, client))])
 
 
 def sends_anything(name: str) -> bool:
@@ -288,10 +319,12 @@ def test_a_client_that_never_answers_leaves_the_others_a_run(name: str) -> None:
 
 @every_algorithm
 def test_a_client_that_was_away_or_failed_keeps_its_last_good_state(name: str) -> None:
+    """A client that trained has another one, if it has any; it may have its first one only now."""
     run = troubled(name)
     for client, trained in (("c0", True), ("c1", False), ("c2", False)):
         moved = image(private(run, 1, client)) != image(private(run, 2, client))
-        assert moved == (trained and has_private_state(name))
+        assert moved <= trained
+        assert moved or not (trained and has_private_state(name))
 
 
 @cache
@@ -476,36 +509,77 @@ def test_sharing_passes_is_reproducible_to_the_bit(name: str) -> None:
 # --- what travels -------------------------------------------------------------------------------------------------
 
 
-def private_bytes_that_travel(run: Run) -> list[str]:
+def private_bytes_that_travel(run: Run, public: tuple[str, ...] = (), sent: tuple[str, ...] = ()) -> list[str]:
     """Where 32 consecutive bytes of a tensor of any client's `Local` cross, at whatever offset, in whatever round.
 
     All that crosses is searched: orders and replies whole, so frames, scores and errors alike. A tensor of fewer than
     32 bytes is searched for whole. Windows that repeat one number (the zeros of a B that has not moved) are left out:
-    they are the seed's, and tell nothing of a client.
+    they are the seed's, and tell nothing of a client. The fields in `public` came down: they are searched for in what
+    goes up. Those in `sent` went up: they are searched for in what comes down.
     """
-    wanted: dict[bytes, str] = {}
-    for index, shelves in enumerate(run.shelves, 1):
-        for client, shelf in shelves.items():
-            for tensor in tensors_in(run.federation.private(shelf)):
-                raw, number = image(tensor)[3], tensor.element_size()
-                size = min(32, len(raw))
-                for at in range(len(raw) - size + 1):
-                    window = raw[at : at + size]
-                    if window != (window[:number] * size)[:size]:
-                        wanted[window] = f"{client} round {index} {tuple(tensor.shape)} byte {at}"
-    crossed = [pack(order) for _, _, order in run.tape.orders] + [pack(reply) for _, _, reply in run.tape.replies]
-    assert sum(map(len, crossed)) > sum(len(reply.frame) for _, _, reply in run.tape.replies) > 0
+    up = [pack(reply) for _, _, reply in run.tape.replies]
+    down = [pack(order) for _, _, order in run.tape.orders]
+    assert sum(map(len, down + up)) > sum(len(reply.frame) for _, _, reply in run.tape.replies) > 0
     found: list[str] = []
-    for size in {len(window) for window in wanted}:
-        for message in crossed:
-            there = {message[at : at + size] for at in range(len(message) - size + 1)}
-            found += sorted(wanted[window] for window in there & wanted.keys())
+    for searched, crossed in (
+        (lambda field: field not in public + sent, down + up),
+        (lambda field: field in public, up),
+        (lambda field: field in sent, down),
+    ):
+        wanted: dict[bytes, str] = {}
+        for index, shelves in enumerate(run.shelves, 1):
+            for client, shelf in shelves.items():
+                local = run.federation.private(shelf)
+                kept = [getattr(local, field.name) for field in dataclasses.fields(local) if searched(field.name)]
+                for tensor in (tensor for value in kept for tensor in tensors_in(value)):
+                    raw, number = image(tensor)[3], tensor.element_size()
+                    size = min(32, len(raw))
+                    for at in range(len(raw) - size + 1):
+                        window = raw[at : at + size]
+                        if window != (window[:number] * size)[:size]:
+                            wanted[window] = f"{client} round {index} {tuple(tensor.shape)} byte {at}"
+        for size in {len(window) for window in wanted}:
+            for message in crossed:
+                there = {message[at : at + size] for at in range(len(message) - size + 1)}
+                found += sorted(wanted[window] for window in there & wanted.keys())
     return found
+
+
+PUBLIC: Mapping[str, tuple[str, ...]] = {"rolora": ("frozen",), "fed-sb": ("bases",)}
+"""Algorithm -> the fields of its `Local` that hold what the server sent to everybody: a copy, kept to save a download.
+They are private in nothing but where they lie, so they may come down again, to a client that lacks them."""
+
+SENT: Mapping[str, tuple[str, ...]] = {"fdlora": ("personal",), "fedalt": ("own",), "fedmosaic": ("own",)}
+"""Algorithm -> the fields of its `Local` that hold what the client itself has sent, and that no other may get."""
+
+
+def public(name: str) -> tuple[str, ...]:
+    """The public fields of a variant's `Local`."""
+    return PUBLIC.get(name.rpartition("-")[0], ())
+
+
+def sent(name: str) -> tuple[str, ...]:
+    """The fields of a variant's `Local` that were sent."""
+    return SENT.get(name.rpartition("-")[0], ())
 
 
 @every_algorithm
 def test_no_32_bytes_of_a_private_tensor_are_in_anything_that_crosses(name: str) -> None:
-    assert private_bytes_that_travel(reference(name)) == []
+    assert private_bytes_that_travel(reference(name), public(name), sent(name)) == []
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if sent(name)])
+def test_what_is_said_to_be_sent_is(name: str) -> None:
+    """Otherwise the list would hide what need not be hidden."""
+    assert private_bytes_that_travel(reference(name))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if public(name)])
+def test_what_is_called_public_is_the_same_at_every_client(name: str) -> None:
+    for index in range(1, PLAN.rounds + 1):
+        for field in public(name):
+            first, *others = [image(getattr(private(reference(name), index, client), field)) for client in CLIENTS]
+            assert all(other == first for other in others)
 
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith(("local", "fedsa", "ce-lora"))])
@@ -531,8 +605,10 @@ class Whispering(FedSALoRA):
         return Trained(trained.local, dataclasses.replace(trained.up, weights=sent), trained.model)
 
 
-def test_a_private_tensor_that_is_sent_is_found() -> None:
-    found = private_bytes_that_travel(record_run(Leaking()))
+@pytest.mark.parametrize("public", [(), ("mine",)], ids=["private", "public"])
+def test_a_private_tensor_that_is_sent_is_found(public: tuple[str, ...]) -> None:
+    """Even one that may come down."""
+    found = private_bytes_that_travel(record_run(Leaking()), public)
     assert {line.split()[0] for line in found} == set(CLIENTS)
     assert all("(8, 4)" in line for line in found)
 
@@ -561,7 +637,8 @@ def test_a_reply_holds_exactly_the_names_that_the_algorithm_says_it_shares(name:
         if algorithm.card.partial:
             assert all(names and names <= shared for names in sent)
         else:
-            assert sent == ([shared] if shared else [])
+            nothing_yet = getattr(up, "weights", {}) is None  # told apart from a reply that lacks something
+            assert sent == ([shared] if shared and not nothing_yet else [])
 
 
 @every_algorithm
@@ -571,7 +648,8 @@ def test_a_model_holds_known_names_in_their_shapes_and_no_others(name: str) -> N
     for index in range(2, PLAN.rounds + 2):
         for client in CLIENTS:
             down = unpack(algorithm.card.down, downs[index, client], run.federation.schema)
-            assert run.federation.schema.covers(algorithm.model(private(run, index - 1, client), down))
+            model, schema = algorithm.model(private(run, index - 1, client), down), run.federation.schema
+            assert schema.names(model) if algorithm.card.mixed_ranks else schema.covers(model)
 
 
 @every_algorithm
@@ -608,33 +686,52 @@ def test_before_training_every_client_predicts_with_the_weights_of_the_seed(name
         assert image(model) == image(initial)
 
 
-def trained_names(algorithm: AnyAlgorithm, learner: Any, local: Any, down: Any) -> set[str]:
-    """The names that a client's turn asks to train, or to have gradients of."""
-    found, steps = set[str](), algorithm.train(learner, local, down)
+def noting(steps: Any, learner: Any, found: set[str]) -> Any:
+    """A turn that notes the names it asks to train, or to have gradients of."""
     try:
         problem = next(steps)
         while True:
             names = problem.train if isinstance(problem, Fit) else getattr(problem, "names", lambda name: False)
             found |= {name for name in learner.initial if names(name)}
-            problem = steps.send(pretended(learner, problem))
-    except StopIteration:
-        return found
+            answer = yield problem
+            problem = steps.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
+def trained_names(run: Run, client: str) -> set[str]:
+    """The names that a client's turns ask to train, each turn done again from what it started from."""
+    federation, found = run.federation, set[str]()
+    algorithm = federation.algorithm
+    frames = {index: order.frame for index, c, order in run.tape.orders if c == client}
+    for index in range(1, PLAN.rounds + 1):
+        learner = federation.world(client, index)
+        local = private(run, index - 1, client) if index > 1 else algorithm.client_init(learner)
+        down = unpack(algorithm.card.down, frames[index], federation.schema)
+        (end,) = solve([(learner, noting(algorithm.train(learner, local, down), learner, found))])
+        assert isinstance(end, Trained)
+    return found
+
+
+def names_in(value: object) -> Iterator[str]:
+    """The keys of every mapping in a record."""
+    if isinstance(value, Mapping):
+        yield from value
+    for inner in vars(value).values() if dataclasses.is_dataclass(value) else ():
+        yield from names_in(inner)
 
 
 @every_algorithm
 def test_what_is_frozen_stays_as_drawn_at_every_client(name: str) -> None:
     """Of the trained model: the names that neither travel nor are kept are the seed's, to the bit."""
     algorithm, run = VARIANTS[name], reference(name)
-    initial, learner = run.federation.world.initial, run.federation.world("c0", 1)
-    down = algorithm.send(algorithm.server_init(initial, CLIENTS), "c0")
+    initial = run.federation.world.initial
     for client in CLIENTS:
-        asked = trained_names(algorithm, learner, algorithm.client_init(learner), down)
+        asked = trained_names(run, client)
         crossed = [
             unpack(algorithm.card.down, o.frame, run.federation.schema) for _, c, o in run.tape.orders if c == client
         ]
-        given = {
-            name for down in crossed for field in vars(down).values() if isinstance(field, Mapping) for name in field
-        }
+        given = {name for down in crossed for name in names_in(down)}
         weights = unpack(Model, run.shelves[-1][client][f"personal@{PLAN.rounds}"], run.federation.schema).weights
         for factor, tensor in initial.items():
             if image(weights[factor]) != image(tensor):
@@ -660,6 +757,59 @@ def test_with_a_fraction_only_the_drawn_train_and_everybody_is_scored(name: str)
             if client not in rnd.heard:
                 earlier = before.get(client, {})
                 assert shelves[client].get(newest(shelves[client])) == earlier.get(newest(earlier))
+
+
+# --- clients of unlike rank ---------------------------------------------------------------------------------------
+
+RANKS = dict(zip(CLIENTS, (1, 3, 2, 4), strict=True))
+mixed = pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].card.mixed_ranks])
+
+
+def unlike(name: str, **options: Any) -> World:
+    return world_of(again(name), ranks=RANKS, **options)
+
+
+def ranks_in(weights: Tensors) -> dict[str, int]:
+    return {n: len(w) if part(n) == "A" else w.shape[1] for n, w in weights.items() if part(n) in ("A", "B")}
+
+
+@mixed
+def test_each_client_trains_predicts_and_sends_at_its_own_rank_or_below(name: str) -> None:
+    run, algorithm = record_run(again(name), unlike(name)), VARIANTS[name]
+    assert [rnd.heard for rnd in run.rounds] == [CLIENTS, CLIENTS, ()]
+    assert not any(rnd.excluded for rnd in run.rounds)
+    for _, client, reply in run.tape.replies:
+        for model in ("received@1", "personal@2"):
+            weights = opened(Model, run.shelves[-1][client][model], run.federation.schema).weights
+            assert max(ranks_in(weights).values()) <= RANKS[client]
+        if reply.frame:
+            up = unpack(algorithm.card.up, reply.frame, run.federation.schema)
+            sent = getattr(up, "weights", None) or {}
+            assert max(ranks_in(sent).values(), default=0) <= RANKS[client]
+
+
+@mixed
+def test_unlike_ranks_survive_clients_that_are_away_fail_or_never_answer(name: str) -> None:
+    """c3, the only one of the largest rank, is never heard, and c0, of the smallest, joins late."""
+    world = unlike(name, faults={("c2", 2): RuntimeError("the disk is full")})
+    gone = lost(("c0", 1), ("c0", 2), ("c1", 3), *(("c3", index) for index in range(1, 4)))
+    run = record_run(again(name), world, Plan(rounds=4), gone)
+    assert [rnd.heard for rnd in run.rounds] == [("c1", "c2"), ("c1",), ("c0", "c2"), CLIENTS, ()]
+    losses = [score["received"]["loss"] for score in run.rounds[-1].scores.values()]
+    assert len(losses) == len(CLIENTS)
+    assert all(map(math.isfinite, losses))
+
+
+@mixed
+def test_with_unlike_ranks_sharing_passes_and_resuming_change_nothing(name: str) -> None:
+    expected = record_run(again(name), unlike(name))
+    federation = Federation(again(name), unlike(name), shelves=expected.shelves[0])
+    rest = list(federation.run(PLAN, checkpoint=expected.rounds[0].checkpoint))
+    assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in expected.rounds[1:]]
+    for found, alone in zip(together(Federation(again(name), unlike(name)), PLAN), expected.rounds, strict=True):
+        for client, moments in alone.scores.items():
+            for moment, metrics in moments.items():
+                assert found.scores[client][moment] == pytest.approx(metrics, abs=1e-5)
 
 
 # --- training does something --------------------------------------------------------------------------------------

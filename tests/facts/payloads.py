@@ -1,5 +1,6 @@
 """What an algorithm sends at MiniLM's size, measured in frames that were really built."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.federation import run
+from celora.core.learner import Batch
 from celora.core.messages import Plan, Round
 from celora.engines.embedded import Embedded
 from celora.wire import Schema
@@ -29,13 +31,20 @@ def weights(family: Family) -> dict[str, Tensor]:
     return {**found, "head.weight": torch.zeros(CLASSES, DIM), "head.bias": torch.zeros(CLASSES)}
 
 
+class Worker(Stub):
+    """A stub with mini-batches, for methods that ask for gradients."""
+
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        return iter([{}, {}])
+
+
 def rounds(algorithm: Any, clients: str = "ab") -> list[Round]:
     """Two rounds and the closing one, of clients with 40 rows that end their training where they start."""
     initial = weights(algorithm.family)
 
     def world(client: str, round: int) -> Stub:
         draw = torch.Generator().manual_seed(ord(client))
-        return Stub(initial, 40, (torch.randn(40, DIM, generator=draw), torch.arange(40) % 2))
+        return Worker(initial, 40, (torch.randn(40, DIM, generator=draw), torch.arange(40) % 2))
 
     engine = Embedded(algorithm, world, {}, Schema.of(initial), pretend)
     return list(run(algorithm, engine, Plan(rounds=2), clients, initial))

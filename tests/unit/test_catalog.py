@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from celora import catalog, cli
@@ -35,8 +36,8 @@ def test_the_table_says_what_goes_up_and_how_many_numbers_within_120_columns(
     lines = {line.split("  ")[0].removesuffix(f" {catalog.MIXED}").strip(): line for line in text.splitlines()}
     assert set(ALGORITHMS) <= set(lines)
     assert "A, B, head" in lines["fedit"] and lines["fedit"].rstrip().endswith("r(d + k)")
-    assert "C; G once" in lines["ce-lora"] and "every C_i and G_i, W" in lines["ce-lora"]
-    assert max(map(len, text.splitlines())) <= tables.WIDTH and "…" not in text
+    assert "C; G once" in lines["ce-lora"] and "every C_i" in lines["ce-lora"]
+    assert max(map(cell_len, text.splitlines())) <= tables.WIDTH and "…" not in text
 
 
 def test_algorithms_with_ranks_of_their_own_are_marked() -> None:

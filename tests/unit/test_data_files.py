@@ -1,12 +1,15 @@
 """Reading a user's own files, and what is said about bad ones."""
 
 import gzip
+import io
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 from celora.data import Data, load, read
 from celora.data.table import Table
@@ -249,3 +252,38 @@ def test_a_column_of_unique_labels_is_suspicious(tmp_path: Path) -> None:
     write(tmp_path, a__csv="text,label\n" + "".join(f"a,{i}\n" for i in range(10)))
     federation = load(Data(source="a.csv", clients=2), tmp_path, seed=0)
     assert any("10 different labels in 10 rows" in notice for notice in federation.notices)
+
+
+def png(side: int, shade: int, mode: str = "RGB") -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, (side, side), shade if mode == "L" else (shade, 0, 255)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_images_are_read_from_bytes_whatever_their_format(tmp_path: Path) -> None:
+    cells = [png(4, 10), {"bytes": png(4, 20), "path": None}, None, png(4, 30, "L")]
+    for name, image in (("plain", cells[0]), ("nested", cells[1])):
+        pq.write_table(pa.Table.from_pylist([{"image": image, "label": 1}]), tmp_path / f"{name}.parquet")
+    rows = [{"image": cell, "label": number} for number, cell in enumerate((cells[0], cells[2], cells[3]))]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    table = table_of(tmp_path, "a.parquet", image="image")
+    assert isinstance(table.inputs, torch.Tensor)
+    assert (table.inputs.dtype, tuple(table.inputs.shape)) == (torch.uint8, (2, 3, 4, 4))
+    assert table.inputs[:, :, 0, 0].tolist() == [[10, 0, 255], [30, 30, 30]]
+    assert table.labels == ["0", "2"]
+    assert "1 row without an image was left out" in table.notices[0]
+    assert table_of(tmp_path, "nested.parquet", image="image").inputs[0, :, 0, 0].tolist() == [20, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("cells", "says"),
+    [
+        ([png(4, 1), png(6, 1)], "found an image of 6 × 6 pixels, expected 4 × 4"),
+        ([b"no image"], "holds no readable image"),
+        (["text"], "expected the bytes of an image file"),
+    ],
+)
+def test_images_that_cannot_be_used_are_named(tmp_path: Path, cells: list[object], says: str) -> None:
+    pq.write_table(pa.Table.from_pylist([{"image": cell, "label": 1} for cell in cells]), tmp_path / "a.parquet")
+    assert says in error_of(tmp_path, "a.parquet", image="image")
+    assert f"a.parquet:{len(cells)}" in error_of(tmp_path, "a.parquet", image="image")

@@ -27,13 +27,18 @@ def everything(name: str) -> bool:
     return True
 
 
+def again(client: Any) -> Any:
+    """The same learner before its first draw: each `batches()` draws another order."""
+    return client.world(client.client, client.round)
+
+
 def reference(problem: Fit, client: Any) -> tuple[dict[str, Tensor], float]:
     """The same problem with torch.optim.AdamW, clip_grad_norm_ and LambdaLR, one parameter a tensor."""
     recipe = client.recipe
     weights = {name: w.clone() for name, w in {**client.initial, **problem.weights}.items()}
     parameters = [w.requires_grad_() for name, w in weights.items() if problem.train(name)]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    batches = list(client.batches())
+    batches = list(again(client).batches())
     slope = 1 / len(batches) if recipe.decay == "linear" else 0.0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - slope * step)
     losses = []
@@ -99,7 +104,7 @@ def test_a_fit_starts_from_its_weights_and_from_the_initial_ones_where_they_are_
 
 def test_every_fit_starts_with_a_new_optimiser() -> None:
     client, problem = learner(), Fit({}, train=everything)
-    assert image(fit(client, problem)) == image(fit(client, problem))
+    assert image(fit(again(client), problem)) == image(fit(again(client), problem))
 
 
 def test_a_penalty_is_in_the_gradient_and_not_in_the_reported_loss() -> None:
@@ -114,7 +119,7 @@ def test_a_penalty_is_in_the_gradient_and_not_in_the_reported_loss() -> None:
         torch.testing.assert_close(fitted.weights[name], tensor, atol=1e-6, rtol=0)
     assert fitted.metrics["loss"] == pytest.approx(loss, rel=1e-5)
 
-    free = fit(client, Fit({}, train=everything)).weights
+    free = fit(again(client), Fit({}, train=everything)).weights
 
     def moved(weights: Tensors) -> float:
         return float((weights["layer.A"] - client.initial["layer.A"]).norm())
@@ -168,7 +173,7 @@ def test_a_loss_of_nan_excludes_its_client_by_that_name(name: str) -> None:
 class Silent(Stub):
     """A learner without rows."""
 
-    def batches(self) -> Any:
+    def batches(self, size: int | None = None) -> Any:
         return iter(())
 
 
@@ -195,7 +200,7 @@ def test_turns_are_run_to_their_ends_in_order_whatever_the_number_of_fits() -> N
     none, two = solve([(client, turn(end="none")), (client, turn(problem, Fit({}, train=only("A")), end="two"))])
     assert none == ("none", [])
     assert two[0] == "two"
-    assert image(two[1][0]) == image(fit(client, problem))
+    assert image(two[1][0]) == image(fit(again(client), problem))
     assert len(two[1]) == 2
 
 

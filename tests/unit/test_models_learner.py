@@ -101,6 +101,11 @@ def test_epochs_or_steps(recipe: dict[str, int], sizes: list[int]) -> None:
         assert sum(len(batch["labels"]) for batch in batches) == 20
 
 
+def test_mini_batches_of_another_size() -> None:
+    batches = list(learner(vit(), images(10), batch_size=4).batches(1))
+    assert [len(batch["labels"]) for batch in batches] == [1] * 10
+
+
 def test_batches_have_an_address() -> None:
     rows = images(12)
     same = learner(vit(), rows, batch_size=4)

@@ -58,6 +58,7 @@ class LocalOnly:
         remembers="nothing",
         uplink="0",
         floats=lambda r, d, k: 0,
+        mixed_ranks=True,
     )
 
     head: Head = setting("private", "the task head: private, or frozen as drawn; shared has nobody to share with")

@@ -8,7 +8,7 @@
     Residual    B A x + W x                                     FLoRA, FedEx-LoRA: W is what was merged into W0
     Dual        B A x + B2 A2 x                                 PF2LoRA
     Gated       a(x) B A x + (1 − a(x)) B2 A2 x                 FedALT
-    Pair        (1 − b) B A x + b B2 (P A2 x + Q)               Co-LoRA
+    Pair        (1 − b) B (P A x + Q) + b B (P2 A x + Q2)       Co-LoRA
 
 A weight's name is its module's and its part's, `encoder.layer.0.attention.self.query.A`. Every part is a matrix, so a
 leading client axis K can be told. All but a few start with Δ = 0, so that clients start from the frozen backbone.
@@ -168,17 +168,27 @@ class Heads:
     update: str = "ΔW = s·Σ_h s_h B_h C_h A_h"
 
     def parts(self, rank: int, d_in: int, d_out: int) -> dict[str, Part]:
-        """A (H r, d_in), B (d_out, H r), C (H r, r): the cores one below the other; S (H, 1)."""
+        """A (H r, d_in), B (d_out, H r); for each head h = 1 … H its core Ch (r, r) and its scale Sh (1, 1)."""
         wide = self.heads * rank
         return {
             "A": Part(wide, d_in, "rows"),
             "B": Part(d_out, wide, "columns"),
-            "C": Part(wide, rank, "zero"),
-            "S": Part(self.heads, 1, "one"),
+            **{core: Part(rank, rank, "zero") for core in self.cores},
+            **{scale: Part(1, 1, "one") for scale in self.scales},
         }
 
+    @property
+    def cores(self) -> tuple[str, ...]:
+        """C1 … CH."""
+        return tuple(f"C{h}" for h in range(1, self.heads + 1))
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """S1 … SH."""
+        return tuple(f"S{h}" for h in range(1, self.heads + 1))
+
     def delta(self, x: Tensor, w: Tensors) -> Tensor:
-        """B · blockdiag(s_h C_h) · A x."""
+        """[s_1 B_1 C_1 | … | s_H B_H C_H] A x."""
         return linear(linear(x, w["A"]), self._up(w))
 
     def lora(self, w: Tensors) -> tuple[Tensor, Tensor]:
@@ -186,11 +196,11 @@ class Heads:
         return w["A"], self._up(w)
 
     def _up(self, w: Tensors) -> Tensor:
-        """[s_1 B_1 C_1 | … | s_H B_H C_H], (..., d_out, H r)."""
-        cores = torch.stack(w["C"].chunk(self.heads, dim=-2), dim=-3)  # (..., H, r, r)
-        bases = torch.stack(w["B"].chunk(self.heads, dim=-1), dim=-3)  # (..., H, d_out, r)
-        scaled = bases @ (cores * w["S"].unsqueeze(-1))
-        return torch.cat(scaled.unbind(dim=-3), dim=-1)
+        """[s_1 B_1 C_1 | … | s_H B_H C_H], (..., d_out, H r); some heads may have a client axis, and others none."""
+        bases = w["B"].chunk(self.heads, dim=-1)
+        folded = [b @ (w[c] * w[s]) for b, c, s in zip(bases, self.cores, self.scales, strict=True)]
+        lead = max((block.shape[:-2] for block in folded), key=len)
+        return torch.cat([block.expand(*lead, -1, -1) for block in folded], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -268,31 +278,28 @@ class Gated:
 
 @dataclass(frozen=True)
 class Pair:
-    """Δ(x) = (1 − b) B A x + b B2 (P A2 x + Q), b = sigmoid(G) (Co-LoRA in FedMosaic)."""
+    """Δ(x) = (1 − b) B (P A x + Q) + b B (P2 A x + Q2), b = sigmoid(G): the client's own and others' (Co-LoRA)."""
 
     name: str = "pair"
-    update: str = "Δ(x) = s·((1 − b) B A x + b B2 (P A2 x + Q))"
+    update: str = "Δ(x) = s·((1 − b) B (P A x + Q) + b B (P2 A x + Q2))"
 
     def parts(self, rank: int, d_in: int, d_out: int) -> dict[str, Part]:
-        """A (r, d_in), B (d_out, r); bases A2 and B2 orthonormal, P (r, r) = 0, Q (1, r) = 0; G (1, 1) = 0."""
+        """Bases A (r, d_in) and B (d_out, r), orthonormal; P (r, r) and Q (1, r), P2 and Q2 likewise, G (1, 1): 0."""
         return {
-            **Lora().parts(rank, d_in, d_out),
-            "A2": Part(rank, d_in, "rows"),
-            "B2": Part(d_out, rank, "columns"),
+            "A": Part(rank, d_in, "rows"),
+            "B": Part(d_out, rank, "columns"),
             "P": Part(rank, rank, "zero"),
             "Q": Part(1, rank, "zero"),
+            "P2": Part(rank, rank, "zero"),
+            "Q2": Part(1, rank, "zero"),
             "G": Part(1, 1, "zero"),
         }
 
     def delta(self, x: Tensor, w: Tensors) -> Tensor:
-        """The local and the global adapter, by the same share for every token."""
-        own, others = linear(linear(x, w["A"]), w["B"]), linear(linear(x, w["A2"]), w["P"], w["Q"].squeeze(-2))
+        """Between common bases the two adapters are one: B (P̄ A x + Q̄), P̄ = (1 − b) P + b P2 and Q̄ likewise."""
         share = w["G"].sigmoid()
-        if share.dim() == 3:  # (K, 1, 1) -> (rows, 1, ...)
-            share = share.view(-1).repeat_interleave(len(x) // len(share)).view(-1, *[1] * (x.dim() - 1))
-        else:
-            share = share.view(())
-        return (1 - share) * own + share * linear(others, w["B2"])
+        core, bias = ((1 - share) * w[own] + share * w[others] for own, others in (("P", "P2"), ("Q", "Q2")))
+        return linear(linear(linear(x, w["A"]), core, bias.squeeze(-2)), w["B"])
 
     def lora(self, w: Tensors) -> None:
         """Q is a bias."""

@@ -1,7 +1,7 @@
 """The client's side of a round: `answer` takes an order, reads and leaves private state, and gives the reply."""
 
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.learner import Fitted, Learner, Metrics, Score, Turn
+from celora.core.learner import Fitted, Gradient, Learner, Metrics, Score, Slope, Turn
 from celora.core.messages import Model, Moment, Notes, Order, Reply, Shelf, opened
 from celora.core.screen import not_finite
 from celora.errors import WireError
@@ -70,8 +70,9 @@ def _base(shelf: Shelf, round: int) -> str | None:
 
 
 def _metered(turn: Turn[Trained[object, object]]) -> Turn[tuple[Trained[object, object], Metrics]]:
-    """A turn, and the metrics of its last `Fit`."""
+    """A turn, and the metrics of its last `Fit`; without one, the mean loss at its `Gradient`s."""
     metrics: Metrics = {}
+    losses: list[float] = []
     try:
         problem = next(turn)
         while True:
@@ -82,6 +83,10 @@ def _metered(turn: Turn[Trained[object, object]]) -> Turn[tuple[Trained[object, 
                 continue
             if isinstance(answer, Fitted):
                 metrics = answer.metrics
+            if isinstance(answer, Slope) and isinstance(problem, Gradient) and problem.along is None:
+                losses.append(answer.loss)
             problem = turn.send(answer)
     except StopIteration as end:
+        if not metrics and losses:
+            metrics = {"loss": sum(losses) / len(losses), "steps": float(len(losses))}
         return end.value, metrics

@@ -145,8 +145,12 @@ class Learner(Protocol):
     def shared(self) -> "Shared | None":
         """What it can share a pass with others through: learners with the same one; None: it runs alone."""
 
-    def batches(self) -> Iterator[Batch]:
-        """The mini-batches of one `Fit`, `recipe` long, in an order drawn from the round's address."""
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """The mini-batches of one `Fit`, `recipe` long, in an order drawn from the round's address.
+
+        Args:
+            size: rows in each, instead of the recipe's.
+        """
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
         """Mean loss of a batch: `()` for one client, `(K,)` where the weights carry a leading client axis."""

@@ -269,7 +269,7 @@ def _minimise(tasks: Sequence[_Task], *, whole: bool = False) -> list[Fitted]:
     ends = stack.cpu()
     solved: dict[int, Fitted] = {}
     for row, at in enumerate(order):
-        new = {name: w.clone() for name, w in _unflatten(ends[row], shapes).items()}
+        new = {name: w.clone() for name, w in unflatten(ends[row], shapes).items()}
         weights = {name: new[name] if name in new else w.cpu() for name, w in ranked[row].start.items()}
         mean = totals[row] / steps[row] if steps[row] else math.nan
         solved[at] = Fitted(weights, {"loss": mean, "steps": float(steps[row])})
@@ -312,7 +312,7 @@ def _slopes(tasks: Sequence[_Task], *, whole: bool = False) -> list[Slope]:
         loss, ascent = _gradients(stack[where], pieces)
         losses.index_add_(0, where, loss.float())
         gradient.index_add_(0, where, ascent)
-    rows = [{name: w.clone() for name, w in _unflatten(row, shapes).items()} for row in gradient.cpu()]
+    rows = [{name: w.clone() for name, w in unflatten(row, shapes).items()} for row in gradient.cpu()]
     return [Slope(loss, row) for loss, row in zip(losses.tolist(), rows, strict=True)]
 
 
@@ -320,7 +320,7 @@ def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]
     """Losses (K,) and gradients (K, n) of one pass, each times its share; a piece that is alone has no leading axis."""
     first, alone = pieces[0].task, len(pieces) == 1
     vector = (start[0] if alone else start).detach().requires_grad_(True)
-    trained = _unflatten(vector, first.shapes)
+    trained = unflatten(vector, first.shapes)
     frozen = {n: common([piece.task.start[n] for piece in pieces]) for n in first.start if n not in trained}
     weights = {name: trained[name] if name in trained else frozen[name] for name in first.start}
     shared, batches = first.learner.shared, [piece.batch for piece in pieces]
@@ -374,7 +374,7 @@ def _slope(
     return loss, torch.zeros_like(vector) if gradient is None else gradient
 
 
-def _unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Views of a vector (..., n) as named tensors (..., *shape)."""
     pieces = torch.split(vector, [shape.numel() for shape in shapes.values()], dim=-1)
     lead = vector.shape[:-1]
@@ -432,3 +432,14 @@ class AdamW:
         root = (self.second / (1 - self.beta2**self.steps)).sqrt_().add_(self.eps)
         move = self.first / (1 - self.beta1**self.steps) / root
         return rows * (1 - rate * self.recipe.weight_decay) - rate * move
+
+
+def descend(weights: Tensors, gradient: Tensors, rate: float, clip: float = 0.0) -> dict[str, Tensor]:
+    """One step of plain gradient descent, w − rate · g, wherever there is a g; a g longer than `clip` is cut to it.
+
+    >>> descend({"A": torch.tensor([1.0]), "B": torch.tensor([2.0])}, {"A": torch.tensor([4.0])}, 0.1, clip=2.0)
+    {'A': tensor([0.8000]), 'B': tensor([2.])}
+    """
+    if clip:
+        rate *= clip / max(float(flatten(gradient).norm()), clip)
+    return {name: w - rate * gradient[name] if name in gradient else w for name, w in weights.items()}

@@ -38,6 +38,7 @@ class Data:
     )
     test: str | None = setting(None, "path or pattern of separate test files; none: each client splits its own rows")
     text: str = setting("text", "column of the texts", min_length=1)
+    image: str | None = setting(None, "column of images (bytes of JPEG or PNG files), instead of texts", min_length=1)
     label: str = setting("label", "column of the labels", min_length=1)
     client: str | None = setting(None, "column that names the client of a row (natural partition)", min_length=1)
     split: str | None = setting(None, "column that says train, validation or test of a row", min_length=1)
@@ -115,7 +116,7 @@ def read(data: Data, base: Path) -> Table:
     Raises:
         DataError: if the source does not exist or cannot be read.
     """
-    columns = Columns(data.text, data.label, data.client, data.split)
+    columns = Columns(data.text, data.label, data.client, data.split, data.image)
     if data.source == "docstrings":
         return read_docstrings()
     if data.source == "digits":

@@ -3,10 +3,16 @@
 Every source of texts (files, the Hub) yields `Sheet`s; `gather` is the one place that judges their rows.
 """
 
+import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from celora.data.table import SPLITS, Table, counted, did_you_mean, listing
 from celora.errors import DataError
@@ -21,17 +27,24 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns that are read; `client` and `split` are optional."""
+    """The names of the columns that are read; `client` and `split` are optional, `image` takes the place of `text`."""
 
     text: str
     label: str
     client: str | None = None
     split: str | None = None
+    image: str | None = None
 
     def settings(self) -> dict[str, str]:
         """The columns that must exist -> the setting that chose them."""
-        chosen = {"split": self.split, "client": self.client, "label": self.label, "text": self.text}
+        content = {"text": self.text} if self.image is None else {"image": self.image}
+        chosen = {"split": self.split, "client": self.client, "label": self.label, **content}
         return {name: setting for setting, name in reversed(chosen.items()) if name}
+
+    @property
+    def content(self) -> str:
+        """What a row holds, in a word."""
+        return "text" if self.image is None else "image"
 
     def names(self) -> list[str]:
         """The columns that must exist."""
@@ -63,7 +76,8 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
         DataError: a column is missing, a value is of the wrong kind, or nothing usable is left.
     """
     _check_columns(sheets, columns)
-    inputs: list[str] = []
+    texts: list[str] = []
+    images: list[Tensor] = []
     labels: list[str] = []
     groups: list[str | None] = []
     splits: list[str | None] = []
@@ -76,17 +90,25 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
         first: dict[str, int] = {}
         for number, record in sheet.records:
             where = f"{sheet.name}:{number}"
-            text = _text(record.get(columns.text), columns.text, where)
+            text = image = None
+            if columns.image is None:
+                text = _text(record.get(columns.text), columns.text, where)
+            else:
+                image = _image(record.get(columns.image), columns.image, where, images)
+            content = text if columns.image is None else image
             label = _name(record.get(columns.label), columns.label, where)
             group, split = sheet.group, sheet.split
             if columns.client:
                 group = _name(record.get(columns.client), columns.client, where)
-            if text is None or label is None or (columns.client and group is None):
-                missing = "text" if text is None else "label" if label is None else "client"
+            if content is None or label is None or (columns.client and group is None):
+                missing = columns.content if content is None else "label" if label is None else "client"
                 left_out[missing] += 1
                 first.setdefault(missing, number)
                 continue
-            inputs.append(text)
+            if image is not None:
+                images.append(image)
+            elif text is not None:
+                texts.append(text)
             labels.append(label)
             groups.append(group)
             if columns.split:
@@ -96,7 +118,7 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
         for missing, count in left_out.items():
             were = "was" if count == 1 else "were"
             notices.append(
-                f"{sheet.name}: {counted(count, 'row')} without a {missing} {were} left out "
+                f"{sheet.name}: {counted(count, 'row')} without {_a(missing)} {were} left out "
                 f"(first: {sheet.unit} {first[missing]})"
             )
         if len(rows) == before:
@@ -111,8 +133,8 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
             f"Expected rows with a value in {listing(columns.names())}; fill them in or choose other columns."
         )
     return Table(
-        inputs=inputs, labels=labels, groups=_complete(groups), splits=_complete(splits), rows=rows,
-        notices=tuple(notices), empty=empty,
+        inputs=torch.stack(images) if columns.image else texts, labels=labels, groups=_complete(groups),
+        splits=_complete(splits), rows=rows, notices=tuple(notices), empty=empty,
     )  # fmt: skip
 
 
@@ -149,6 +171,25 @@ def _text(value: object, column: str, where: str) -> str | None:
     )
 
 
+def _image(value: object, column: str, where: str, others: Sequence[Tensor]) -> Tensor | None:
+    """(3, h, w) uint8 of a JPEG, PNG, …: bytes, or as the Hub's data sets hold them, {bytes, path}."""
+    value = value.get("bytes") if isinstance(value, Mapping) else value
+    if value is None or not value:
+        return None
+    if not isinstance(value, bytes):
+        raise DataError(f"{where}: column {column!r} holds {_kind(value)}, expected the bytes of an image file.")
+    try:
+        with Image.open(io.BytesIO(value)) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+    except (OSError, ValueError) as error:  # UnidentifiedImageError is an OSError
+        raise DataError(f"{where}: column {column!r} holds no readable image: {error}.") from error
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+    if others and image.shape != others[0].shape:
+        found, expected = (" × ".join(map(str, one.shape[1:])) for one in (image, others[0]))
+        raise DataError(f"{where}: found an image of {found} pixels, expected {expected} as before; resize them alike.")
+    return image
+
+
 def _name(value: object, column: str, where: str) -> str | None:
     """A label or client as a name: 1, 1.0 and "1" are the same, white space around it does not count."""
     if isinstance(value, float):
@@ -173,6 +214,10 @@ def _split(value: object, column: str, where: str) -> str:
             "Correct the row, or drop `split` from [data] to have the rows split by share."
         )
     return name
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun == "image" else f"a {noun}"
 
 
 def _kind(value: object) -> str:

@@ -20,7 +20,7 @@ class Table:
     """A labelled data set before it is dealt out; all columns have the same length n."""
 
     inputs: list[str] | Tensor
-    """n texts, or images (n, channels, height, width) float32."""
+    """n texts, or images (n, channels, height, width): float32 in [0, 1], or uint8."""
     labels: list[str]
     """n label names."""
     groups: list[str] | None

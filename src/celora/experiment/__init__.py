@@ -190,7 +190,7 @@ def _job(
     yield from notices([*budget.notices(experiment, sending), *world.notices, *(found[3] if found else [])])
     schema = Schema.of(world.initial)
     shelves = Shelves(folder.shelves, schema, experiment.engine.state_mb * 2**20, found[1] if found else None)
-    engine = Embedded(algorithm, world.learner, shelves, schema, *experiment.engine.solver(world.backbone.device))
+    engine = Embedded(algorithm, world.learner, shelves, schema, *experiment.engine.solver(world.models.device))
     twin_rounds = {e["index"]: e["validation"] for e in twin.events() if e["event"] == "round"} if twin else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
     best = checkpoint.best if checkpoint else None
@@ -207,7 +207,7 @@ def _job(
         best = done.checkpoint.best
         del done  # the server's state and its frame, before the next round makes others
         line = folder.event(event)
-        yield from notices([*_notes(engine.notes), *world.passes.notices])
+        yield from notices([*_notes(engine.notes), *world.models.notices])
         yield line
     if best is None:
         raise RunFolderError(f"{job.folder}: no round was run")

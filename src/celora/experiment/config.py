@@ -148,8 +148,9 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         chosen = {**(tables["algorithm"] if own in (name, label) else {}), **override.get("algorithm", {})}
         chosen.pop("name", None)
         values["algorithm"] = _validated("algorithm", ALGORITHMS[name], chosen, problems)
-        if values["algorithm"] is not None and values["adapter"] is not None:
-            problems += _conflicts(name, values["algorithm"], values["adapter"])
+        if None not in (values["algorithm"], values["adapter"], values["model"]):
+            own = values["model"].own is not None
+            problems += _conflicts(name, values["algorithm"], values["adapter"], own=own)
     if problems:
         raise ConfigError(problems)
     if seed is not None:
@@ -157,7 +158,7 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     return Experiment(name=str(tree.get("name", "run")), label=label, base=base, tree=tree, **values)
 
 
-def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter) -> list[str]:
+def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
     """Settings that are fine alone and not together."""
     card, found = algorithm.card, []
     if adapter.bases == "secret" and not card.private_bases:
@@ -165,6 +166,10 @@ def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter) -> list[str
     draws = {part.draw for part in algorithm.family.parts(adapter.rank, adapter.rank, adapter.rank).values()}
     if adapter.init == "orthonormal" and "core" not in draws:
         found.append(f"adapter.init: found 'orthonormal', which needs a core C; {name} has none to start from 0")
+    if own and algorithm.family.name not in ("lora", "tri"):
+        found.append(f"model.own: {name} adapts frozen weights; with models of the clients' own use pfedlora or local")
+    if own and (adapter.init, adapter.bases) != ("kaiming", "shared"):
+        found.append("model.own: needs adapter.init = 'kaiming' and adapter.bases = 'shared'")
     if adapter.ranks is not None and not card.mixed_ranks:
         able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.card.mixed_ranks)
         found.append(

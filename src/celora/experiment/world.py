@@ -12,10 +12,10 @@ import torch
 from celora import data, models
 from celora.core.adapters import truncated
 from celora.core.algorithm import ClientId
-from celora.core.learner import Split
+from celora.core.learner import Learner, Split
 from celora.errors import ConfigError
 from celora.experiment.config import Experiment
-from celora.models import Backbone, ModelLearner, Passes, Prefixes, Rows
+from celora.models import Backbone, ModelLearner, OwnLearner, Passes, Prefixes, Rows, Zoo
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -30,6 +30,7 @@ class Workshop:
         self._federations: dict[object, data.Federation] = {}
         self._inputs: dict[object, Any] = {}
         self._prefixes: dict[object, Prefixes] = {}
+        self._zoos: dict[object, Zoo] = {}
 
     def backbone(self, experiment: Experiment) -> Backbone:
         """The backbone, adapted where the experiment says; the rank is no matter to it, only s is."""
@@ -39,21 +40,39 @@ class Workshop:
             self._backbones[shape] = models.load(model, adapter, experiment.base)
         return self._backbones[shape]
 
+    def zoo(self, experiment: Experiment) -> Zoo:
+        """The clients' own models."""
+        drawn_as = (repr(experiment.model), experiment.plan.seed)
+        if drawn_as not in self._zoos:
+            self._zoos[drawn_as] = Zoo(experiment.model, experiment.base, experiment.plan.seed)
+        return self._zoos[drawn_as]
+
+    def federation(self, experiment: Experiment) -> data.Federation:
+        """The rows, dealt to the clients."""
+        dealt = (repr(experiment.data), experiment.plan.seed)
+        if dealt not in self._federations:
+            self._federations[dealt] = data.load(experiment.data, experiment.base, experiment.plan.seed)
+        return self._federations[dealt]
+
     def modules(self, experiment: Experiment) -> list[tuple[int, int]]:
         """(d_out, d_in) of every adapted module."""
+        if experiment.model.own is not None:
+            return [(len(self.federation(experiment).classes), self.zoo(experiment).width)]
         return list(self.backbone(experiment).targets.values())
 
     def world(self, experiment: Experiment) -> "World":
         """The clients of an experiment, with their rows ready for its backbone."""
-        model, dealt = experiment.model, (repr(experiment.data), experiment.plan.seed)
-        if dealt not in self._federations:
-            self._federations[dealt] = data.load(experiment.data, experiment.base, experiment.plan.seed)
-        federation, plan = self._federations[dealt], experiment.plan
+        model, plan, federation = experiment.model, experiment.plan, self.federation(experiment)
         drawn = max(1, round(plan.fraction * len(federation.clients)))
         if plan.quorum > drawn:
             raise ConfigError([f"plan.quorum: found {plan.quorum}, but only {drawn} clients train in a round"])
-        backbone = self.backbone(experiment)
         read_as = (federation.table.fingerprint(), repr(model))
+        if model.own is not None:
+            zoo = self.zoo(experiment)
+            if read_as not in self._inputs:
+                self._inputs[read_as] = zoo.read(federation.table.inputs)
+            return World(experiment, federation, zoo, self._inputs[read_as])
+        backbone = self.backbone(experiment)
         if read_as not in self._inputs:
             inputs = federation.table.inputs
             ready = inputs if isinstance(inputs, torch.Tensor) else backbone.tokenize(inputs)
@@ -67,11 +86,14 @@ class Workshop:
 
 
 class World:
-    """Every client of one experiment: its rows, its start, and its learner in any round."""
+    """Every client of one experiment: its rows, its start, and its learner in any round.
 
-    def __init__(self, experiment: Experiment, federation: data.Federation, passes: Passes, inputs: Any) -> None:
-        self.experiment, self.federation, self.passes = experiment, federation, passes
-        self.backbone = passes.backbone
+    Args:
+        models: passes through the frozen backbone, or the clients' own models.
+    """
+
+    def __init__(self, experiment: Experiment, federation: data.Federation, models: Passes | Zoo, inputs: Any) -> None:
+        self.experiment, self.federation, self.models = experiment, federation, models
         self.clients: list[ClientId] = list(federation.clients)
         self.excluded: Mapping[ClientId, str] = federation.excluded
         left_out = [f"{client} is left out: {why}" for client, why in federation.excluded.items()]
@@ -102,8 +124,14 @@ class World:
         adapter = self.experiment.adapter
         if secret is None:  # what the server knows: of secret bases their shapes, and values nobody uses
             adapter = replace(adapter, bases="shared")
-        family, classes = self.experiment.algorithm.family, len(self.federation.classes)
-        return models.initial(self.backbone, adapter, family, classes, self.experiment.plan.seed, secret)
+        family, classes, seed = (
+            self.experiment.algorithm.family,
+            len(self.federation.classes),
+            self.experiment.plan.seed,
+        )
+        if isinstance(self.models, Zoo):
+            return self.models.initial(adapter, family, classes, seed)
+        return models.initial(self.models.backbone, adapter, family, classes, seed, secret)
 
     def start(self, client: ClientId) -> Tensors:
         """The client's weights at round 0; with secret bases A (and an orthonormal B) are its own.
@@ -112,6 +140,8 @@ class World:
         it from its own.
         """
         adapter = self.experiment.adapter
+        if isinstance(self.models, Zoo):
+            return {**self.models.of(client, self.clients).start, **self.initial}
         if adapter.ranks is not None:
             return truncated(self.initial, adapter.rank_of(client, self.clients))
         if adapter.bases == "shared":
@@ -119,18 +149,15 @@ class World:
         drawn = torch.randint(2**62, (), generator=generator(self.experiment.plan.seed, "secret", client))
         return self._initial(secret=int(drawn))  # drawn again each round: milliseconds, and no client costs memory
 
-    def learner(self, client: ClientId, round: int) -> ModelLearner:
+    def learner(self, client: ClientId, round: int) -> Learner:
         """The client's learner in a round."""
-        experiment = self.experiment
-        return ModelLearner(
-            self.passes,
-            self.rows[client],
-            self.start(client),
-            experiment.train,
-            seed=experiment.plan.seed,
-            client=client,
-            round=round,
-        )
+        experiment, rows, start = self.experiment, self.rows[client], self.start(client)
+        address: Any = {"seed": experiment.plan.seed, "client": client, "round": round}
+        if isinstance(self.models, Passes):
+            return ModelLearner(self.models, rows, start, experiment.train, **address)
+        adapts: Any = {"family": experiment.algorithm.family, "scaling": experiment.adapter.scaling}
+        own = self.models.of(client, self.clients)
+        return OwnLearner(own, rows, start, experiment.train, **adapts, **address)
 
     def majority(self, client: ClientId) -> float | None:
         """Test score of always answering the client's most frequent training class."""
@@ -140,11 +167,14 @@ class World:
         return float((test == train.mode().values).float().mean())
 
     def export(self, folder: Path, weights: Tensors) -> None:
-        """A client's adapter as plain PEFT LoRA."""
+        """A client's adapter as plain PEFT LoRA, or its own model and the adapter beside it."""
         experiment, classes = self.experiment, self.federation.classes
+        if isinstance(self.models, Zoo):
+            models.export_own(folder, self.models.of(folder.name, self.clients).name, weights, classes=classes)
+            return
         models.export_peft(
             folder,
-            self.backbone,
+            self.models.backbone,
             weights,
             family=experiment.algorithm.family,
             classes=classes,
@@ -167,10 +197,10 @@ def manifest(experiment: Experiment, world: World) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "torch_threads": torch.get_num_threads(),
-        "device": str(world.backbone.device),
+        "device": str(world.models.device),
         "seed": experiment.plan.seed,
         "data": {"source": experiment.data.source, "sha256": world.federation.table.fingerprint()},
-        "backbone": {"name": experiment.model.backbone, "sha256": world.backbone.fingerprint()},
+        "backbone": {"name": world.models.name, "sha256": world.models.fingerprint()},
         "classes": world.federation.classes,
         "clients": {
             client: {split: len(rows) for split, rows in splits.items()} for client, splits in world.rows.items()

@@ -4,5 +4,6 @@ mixtures    a client's data as class-conditional Gaussian mixtures, with a discl
 transport   exact optimal transport between such mixtures: distances between clients
 cka         linear centred kernel alignment between r × r cores
 neighbours  the most alike of many clients, and averages over them
+lowrank     products of thin factors: SVD, truncation, norm and sum without the dense matrix
 weights     distances and similarities -> a row of averaging weights for every client
 """

@@ -36,6 +36,12 @@ class Model:
     """The frozen backbone."""
 
     backbone: str = setting("minilm", '"minilm" (embedded), "random-vit", a local folder, or a Hub id')
+    own: tuple[str, ...] | None = setting(
+        None,
+        'instead of one backbone, whole models of the clients\' own, dealt to them in turn: "cnn-1" … "cnn-5", '
+        'or "minilm:4" for the lowest layers of an encoder',
+        min_length=1,
+    )
     allow_download: bool = setting(False, "may the Hub be asked? otherwise only its local cache is read")
     pooling: Literal["mean", "cls", "last"] = setting("mean", "how a row's token vectors become one vector")
     max_length: Count = setting(128, "tokens kept of a text")
@@ -100,7 +106,7 @@ class Backbone:
         depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
         dropout: whether the backbone's own dropout is on while training.
         tokenizer: None for images.
-        source: the folder or the Hub id it was loaded from.
+        name: as it was asked for; source: the folder or the Hub id it was loaded from.
     """
 
     kind: Literal["text", "image"]
@@ -127,7 +133,7 @@ class Backbone:
         self.fan_in_fan_out = any(bool(layer.fan_in_fan_out) for layer in self._layers.values())
         self.device = device_of(model.device)
         self.dropout = model.dropout
-        self.tokenizer, self.source = tokenizer, source
+        self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
         self._model, self._config = model, config
         self._transformer = transformer.requires_grad_(False).eval().to(self.device)
 
@@ -217,7 +223,8 @@ class Backbone:
             `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`.
         """
         if isinstance(inputs, Tensor):
-            return {"pixel_values": inputs[torch.as_tensor(rows)]}
+            pixels = inputs[torch.as_tensor(rows)]
+            return {"pixel_values": pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels}
         lengths = np.array([len(inputs[row]) for row in rows])
         mask = np.arange(lengths.max()) < lengths[:, None]
         ids = np.full(mask.shape, self._padding)

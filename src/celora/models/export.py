@@ -118,6 +118,20 @@ def export_peft(
                 sources.random_vit().save_pretrained(new / "backbone")
 
 
+def export_own(folder: Path, architecture: str, weights: Tensors, *, classes: Sequence[str]) -> None:
+    """Write a client's own model with the adapter beside it: `model.safetensors`, `celora.json`, `README.md`."""
+    text = (
+        f"# A model of {len(classes)} classes: {architecture}\n\n"
+        "Trained with celora. `model.safetensors` holds the body "
+        "(`own.*`), the head (`head.*`) and the shared adapter beside it (`fc.*`); `celora.json` the class names.\n"
+    )
+    with replacing(folder) as new:
+        save_file(_plain(weights), new / "model.safetensors", metadata={"format": "pt"})
+        about = {"classes": list(classes), "architecture": architecture}
+        (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (new / "README.md").write_text(text, "utf-8")
+
+
 def _readme(backbone: Backbone, classes: Sequence[str], model: Model) -> str:
     base, extra, note = repr(backbone.source), "", ""
     if model.backbone == "minilm":

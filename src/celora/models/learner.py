@@ -61,7 +61,7 @@ class ModelLearner:
         """The rows of a split."""
         return self._splits.get(split, Rows([], torch.zeros(0, dtype=torch.int64)))
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
         """`recipe.steps` mini-batches, or those of `recipe.epochs` passes; each call draws another order.
 
         In a pass the rows are shuffled, sorted by length within windows of 8 batches, cut, and the batches
@@ -72,7 +72,7 @@ class ModelLearner:
         for _ in range(self.recipe.epochs) if left is None else iter(int, 1):
             if not len(rows):
                 return
-            for chosen in bucketed(self._passes.lengths(rows.inputs), self.recipe.batch_size, self._order):
+            for chosen in bucketed(self._passes.lengths(rows.inputs), size or self.recipe.batch_size, self._order):
                 if left == 0:
                     return
                 left = None if left is None else left - 1

@@ -64,6 +64,20 @@ class Passes:
         return self.backbone.capacity
 
     @property
+    def device(self) -> torch.device:
+        """Where the backbone runs."""
+        return self.backbone.device
+
+    @property
+    def name(self) -> str:
+        """The backbone's, as it was asked for."""
+        return self.backbone.name
+
+    def fingerprint(self) -> str:
+        """The backbone's."""
+        return self.backbone.fingerprint()
+
+    @property
     def notices(self) -> list[str]:
         """What the user should know of the cache."""
         return self._prefixes.notices if self._prefixes else []

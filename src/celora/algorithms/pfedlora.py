@@ -1,0 +1,143 @@
+"""pFedLoRA: clients with models of their own share one small adapter.
+
+    Yi, Yu, Wang, Liu, Li, "pFedLoRA: Model-Heterogeneous Personalized Federated Learning with LoRA Tuning",
+    arXiv 2310.13283 (first as "FedLoRA", 2023), IEEE TMC 2026.
+
+    y_local = FC_k(z_k),   y_joint = y_local + s·B A z_k               z_k = body_k(x)
+    client k   θ_k <- θ = (A, B)
+       1.      w_k  <-  AdamW on (1 − μ) CE(y_local) + μ CE(y_joint),  θ_k frozen
+       2.      θ_k  <-  AdamW on the same,                             w_k frozen
+    server     θ  <-  Σ p_k θ_k
+
+What travels: the adapter beside the last linear map, both ways, r (d + classes) numbers. The whole model w_k, of any
+architecture (`[model] own`), stays. With the usual frozen backbone w_k is the head alone, and θ its LoRA.
+
+What the paper leaves open. Its body could not be read here: whether μ mixes losses (above) or logits,
+y = (1 − μ) y_local + μ y_joint, is `mix`; with logits the mixture also predicts, with losses y_joint does. Its SGD is
+our recipe's AdamW, once for each phase: a round has twice the local steps of the local-only twin. A client that is not
+drawn keeps its old w_k; the adapter it gets is always fresh.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+
+from celora.core.adapters import Family, Lora
+from celora.core.algorithm import Card, ClientId, Head, Trained
+from celora.core.learner import Fit, Learner, Losses, Turn
+from celora.fields import setting, settings
+from celora.tensors import Names, Tensors, but, mean, only, part, select
+from celora.wire import record
+
+
+@record
+class Server:
+    """θ; empty before round 1, when everybody starts from the seed's draw."""
+
+    adapter: Tensors
+
+
+@record
+class Local:
+    """w_k, the client's whole own model."""
+
+    own: Tensors
+
+
+@record
+class Down:
+    """θ."""
+
+    adapter: Tensors
+
+
+@record
+class Up:
+    """θ_k and n_k."""
+
+    adapter: Tensors
+    examples: int
+
+
+@settings
+class PFedLoRA:
+    """One small adapter beside models that may all differ."""
+
+    card: ClassVar[Card] = Card(
+        title="Yi et al., pFedLoRA: Model-Heterogeneous Personalized Federated Learning with LoRA Tuning, "
+        "IEEE TMC 2026",
+        link="https://arxiv.org/abs/2310.13283",
+        server=Server,
+        local=Local,
+        down=Down,
+        up=Up,
+        private_bases=False,
+        trains="w_k, then A, B",
+        sends="A, B",
+        gets="A, B",
+        keeps="w_k, head included",
+        remembers="A, B",
+        uplink="r(d + k), of the last linear map only",
+        floats=lambda r, d, k: r * (d + k),
+    )
+
+    head: Head = setting("private", "the task head: part of the client's own model, or frozen as drawn")
+    mu: float = setting(0.5, "μ, the say of the joint prediction", gt=0, lt=1)
+    mix: Literal["loss", "logit"] = setting("loss", "what μ mixes")
+
+    def __post_init__(self) -> None:
+        if self.head == "shared":
+            raise ValueError("the head is part of a client's own model: head must be 'private' or 'frozen'")
+
+    @property
+    def family(self) -> Family:
+        """ΔW = s·B A."""
+        return Lora()
+
+    @property
+    def shares(self) -> Names:
+        """The adapter."""
+        return only("A", "B")
+
+    def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
+        """Nothing to send yet."""
+        return Server({})
+
+    def client_init(self, learner: Learner) -> Local:
+        """The model as it was drawn or pre-trained."""
+        return Local({})
+
+    def send(self, server: Server, client: ClientId) -> Down:
+        """The same adapter to everybody."""
+        return Down(server.adapter)
+
+    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+        """First the own model learns from the adapter, then the adapter from the own model."""
+        own = but("A", "B", "head") if self.head == "frozen" else but("A", "B")
+        held = {**learner.initial, **local.own, **down.adapter}
+        if any(map(own, held)):
+            held = (yield Fit(held, train=own, objective=self.mixed)).weights
+        fitted = yield Fit(held, train=only("A", "B"), objective=self.mixed)
+        adapter, kept = select(fitted.weights, only("A", "B")), Local(select(fitted.weights, own))
+        return Trained(kept, Up(adapter, learner.examples), self.model(Local({**kept.own}), Down(adapter)))
+
+    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+        """θ ← Σ p_k θ_k."""
+        return Server(mean((up.adapter, up.examples) for up in heard.values()))
+
+    def model(self, local: Local, down: Down) -> Tensors:
+        """The client's own model with the adapter beside it; of mixed logits, the mixture."""
+        adapter = down.adapter if self.mix == "loss" else scaled(down.adapter, self.mu)
+        return {**local.own, **adapter}
+
+    def mixed(self, losses: Losses, weights: Tensors) -> torch.Tensor:
+        """(1 − μ) CE(y_local) + μ CE(y_joint), or CE of the logits mixed so: those of the adapter times μ."""
+        if self.mix == "logit":
+            return losses(scaled(weights, self.mu))
+        return (1 - self.mu) * losses(scaled(weights, 0.0)) + self.mu * losses(weights)
+
+
+def scaled(weights: Tensors, factor: float) -> dict[str, torch.Tensor]:
+    """The same weights with the adapter's say, its B, times a factor."""
+    return {name: factor * w if part(name) == "B" else w for name, w in weights.items()}
