@@ -5,7 +5,8 @@
 
 FOLDER (or the environment variable CELORA_DATA) holds banking77/ and multidomain_sentiment/, as benchmarks/text.py
 wants them; what is not there is skipped. Data, rows, rounds and mini-batches are those of benchmarks/text.py, and the
-same for every method; the top three layers of MiniLM are adapted, which costs half of all six.
+same for every method, the top three layers of MiniLM are adapted, which costs half of all six; a method that fits twice
+in a turn (Ditto, pFedLoRA …) takes twice the steps, as its seconds show.
 
 1. tune   each method's learning rate, from one grid, by mean validation score on a pilot seed used for nothing else
 2. run    every method with its rate and with each of the seeds, each with its own partition, initialisation and order
