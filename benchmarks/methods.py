@@ -4,9 +4,9 @@
     python benchmarks/methods.py --data FOLDER --tiny        # every step in minutes, with numbers that mean nothing
 
 FOLDER (or the environment variable CELORA_DATA) holds banking77/ and multidomain_sentiment/, as benchmarks/text.py
-wants them; what is not there is skipped. Data, rows and mini-batches are those of benchmarks/text.py, six rounds, and the
-same for every method: the top two layers of MiniLM are adapted, so that the work below them is done once. A method that
-fits twice in a turn (Ditto, pFedLoRA …) takes twice the steps, as its seconds show.
+wants them; what is not there is skipped. Data, rows and mini-batches are those of benchmarks/text.py, for six rounds, and
+the same for every method: the top two layers of MiniLM are adapted, so that the work below them is done once. A method
+that fits twice in a turn (Ditto, pFedLoRA …) takes twice the steps, as its seconds show.
 
 1. tune   each method's learning rate, from one grid, by mean validation score on a pilot seed used for nothing else
 2. run    every method with its rate and with each of the seeds, each with its own partition, initialisation and order
@@ -14,8 +14,8 @@ fits twice in a turn (Ditto, pFedLoRA …) takes twice the steps, as its seconds
           benchmarks/results/methods.json (of a part of the methods, or a tiny run: in --out)
 
 A run that is done is not repeated and one that was cut off is resumed: start the same command again. A method that
-fails is left out of the tables and told at the end. A FedIT run takes about 20 s of one core, methods that do more up to
-three times that; so 22 methods, five runs each on two data sets, take about an hour on two free cores.
+fails is left out of the tables and told at the end. A FedIT run takes about 20 s of one core, methods that do more up
+to three times that; so 22 methods, five runs each on two data sets, take about an hour on two free cores.
 
     harmed      share of (seed, client) pairs below the same client's local-only run, at that one's own learning rate
     bytes       all frames, up and down, of all clients, until the method's mean validation score (either moment) first

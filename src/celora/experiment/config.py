@@ -165,7 +165,9 @@ def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: boo
         found.append(f"adapter.bases: found 'secret', but {name} needs the same A at every client; expected 'shared'")
     draws = {part.draw for part in algorithm.family.parts(adapter.rank, adapter.rank, adapter.rank).values()}
     if adapter.init == "orthonormal" and "core" not in draws:
-        found.append(f"adapter.init: found 'orthonormal', which needs a core C; {name} has none to start from 0")
+        found.append(
+            f"adapter.init: found 'orthonormal', which is for a core C between A and B; {name} draws its own way"
+        )
     if own and algorithm.family.name not in ("lora", "tri"):
         found.append(f"model.own: {name} adapts frozen weights; with models of the clients' own use pfedlora or local")
     if own and (adapter.init, adapter.bases) != ("kaiming", "shared"):

@@ -165,8 +165,8 @@ def _bytes(summary: Mapping[str, Any]) -> str:
         "head": "head, up (not in the adapter's)",
     }
     rows = [(text, size(each[key]), size(total.get(key))) for key, text in lines.items()]
-    once = f"{size(each['summary'])}, once"
-    rows.append(("data summary, up (not in the adapter's)", once, size(total.get("summary"))))
+    asked = f"{size(each['summary'])}, when asked for"
+    rows.append(("data summary, up (not in the adapter's)", asked, size(total.get("summary"))))
     return _table(("measured", "per client and round", "whole run, all clients"), rows)
 
 

@@ -77,7 +77,7 @@ def client_lines(summary: Summary) -> list[Text]:
         "bytes up": f"{size(each['up_payload'])} adapter, {size(each['up_frame'])} frame, per client and round",
         "bytes down": f"{size(each['down_payload'])} adapter, {size(each['down_frame'])} frame, the same",
         "bytes of head": f"{size(each['head'])} up per client and round, not counted in the adapter's",
-        "bytes of data": f"{size(each['summary'])} of data summary up per client, once, not in the adapter's",
+        "bytes of data": f"{size(each['summary'])} of data summary up per client, when asked, not in the adapter's",
     }
     return [
         Text(f"  {name:<15}{text}", style=HARM if name == "harmed" and harmed else "") for name, text in lines.items()
@@ -99,7 +99,7 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
     matched = any(summary.get("uplink", {}).get("match") == "floats" for summary in summaries)
     scores = ("mean", "worst\ndecile", "harmed", "lift", "of the\nmodels", "received", "personal")
     sending = ("rank", "numbers\nup") if matched else ()
-    for name in (*scores, *sending, "adapter\nup", "frame\nup", "head\nup", "data\nonce", "time"):
+    for name in (*scores, *sending, "adapter\nup", "frame\nup", "head\nup", "data\nsummary", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for algorithm, group in groups.items():
         metrics = [summary["metrics"] for summary in group]
@@ -126,7 +126,7 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
         )
     table.caption = Text(
         "harmed: clients below their local-only twin. received, personal: mean at that moment's best round on "
-        "validation. adapter, frame, head: bytes sent per client and round; data: of the data summary, once."
+        "validation. adapter, frame, head: bytes sent per client and round; data: of a data summary, each time."
         + (
             " rank: chosen so that numbers up, of the adapter in a round, are FedIT's or just fewer." if matched else ""
         ),
@@ -140,7 +140,7 @@ def next_lines(folder: str, summary: Summary | None = None) -> list[str]:
     lines = [f"run folder   {folder}"]
     if summary is not None:
         lines += [f"report       {summary['folder']}/report.html"]
-        lines += [f"adapters     {summary['adapters']}/<client> (PEFT LoRA, one for each client)"]
+        lines += [f"adapters     {summary['adapters']}/<client> (the README.md in each says how to load it)"]
     return lines
 
 
