@@ -9,7 +9,9 @@ from torch import Tensor
 
 from celora.algorithms.fed_hello import FedHeLLo, Server, Up, chances, layers, pattern, ranked
 from celora.core.learner import Fit, Recipe, Turn
-from celora.core.solve import AdamW, fit, solve
+from celora.core.optim import AdamW
+from celora.core.solve import solve
+from celora.core.training import fit
 from tests.facts.payloads import HEAD, rounds, weights
 from tests.toy import Stub, Toy, World, image, turn
 
@@ -177,7 +179,7 @@ def test_e_frozen_layers_have_no_gradient_and_no_memory_in_the_optimiser(monkeyp
             held.append(like.shape[1])
             super().__init__(like, recipe)
 
-    monkeypatch.setattr("celora.core.solve.AdamW", Counting)
+    monkeypatch.setattr("celora.core.training.AdamW", Counting)
     algorithm = FedHeLLo(allocation="inverted", tiers=(0.5,))
     world = World(algorithm.family)
     twice = {f"block.{n}.{p}": world.initial[f"layer.{p}"].clone() for n in (0, 1) for p in "AB"}

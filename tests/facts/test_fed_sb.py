@@ -12,7 +12,7 @@ from celora.algorithms.fed_sb import FedSB, Slopes, Up
 from celora.core.adapters import modules
 from celora.core.learner import Gradient
 from celora.core.messages import Plan
-from celora.core.solve import slope
+from celora.core.training import slope
 from celora.models import Adapter, Model, initial, load
 from celora.tensors import only, select
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds

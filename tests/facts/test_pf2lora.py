@@ -10,7 +10,8 @@ from torch import Tensor
 from celora.algorithms.pf2lora import PF2LoRA
 from celora.core.adapters import Dual
 from celora.core.learner import Gradient, Learner
-from celora.core.solve import AdamW, solve
+from celora.core.optim import AdamW
+from celora.core.solve import solve
 from celora.tensors import flatten
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import RECIPE, World

@@ -8,7 +8,7 @@ import torch
 
 from celora.algorithms.pfedlora import PFedLoRA
 from celora.core.learner import Fitted, Recipe
-from celora.core.solve import fit
+from celora.core.training import fit
 from celora.models import Adapter, Model, OwnLearner, Rows, Zoo
 from celora.models.own import CNNS
 from celora.tensors import part

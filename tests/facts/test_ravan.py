@@ -9,7 +9,7 @@ from torch import Tensor
 from celora.algorithms.ravan import Ravan, Up
 from celora.core.adapters import modules
 from celora.core.learner import Gradient
-from celora.core.solve import slope
+from celora.core.training import slope
 from celora.errors import ModelError
 from celora.models import Adapter, Model, initial, load
 from celora.tensors import only

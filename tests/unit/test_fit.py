@@ -12,7 +12,8 @@ from celora.algorithms import ALGORITHMS
 from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Fit, Fitted, Recipe
 from celora.core.messages import Plan
-from celora.core.solve import fit, solve
+from celora.core.solve import solve
+from celora.core.training import fit
 from celora.tensors import Tensors, but, only
 from tests.toy import RECIPE, Federation, Stub, World, image
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Fit, Learner, Recipe
-from celora.core.solve import fit
+from celora.core.training import fit
 from celora.errors import ModelError
 from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Rows, initial, join, load, predict
 from celora.models.passes import bucketed, budgeted

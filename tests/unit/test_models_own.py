@@ -8,7 +8,8 @@ import torch
 
 from celora.core.adapters import Lora
 from celora.core.learner import Fit, Recipe, Score
-from celora.core.solve import fit, solve_together
+from celora.core.solve import solve_together
+from celora.core.training import fit
 from celora.errors import ModelError
 from celora.models import Adapter, Model, OwnLearner, Rows, Zoo, load
 from celora.tensors import but

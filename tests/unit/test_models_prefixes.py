@@ -11,7 +11,7 @@ import torch
 
 from celora.core.adapters import Lora
 from celora.core.learner import Fit, Recipe, Score
-from celora.core.solve import fit, fit_together
+from celora.core.training import fit, fit_together
 from celora.errors import ModelError
 from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Prefixes, Rows, initial, load
 from celora.models import prefixes as prefixes_module

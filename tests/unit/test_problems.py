@@ -12,7 +12,8 @@ from torch import Tensor
 from celora.core.adapters import Dual, Family, Lora
 from celora.core.client import _metered
 from celora.core.learner import Batch, Channels, Fit, Gradient, Learner, Losses, Score, Turn
-from celora.core.solve import fit, slope, slopes_together, solve, solve_together
+from celora.core.solve import solve, solve_together
+from celora.core.training import fit, slope, slopes_together
 from celora.models import Adapter, Model, load
 from celora.tensors import Tensors, but, only, select
 from tests.toy import RECIPE, World, image

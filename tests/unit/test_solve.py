@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Encode, Fit, Learner, Recipe, Score, Turn
-from celora.core.solve import FILLING, PASS, fit, fit_together, passes, solve, solve_together
+from celora.core.solve import solve, solve_together
+from celora.core.training import FILLING, PASS, fit, fit_together, passes
 from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Rows, initial, load
 from celora.tensors import Tensors, but, only
 from tests.toy import RECIPE, World, image

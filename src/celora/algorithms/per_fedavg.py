@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Gradient, Learner, Turn
-from celora.core.solve import descend
+from celora.core.optim import descend
 from celora.fields import Count, Positive, setting, settings
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record

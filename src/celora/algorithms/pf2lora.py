@@ -31,7 +31,7 @@ import torch
 from celora.core.adapters import Dual, Family
 from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Gradient, Learner, Turn
-from celora.core.solve import AdamW, descend, unflatten
+from celora.core.optim import AdamW, descend, unflatten
 from celora.fields import Count, Positive, setting, settings
 from celora.tensors import Names, Tensors, flatten, mean, only, select
 from celora.wire import record

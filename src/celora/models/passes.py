@@ -11,7 +11,7 @@ from torch import Tensor
 
 from celora.core.adapters import Family, linear, modules
 from celora.core.learner import Batch, Metrics, Score
-from celora.core.solve import FILLING, passes
+from celora.core.training import FILLING, passes
 from celora.models.backbone import Backbone, Inputs
 from celora.models.prefixes import Prefixes
 from celora.tensors import Tensors, common
