@@ -96,3 +96,14 @@ def test_the_server_sends_one_half_only_where_it_knows_that_the_client_has_the_o
     sizes = [[len(RoLoRA(head="frozen").send(s, c).weights) for c in federation.clients] for s in servers[:3]]
     assert [[size - 2 for size in row] for row in sizes] == [[1, 1, 1, 1], [1, 2, 1, 1], [1, 1, 2, 1]]
     assert all(unpack(Server, pack(s)).heard == s.heard for s in servers)
+
+
+def test_a_client_that_lost_its_state_sits_out_one_round_and_is_back_in_the_next() -> None:
+    """Else it would put the seed's half beside the one it is sent, and nobody would notice."""
+    federation, seen = Federation(RoLoRA()), []
+    for rnd in federation.run(Plan(rounds=4)):
+        seen.append(rnd)
+        if rnd.index == 2:
+            federation.shelves["c1"] = {}
+    assert "found the half of turn 0 here, expected that of turn 2" in seen[2].excluded["c1"]
+    assert ["c1" in rnd.heard for rnd in seen] == [True, True, False, True, False]

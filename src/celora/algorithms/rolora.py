@@ -46,18 +46,25 @@ class Server:
 
 @record
 class Local:
-    """The half that was frozen in the client's last turn, which is everybody's; and the head, where it is private."""
+    """The client's last turn, the half that was frozen in it (everybody's), and the head where it is private."""
 
+    turn: int
     frozen: Tensors
     mine: Tensors
 
 
 @record
 class Down:
-    """Which half is to be trained ("A" or "B"), and the averages that the client lacks."""
+    """How many turns there were, and the averages: both, or the last, to be put beside the half the client kept."""
 
-    half: str
+    turns: int
+    both: bool
     weights: Tensors
+
+    @property
+    def half(self) -> str:
+        """Whose turn it is."""
+        return HALVES[self.turns % 2]
 
 
 @record
@@ -109,19 +116,20 @@ class RoLoRA:
 
     def client_init(self, learner: Learner) -> Local:
         """Nothing of its own yet."""
-        return Local({}, {})
+        return Local(0, {}, {})
 
     def send(self, server: Server, client: ClientId) -> Down:
         """The half that was averaged last, and the other one, too, if the client took no part in that."""
-        half, last = HALVES[server.turns % 2], HALVES[(server.turns - 1) % 2]
-        has_other = server.turns > 0 and server.heard.get(client) == server.turns
-        return Down(half, select(server.weights, only(last, "head")) if has_other else server.weights)
+        if server.turns == 0 or server.heard.get(client) != server.turns:
+            return Down(server.turns, True, server.weights)
+        return Down(server.turns, False, select(server.weights, only(HALVES[(server.turns - 1) % 2], "head")))
 
     def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
         """Train one half over the other."""
         (other,) = {*HALVES} - {down.half}
         fitted = yield Fit(self.model(local, down), train=trained(self.head, other))
-        kept = Local(select(fitted.weights, only(other)), select(fitted.weights, private(self.head, "A", "B")))
+        mine = select(fitted.weights, private(self.head, "A", "B"))
+        kept = Local(down.turns + 1, select(fitted.weights, only(other)), mine)
         sent = select(fitted.weights, shared(self.head, down.half))
         return Trained(kept, Up(sent, learner.examples), fitted.weights)
 
@@ -132,5 +140,14 @@ class RoLoRA:
         return Server({**server.weights, **average}, turn, {**server.heard, **dict.fromkeys(heard, turn)})
 
     def model(self, local: Local, down: Down) -> Tensors:
-        """What came down, over the half the client kept and its own head."""
+        """What came down, over the half the client kept and its own head.
+
+        Raises:
+            ValueError: if the client does not have the half that the server takes it to have.
+        """
+        if not down.both and local.turn != down.turns:
+            raise ValueError(
+                f"found the half of turn {local.turn} here, expected that of turn {down.turns}: this client's state "
+                "was lost or is old; it sits out this round, and is sent both halves in the next"
+            )
         return {**local.mine, **local.frozen, **down.weights}
