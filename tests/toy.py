@@ -157,10 +157,10 @@ class Toy:
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """Each call draws another order, as a `ModelLearner`'s."""
         x, y = self.world.rows(self.client, "train")
-        made = 0
-        for _ in range(self.recipe.epochs if self.recipe.steps is None else self.recipe.steps):
+        made, steps = 0, self.recipe.steps if size is None else None
+        for _ in range(1 if size else self.recipe.epochs if steps is None else steps):
             for rows in torch.randperm(len(x), generator=self.order).split(size or self.recipe.batch_size):
-                if made == self.recipe.steps:
+                if made == steps:
                     return
                 made += 1
                 yield {"x": x[rows], "y": y[rows]}

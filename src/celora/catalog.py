@@ -65,7 +65,7 @@ def page(entry: Entry) -> Iterator[RenderableType]:
         "paper": " ".join((entry["title"], entry["link"])).strip(),
         "update": entry["update"],
         "trained": entry["trains"],
-        "up": f"{_up(entry)}: {entry['uplink']} numbers a layer and round (d inputs, k outputs, rank r; no head)",
+        "up": f"{_up(entry)}; numbers a layer and round (d inputs, k outputs, rank r; no head): {entry['uplink']}",
         "down": _down(entry),
         "stays": entry["keeps"],
         "server keeps": entry["remembers"],
@@ -88,6 +88,11 @@ def page(entry: Entry) -> Iterator[RenderableType]:
 
 def _is_mixed(entry: Entry) -> bool:
     return bool(entry["mixed_ranks"])
+
+
+def _first(kind: type) -> str:
+    """The first paragraph of a docstring."""
+    return (getdoc(kind) or "").partition("\n\n")[0]
 
 
 def _up(entry: Entry) -> str:
@@ -128,9 +133,9 @@ def _entry(name: str) -> Entry:
         "uplink": card.uplink,
         "mixed_ranks": card.mixed_ranks,
         "partial": card.partial,
-        "up": getdoc(card.up),
-        "down": getdoc(card.down),
-        "local": getdoc(card.local),
+        "up": _first(card.up),
+        "down": _first(card.down),
+        "local": _first(card.local),
         "private_bases": card.private_bases,
         "settings": [
             {

@@ -150,3 +150,17 @@ def test_a_quorum_that_can_never_be_reached_is_refused_before_anything_runs(tmp_
     assert code == 2
     assert "plan.quorum: found 9, but only 4 clients train in a round" in stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_algorithm_needs_is_missed_before_its_twin_is_trained(tmp_path: Path) -> None:
+    """A key that is not there, more heads than there are directions: told before a folder is made."""
+    table(tmp_path / "a.csv", 40)
+    for name, more, says in (
+        ("she-lora", 'key = "missing.key"', "she-lora: key: cannot read missing.key"),
+        ("ravan", "heads = 200", "1600 orthonormal directions of 384 dimensions"),
+    ):
+        path = config(tmp_path, "a.csv", f'clients = 2\n[algorithm]\nname = "{name}"\n{more}')
+        code, stderr = celora("run", path, "--out", tmp_path / "run")
+        assert code == 2
+        assert says in stderr
+        assert not (tmp_path / "run").exists()

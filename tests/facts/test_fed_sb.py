@@ -105,6 +105,18 @@ def test_a_sketch_holds_nearly_what_the_gradient_itself_would_and_random_bases_h
         torch.testing.assert_close(basis @ basis.T, torch.eye(RANK))
 
 
+def test_a_client_that_lost_its_bases_says_so_and_is_sent_them_again() -> None:
+    federation = Federation(FedSB(), clients=("c0", "c1", "c2"))
+    rounds = federation.run(Plan(rounds=5))
+    next(rounds), next(rounds)
+    del federation.shelves["c1"]
+    third, fourth = next(rounds), next(rounds)
+    assert "this client's state was lost" in third.excluded["c1"]
+    assert third.heard == ("c0", "c2")
+    assert fourth.heard == ("c0", "c1", "c2")
+    assert fourth.traffic["c1"].down_payload > fourth.traffic["c0"].down_payload
+
+
 def test_sketches_of_clients_add_up_to_the_sketch_of_their_sum() -> None:
     """So the server needs sums only: two clients' replies and one with their mean give the same bases."""
     algorithm, draw = FedSB(oversample=2), torch.Generator().manual_seed(0)

@@ -166,6 +166,29 @@ def test_what_is_in_clear_shows_how_many_columns_are_hidden_and_not_which() -> N
     assert sorted(agreed(5)["low.q"][:3].tolist()) != [7, 8, 9]
 
 
+@pytest.mark.parametrize(("drift", "at_least"), [(0.25, 6), (0.5, 6), (4.0, 0)])
+def test_while_a_is_near_its_start_the_hidden_columns_can_be_found_by_lining_up(drift: float, at_least: int) -> None:
+    """What the server can do with the seed's A: columns in clear keep their order, so those left over are hidden."""
+    draw, d, hidden = torch.Generator().manual_seed(0), 384, torch.tensor([3, 71, 150, 151, 290, 383])
+    start = torch.randn(8, d, generator=draw)
+    now = start + drift * torch.randn(8, d, generator=draw)
+    clear = now[:, _permutation(hidden, d)][:, : d - len(hidden)]
+    cost = torch.cdist(clear.T, start.T).square().double()
+    skips = d - clear.shape[1]
+    best = torch.full((skips + 1,), torch.inf, dtype=torch.float64)
+    best[0], skipped = 0.0, torch.zeros(clear.shape[1], skips + 1, dtype=torch.int64)
+    for at in range(clear.shape[1]):  # monotone alignment: column `at` in clear is column at + s of the start
+        least, skipped[at] = best.cummin(0)
+        best = least + cost[at, at : at + skips + 1]
+    found, s = set(range(d)), int(best.argmin())
+    for at in reversed(range(clear.shape[1])):
+        found.discard(at + s)
+        s = int(skipped[at, s])
+    right = len(found & set(hidden.tolist()))
+    assert right >= at_least
+    assert right < 6 or drift < 1
+
+
 def test_scores_do_not_cancel() -> None:
     """Two rows of opposite sign: the published form finds nothing where there is most."""
     weights = {"layer.A": torch.tensor([[9.0, 1.0, 0.5], [-9.0, 1.0, 0.5]]), "layer.B": torch.zeros(2, 2)}

@@ -47,7 +47,7 @@ def core(value: float) -> Tensor:
 class Two(Stub):
     """A stub with two mini-batches, of more."""
 
-    def batches(self) -> Any:
+    def batches(self, size: int | None = None) -> Any:
         return iter([{}, {}, {}])
 
 

@@ -54,7 +54,7 @@ OTHERS = {"a": (11, 3.5), "b": (8, 2.5), "c": (5, 1.25)}
 class Two(Stub):
     """A stub with two mini-batches, of more."""
 
-    def batches(self) -> Any:
+    def batches(self, size: int | None = None) -> Any:
         return iter([{}, {}, {}])
 
 

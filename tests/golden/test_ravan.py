@@ -104,7 +104,7 @@ def test_by_norm_the_larger_core_is_trained_and_sent_alone() -> None:
 class Sloping(Stub):
     """A stub with one mini-batch."""
 
-    def batches(self) -> Any:
+    def batches(self, size: int | None = None) -> Any:
         return iter([{}])
 
 

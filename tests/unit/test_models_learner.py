@@ -221,3 +221,9 @@ def test_nothing_handed_in_is_changed() -> None:
 def test_rows_that_cannot_be_read_are_refused() -> None:
     with pytest.raises(ModelError, match="reads texts; found an image tensor"):
         learner(minilm(), images(2))
+
+
+def test_batches_of_another_size_are_one_pass_over_the_rows_whatever_the_recipe() -> None:
+    for recipe in ({"steps": 2}, {"epochs": 3}):
+        sizes = [len(batch["labels"]) for batch in learner(vit(), images(10), batch_size=4, **recipe).batches(3)]
+        assert sorted(sizes) == [1, 3, 3, 3]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from celora.core.adapters import truncated
 from celora.core.screen import screen
 from celora.errors import ConfigError
-from celora.experiment import resolve
+from celora.experiment import folder_name, resolve
 from celora.models import Adapter
 from celora.tensors import Tensors, only
 from celora.wire import Schema, pack, record, unpack
@@ -81,8 +81,31 @@ def test_a_reply_may_lack_names_only_where_that_is_allowed() -> None:
     assert "2 of 2 tensors are missing" in str(screen(Up({}), Schema.of(FULL), only("A", "B"), partial=True))
 
 
+def test_models_of_the_clients_own_are_refused_by_methods_for_frozen_backbones(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"model": {"own": ["cnn-1"]}, "algorithm": {"name": "hetlora"}}
+    with pytest.raises(
+        ConfigError, match=r"model\.own: hetlora is for adapters in a frozen backbone; expected one of local"
+    ):
+        resolve(tree, tmp_path)
+    for name in ("local", "fedit", "ffa-lora", "fedsa-lora", "pfedlora"):
+        assert resolve({**tree, "algorithm": {"name": name}}, tmp_path).label == name
+    with pytest.raises(ConfigError, match="logits can be mixed where the adapter stands beside the head"):
+        resolve({"algorithm": {"name": "pfedlora", "mix": "logit"}}, tmp_path)
+
+
 def test_ranks_are_refused_by_methods_that_need_one_for_all(tmp_path: Path) -> None:
     tree: dict[str, Any] = {"adapter": {"ranks": [2, 8]}, "algorithm": {"name": "fedit"}}
     with pytest.raises(ConfigError, match="fedit needs one rank for all clients"):
         resolve(tree, tmp_path)
     assert dataclasses.is_dataclass(resolve({"algorithm": {"name": "fedit"}}, tmp_path))
+
+
+def test_no_ranks_at_all_is_a_mistake() -> None:
+    for ranks in ({}, ()):
+        with pytest.raises(ValidationError, match="ranks: found none"):
+            Adapter(ranks=ranks)
+
+
+def test_a_clients_folder_stays_within_the_run() -> None:
+    names = ["site a", "a/b", "..", "../up", "/abs", "c:\\d", "."]
+    assert [folder_name(name) for name in names] == ["site a", "a-b", "client ..", "..-up", "-abs", "c:-d", "client ."]

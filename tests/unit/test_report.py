@@ -75,7 +75,7 @@ def test_harmed_clients_are_marked_rows() -> None:
 def test_head_and_data_summary_have_lines_of_their_own() -> None:
     text = page()
     assert re.search(r"<td>head, up[^<]*</td><td>2\.3 MiB</td>", text)
-    assert re.search(r"<td>data summary, up[^<]*</td><td>36\.0 KiB, when asked for</td>", text)
+    assert re.search(r"<td>data summary, up[^<]*</td><td>36\.0 KiB, each time</td>", text)
 
 
 def test_who_learned_from_whom_is_said_in_sentences() -> None:

@@ -19,12 +19,13 @@ Compute: FedIT's, and `budget` scores of `fusion_rows` rows in every turn of sta
 model will be used: for clients of few rows several times their training. Twice FedIT's in a turn that trains both.
 
 What the paper leaves open. Its body could not be read here; μ, ν, 0.05, the box and the start (0, 0) are of a third
-party's code, whose budget is 5 evaluations, too few to get away from the start: here it is 20. "sync" copies θ_s,i to
-θ_p, as we recall the paper, or trains θ_p on; H = 5 is ours. AdamW's state is new in every round. w is found by
-nevergrad's NGOpt, which for two numbers is Cobyla; it is told losses of four decimals, so that their rounding does not
-lead it elsewhere, and the best that was tried is taken. The few rows are the first of the validation split, so
-validation scores flatter FDLoRA by two numbers' worth. The paper has no task head: here θ holds it, w fuses it like A
-and B (at w = 0 nothing is left of it), and private means that each client keeps a head of θ_s of its own.
+party's code, whose means are plain where p_i here is n_i / Σ n, and whose budget is 5 evaluations, too few to get away
+from the start: here it is 20. "sync" copies θ_s,i to θ_p, as we recall the paper, or trains θ_p on; H = 5 is ours.
+AdamW's state is new in every round. w is found by nevergrad's NGOpt, which for two numbers is Cobyla; it is told
+losses of four decimals, so that their rounding does not lead it elsewhere, and the best that was tried is taken. The
+few rows are the first of the validation split, so validation scores flatter FDLoRA by two numbers' worth. The paper
+has no task head: here θ holds it, w fuses it like A and B (at w = 0 nothing is left of it), and private means that
+each client keeps a head of θ_s of its own.
 """
 
 import warnings

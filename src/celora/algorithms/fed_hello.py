@@ -22,7 +22,8 @@ Its clusters' labels are arbitrary (ours are sorted: the highest F is drawn most
 round it is measured in (ours until the next). Which end of the drawn triangle is wide is unknown: "triangle" trains the
 layers next to the input most, "inverted" those next to the output. Patterns for other L than 12 are ours, and exact for
 12. The code trains the head and never averages it; here it is shared, unless `head` says otherwise. Clients are dealt
-to tiers in the order of their names, the first tier to the first ones.
+to tiers in the order of their names, the first tier to the first ones; with fewer clients than tiers the last tiers are
+empty, and a pattern that is not drawn then leaves some layers to nobody.
 """
 
 from collections.abc import Mapping, Sequence

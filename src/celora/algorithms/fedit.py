@@ -70,6 +70,7 @@ class FedIT:
         remembers="A, B",
         uplink="r(d + k)",
         floats=lambda r, d, k: r * (d + k),
+        own_models=True,
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged like A and B) or frozen as drawn")

@@ -17,8 +17,9 @@ Between common bases the average is exact: it is the average of the others' adap
 
 What travels: P_i and Q_i up, P̄_i and Q̄_i down, r² + r numbers a layer each way; up, v_i besides, which is counted as a
 data summary. β_i and the head stay. The server remembers the last P_j, Q_j and v_j of every client, and the (N, N) W.
-What the server learns: a head's gradient holds means of features by class. Coordinates left out and noise blur it; no
-privacy budget is claimed.
+What the server learns: a head's gradient holds means of features by class. Coordinates left out and noise blur it for
+others than the server; no privacy budget is claimed, for the noise is drawn from the run's seed so that a run can be
+repeated, and whoever knows that seed can take it out again.
 
 What the authors do and this file does not. Their clients may have different backbones, whose bases A and B are aligned
 once on public data (A by least squares, B by CCA), with P and Q at the last layer of each of some blocks of depth and
@@ -150,7 +151,7 @@ class FedMosaic:
     def gradient(self, learner: Learner, local: Local) -> Turn[Tensor | None]:
         """The moving average (n,) of what is sent of the head's gradient, without noise."""
         taken: list[Tensor] = []
-        for batch in islice(learner.batches(), self.batches):
+        for batch in islice(learner.batches(learner.recipe.batch_size), self.batches):
             slope = yield Gradient({}, batch, only("head"))
             taken.append(flatten(slope.gradient))
         if not taken:

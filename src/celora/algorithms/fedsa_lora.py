@@ -71,6 +71,7 @@ class FedSALoRA:
         remembers="A",
         uplink="r d",
         floats=lambda r, d, k: r * d,
+        own_models=True,
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged like A) or frozen as drawn")

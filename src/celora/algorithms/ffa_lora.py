@@ -70,6 +70,7 @@ class FFALoRA:
         remembers="B",
         uplink="r k",
         floats=lambda r, d, k: r * k,
+        own_models=True,
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged like B) or frozen as drawn")

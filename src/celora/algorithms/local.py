@@ -58,6 +58,7 @@ class LocalOnly:
         remembers="nothing",
         uplink="0",
         floats=lambda r, d, k: 0,
+        own_models=True,
         mixed_ranks=True,
     )
 

@@ -10,7 +10,8 @@
     server     θ  <-  Σ p_k θ_k
 
 What travels: the adapter beside the last linear map, both ways, r (d + classes) numbers. The whole model w_k, of any
-architecture (`[model] own`), stays. With the usual frozen backbone w_k is the head alone, and θ its LoRA.
+architecture (`[model] own`), stays. Without one of its own, on the usual frozen backbone, w_k is the head alone and θ
+the LoRA of every adapted module, r (d_in + d_out) numbers each; y_local is then the prediction without it.
 
 What the paper leaves open. Its body could not be read here: whether μ mixes losses (above) or logits,
 y = (1 − μ) y_local + μ y_joint, is `mix`; with logits the mixture also predicts, with losses y_joint does. Its SGD is
@@ -78,8 +79,9 @@ class PFedLoRA:
         gets="A, B",
         keeps="w_k, head included",
         remembers="A, B",
-        uplink="r(d + k), of the last linear map only",
+        uplink="r(d + k)",
         floats=lambda r, d, k: r * (d + k),
+        own_models=True,
     )
 
     head: Head = setting("private", "the task head: part of the client's own model, or frozen as drawn")

@@ -21,7 +21,8 @@ What the paper leaves open, and where this departs from the published code:
   everywhere, so the scores are measured after a round of training. How the server's lists by frequency and by score
   become one cannot be read: `merge`.
 - Columns. The code swaps columns one after another, and loses one that is already among the last k_i. Here it is one
-  permutation. The server sees how many columns are hidden, and not which (but see celora.privacy.order).
+  permutation, which hides little: the other columns keep their order, and A starts from the run's seed, which the
+  server knows. While A is near its start, to line A' up with it tells which columns are missing (a test does it).
 - Who multiplies. In the code the client encrypts a_c (r numbers), and the server multiplies it by B_i, for which it
   needs rotation keys of 18 MB. Here the client, who has both, encrypts the product. The sum is the same, and the server
   adds and weighs, for which it needs no key. Columns of all modules share ciphertexts (the code: 4 columns in each).

@@ -47,6 +47,7 @@ class Card:
             once does not count. `celora compare --match floats` chooses ranks by it.
         mixed_ranks: whether each client may have a rank of its own.
         partial: whether a client may send some of what is shared, and not all.
+        own_models: whether it also works where a client's whole model is its own, the adapter standing beside its head.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Card:
     floats: Callable[[int, int, int], float]
     mixed_ranks: bool = False
     partial: bool = False
+    own_models: bool = False
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Learner(Protocol):
         """The mini-batches of one `Fit`, `recipe` long, in an order drawn from the round's address.
 
         Args:
-            size: rows in each, instead of the recipe's.
+            size: rows in each; given, it is one pass over the rows, however long the recipe's is.
         """
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:

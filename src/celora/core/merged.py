@@ -7,7 +7,7 @@
 Both sides add an increment in the same way, W + B A, so that on one machine they agree to the bit; a W that is missing
 is 0. The server knows what version a client has from a reply it heard: whoever trained on a version has kept it. A
 client may have seen more than that (its reply was lost), and then is sent more than it needs, never less. One that has
-lost its state says so, does not train, and is sent W whole in the next round.
+lost its state says so, does not train, and is sent W whole once the others' replies have made a new version.
 """
 
 from collections.abc import Iterable, Mapping
@@ -67,7 +67,7 @@ class Merged:
         if delivery.version != self.version + 1:
             raise ValueError(
                 f"found W of version {self.version} here, expected {delivery.version - 1}: this client's state was "
-                "lost or is old; it sits out this round, and is sent W whole in the next"
+                "lost or is old; it sits out this round, and is sent W whole after the next average of the others"
             )
         return Merged(delivery.version, added(self.total, delivery.last))
 

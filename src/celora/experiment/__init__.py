@@ -113,8 +113,14 @@ def _start(
     if problems:
         raise ConfigError(problems)
     workshop = Workshop()
-    for seed in dict.fromkeys(job.seed for job in jobs):  # data and backbone must load before a folder is made
-        workshop.world(experiment.variant(jobs[0].label, seed))
+    for seed in dict.fromkeys(job.seed for job in jobs):  # all that can be known to fail, before a folder is made
+        for label in labels:
+            variant = experiment.variant(label, seed)
+            world = workshop.world(variant)
+            try:
+                variant.algorithm.client_init(world.learner(world.clients[0], 1))
+            except ValueError as error:
+                raise ConfigError([f"{label}: {error}"]) from error
     if match == "floats":  # from here on the ranks are part of what was written, so that resuming knows them
         experiment = budget.matched(experiment, labels, workshop.modules)
     folder = RunFolder.create(root)
@@ -217,7 +223,7 @@ def _job(
     chosen = f"{summary['moment']}@{summary['round']}"
     for client in world.clients:
         if (kept := shelves.get(client, {}).get(chosen)) is not None:
-            world.export(job.folder / "adapters" / client, opened(Model, kept, schema).weights)
+            world.export(job.folder / "adapters" / folder_name(client), client, opened(Model, kept, schema).weights)
     events = folder.events()
     report.write(job.folder, summary, events, folder.similarity())
     line = folder.event({"event": "end", **who, "folder": str(job.folder), "summary": summary})
@@ -228,3 +234,8 @@ def _job(
 def _notes(told: Mapping[ClientId, Sequence[str]]) -> list[str]:
     """What the clients were told at their sites; this process plays all of them."""
     return [f"{client}: {note}" for client, notes in sorted(told.items()) for note in notes]
+
+
+def folder_name(client: ClientId) -> str:
+    """A client's folder: its name, but for what would lead elsewhere."""
+    return client.replace("/", "-").replace("\\", "-") if client.strip(".") else f"client {client}"

@@ -99,7 +99,7 @@ def notices(experiment: Experiment, sending: Mapping[str, Any]) -> list[str]:
     adapter, written = experiment.adapter, _as_written(experiment).adapter
     return [
         f"--match floats: at rank {adapter.rank} a client of {experiment.label} sends {sending['floats']:,.0f} numbers "
-        f"of the adapter in a round; FedIT at rank {written.rank} would send {sending['budget']:,.0f}. "
+        f"of the adapter in a round, by its card; FedIT at rank {written.rank} would send {sending['budget']:,.0f}. "
         f"alpha is {adapter.lora_alpha:g}, so that s = alpha / rank stays {adapter.scaling:g}"
     ]
 

@@ -168,8 +168,11 @@ def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: boo
         found.append(
             f"adapter.init: found 'orthonormal', which is for a core C between A and B; {name} draws its own way"
         )
-    if own and algorithm.family.name not in ("lora", "tri"):
-        found.append(f"model.own: {name} adapts frozen weights; with models of the clients' own use pfedlora or local")
+    if own and not card.own_models:
+        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.card.own_models)
+        found.append(f"model.own: {name} is for adapters in a frozen backbone; expected one of {able}")
+    if not own and getattr(algorithm, "mix", "loss") == "logit":
+        found.append("algorithm.mix: logits can be mixed where the adapter stands beside the head; set [model] own")
     if own and (adapter.init, adapter.bases) != ("kaiming", "shared"):
         found.append("model.own: needs adapter.init = 'kaiming' and adapter.bases = 'shared'")
     if adapter.ranks is not None and not card.mixed_ranks:
@@ -205,7 +208,8 @@ def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> An
                 problems.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
             else:
                 message = problem["msg"].removeprefix("Input should be ")
-                hint = _did_you_mean(str(problem["input"]), message.replace("'", "").replace(",", "").split())
+                words = message.replace("'", "").replace(",", "").split() if problem["type"] == "literal_error" else []
+                hint = _did_you_mean(str(problem["input"]), words)
                 problems.append(f"{path}: found {problem['input']!r}, expected {message}{hint}")
         return None
 

@@ -166,11 +166,11 @@ class World:
             return None
         return float((test == train.mode().values).float().mean())
 
-    def export(self, folder: Path, weights: Tensors) -> None:
+    def export(self, folder: Path, client: ClientId, weights: Tensors) -> None:
         """A client's adapter as plain PEFT LoRA, or its own model and the adapter beside it."""
         experiment, classes = self.experiment, self.federation.classes
         if isinstance(self.models, Zoo):
-            models.export_own(folder, self.models.of(folder.name, self.clients).name, weights, classes=classes)
+            models.export_own(folder, self.models.of(client, self.clients).name, weights, classes=classes)
             return
         models.export_peft(
             folder,

@@ -57,7 +57,7 @@ class Adapter:
     rank: Count = setting(8, "r; where clients have ranks of their own, the largest of them")
     ranks: Mapping[str, Count] | tuple[Count, ...] | None = setting(
         None,
-        "{client = r, …}, others having `rank`; or tiers such as [2, 4, 8], each for as many clients; or one for all",
+        "{client = r, …}, others having `rank`; or tiers such as [2, 4, 8], each for as many clients; none: all `rank`",
     )
     alpha: Positive | None = setting(None, "s = alpha / rank; by default 2 · rank, as is common, so s = 2")
     targets: tuple[str, ...] | str = setting(
@@ -70,6 +70,8 @@ class Adapter:
     bases: Literal["shared", "secret"] = setting("shared", "A from the run's seed, or from each client's secret")
 
     def __post_init__(self) -> None:
+        if self.ranks is not None and not self.ranks:
+            raise ValueError("ranks: found none, expected {client = r} or tiers such as [4, 8]")
         given = self.ranks.values() if isinstance(self.ranks, Mapping) else self.ranks or ()
         if over := [rank for rank in given if rank > self.rank]:
             raise ValueError(f"ranks: found {max(over)}, expected at most rank = {self.rank}, the largest")

@@ -68,8 +68,8 @@ class ModelLearner:
         shuffled, so that padding to the longest row costs little.
         """
         rows = self.rows("train")
-        left = self.recipe.steps
-        for _ in range(self.recipe.epochs) if left is None else iter(int, 1):
+        left, epochs = (self.recipe.steps, self.recipe.epochs) if size is None else (None, 1)
+        for _ in range(epochs) if left is None else iter(int, 1):
             if not len(rows):
                 return
             for chosen in bucketed(self._passes.lengths(rows.inputs), size or self.recipe.batch_size, self._order):

@@ -153,9 +153,10 @@ class OwnLearner:
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """As `ModelLearner.batches`."""
-        rows, left = self.rows("train"), self.recipe.steps
+        rows = self.rows("train")
+        left, epochs = (self.recipe.steps, self.recipe.epochs) if size is None else (None, 1)
         sizes = [1] * len(rows) if isinstance(rows.inputs, Tensor) else [len(row) for row in rows.inputs]
-        for _ in range(self.recipe.epochs) if left is None else iter(int, 1):
+        for _ in range(epochs) if left is None else iter(int, 1):
             if not len(rows):
                 return
             for chosen in bucketed(sizes, size or self.recipe.batch_size, self._order):

@@ -165,7 +165,7 @@ def _bytes(summary: Mapping[str, Any]) -> str:
         "head": "head, up (not in the adapter's)",
     }
     rows = [(text, size(each[key]), size(total.get(key))) for key, text in lines.items()]
-    asked = f"{size(each['summary'])}, when asked for"
+    asked = f"{size(each['summary'])}, each time"
     rows.append(("data summary, up (not in the adapter's)", asked, size(total.get("summary"))))
     return _table(("measured", "per client and round", "whole run, all clients"), rows)
 

@@ -77,7 +77,7 @@ def client_lines(summary: Summary) -> list[Text]:
         "bytes up": f"{size(each['up_payload'])} adapter, {size(each['up_frame'])} frame, per client and round",
         "bytes down": f"{size(each['down_payload'])} adapter, {size(each['down_frame'])} frame, the same",
         "bytes of head": f"{size(each['head'])} up per client and round, not counted in the adapter's",
-        "bytes of data": f"{size(each['summary'])} of data summary up per client, when asked, not in the adapter's",
+        "bytes of data": f"{size(each['summary'])} of data summary up per client, each time, not in the adapter's",
     }
     return [
         Text(f"  {name:<15}{text}", style=HARM if name == "harmed" and harmed else "") for name, text in lines.items()
