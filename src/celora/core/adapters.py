@@ -23,8 +23,8 @@ from torch import Tensor
 
 from celora.tensors import Tensors, part
 
-Draw = Literal["down", "up", "core", "zero", "one", "identity", "kaiming", "rows", "columns"]
-"""How a part starts: A, B and C as `adapter.init` says ("down", "up", "core"); 0, 1 or I; as a linear layer's weight
+Draw = Literal["down", "up", "core", "zero", "one", "kaiming", "rows", "columns"]
+"""How a part starts: A, B and C as `adapter.init` says ("down", "up", "core"); 0 or 1; as a linear layer's weight
 ("kaiming"); or with orthonormal rows or columns, whatever `adapter.init` says."""
 
 

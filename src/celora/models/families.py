@@ -41,14 +41,18 @@ def initial(
                 f'adapter.init = "orthonormal" starts from C = 0; family "{family.name}" has no C: use "kaiming"'
             )
         for letter, of in parts.items():
-            weights[f"{module}.{letter}"] = _drawn(of, adapter, bases, f"{module}.{letter}")
-    bound = 1 / math.sqrt(backbone.width)
-    weights["head.weight"] = _uniform(bound, seed, "head.weight", (classes, backbone.width))
-    weights["head.bias"] = _uniform(bound, seed, "head.bias", (classes,))
-    return weights
+            weights[f"{module}.{letter}"] = drawn(of, adapter, bases, f"{module}.{letter}")
+    return {**weights, **head(classes, backbone.width, seed)}
 
 
-def _drawn(of: Part, adapter: Adapter, seed: int, name: str) -> Tensor:
+def head(classes: int, width: int, seed: int) -> dict[str, Tensor]:
+    """`head.weight (classes, width)` and `head.bias (classes,)`, drawn as `torch.nn.Linear` does."""
+    bound = 1 / math.sqrt(width)
+    shapes: dict[str, tuple[int, ...]] = {"head.weight": (classes, width), "head.bias": (classes,)}
+    return {name: _uniform(bound, seed, name, shape) for name, shape in shapes.items()}
+
+
+def drawn(of: Part, adapter: Adapter, seed: int, name: str) -> Tensor:
     """The matrix of a part: A by `adapter.init` as PEFT's Kaiming or N(0, (1e-3)²) as in CE-LoRA's code."""
     shape, orthonormal = (of.rows, of.columns), adapter.init == "orthonormal"
     match of.draw:
@@ -65,8 +69,6 @@ def _drawn(of: Part, adapter: Adapter, seed: int, name: str) -> Tensor:
         case "up" if orthonormal:
             return _orthonormal(seed, name, of.columns, of.rows).T.contiguous()
         case "core" if not orthonormal:
-            return torch.eye(of.rows)
-        case "identity":
             return torch.eye(of.rows)
         case "one":
             return torch.ones(shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from celora.core.learner import Batch, Metrics, Recipe, Score, Split
-from celora.models.passes import Passes, Rows, bucketed
+from celora.models.passes import Passes, Rows, mini_batches
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -68,15 +68,8 @@ class ModelLearner:
         shuffled, so that padding to the longest row costs little.
         """
         rows = self.rows("train")
-        left, epochs = (self.recipe.steps, self.recipe.epochs) if size is None else (None, 1)
-        for _ in range(epochs) if left is None else iter(int, 1):
-            if not len(rows):
-                return
-            for chosen in bucketed(self._passes.lengths(rows.inputs), size or self.recipe.batch_size, self._order):
-                if left == 0:
-                    return
-                left = None if left is None else left - 1
-                yield self._passes.batch(rows, chosen)
+        for chosen in mini_batches(self._passes.lengths(rows.inputs), self.recipe, size, self._order):
+            yield self._passes.batch(rows, chosen)
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
         """Mean cross entropy: `()`, or `(K,)` where the weights carry a leading client axis."""

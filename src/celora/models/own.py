@@ -23,7 +23,8 @@ from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.errors import ModelError
 from celora.models import sources
 from celora.models.backbone import Adapter, Inputs, Model, device_of
-from celora.models.passes import Rows, bucketed
+from celora.models.families import drawn, head
+from celora.models.passes import Rows, mini_batches
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -154,16 +155,9 @@ class OwnLearner:
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """As `ModelLearner.batches`."""
         rows = self.rows("train")
-        left, epochs = (self.recipe.steps, self.recipe.epochs) if size is None else (None, 1)
         sizes = [1] * len(rows) if isinstance(rows.inputs, Tensor) else [len(row) for row in rows.inputs]
-        for _ in range(epochs) if left is None else iter(int, 1):
-            if not len(rows):
-                return
-            for chosen in bucketed(sizes, size or self.recipe.batch_size, self._order):
-                if left == 0:
-                    return
-                left = None if left is None else left - 1
-                yield self._batch(rows, chosen)
+        for chosen in mini_batches(sizes, self.recipe, size, self._order):
+            yield self._batch(rows, chosen)
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
         """Mean cross entropy, `()`."""
@@ -264,22 +258,9 @@ class Zoo:
 
     def initial(self, adapter: Adapter, family: Family, classes: int, seed: int) -> dict[str, Tensor]:
         """What all clients have in common at round 0: the adapter `fc.*` (B = 0), and the head."""
-        bound = 1 / math.sqrt(self.width)
-
-        def uniform(name: str, *shape: int) -> Tensor:
-            return (2 * torch.rand(shape, generator=generator(seed, "init", name)) - 1) * bound
-
-        weights: dict[str, Tensor] = {}
-        for letter, of in family.parts(adapter.rank, self.width, classes).items():
-            name = f"{FC}.{letter}"
-            weights[name] = (
-                uniform(name, of.rows, of.columns) if of.draw == "down" else torch.zeros(of.rows, of.columns)
-            )
-            if of.draw in ("core", "identity"):
-                weights[name] = torch.eye(of.rows)
-        weights["head.weight"] = uniform("head.weight", classes, self.width)
-        weights["head.bias"] = uniform("head.bias", classes)
-        return weights
+        parts = family.parts(adapter.rank, self.width, classes)
+        weights = {f"{FC}.{letter}": drawn(of, adapter, seed, f"{FC}.{letter}") for letter, of in parts.items()}
+        return {**weights, **head(classes, self.width, seed)}
 
     def fingerprint(self) -> str:
         """SHA-256 over names and starting weights of all architectures."""

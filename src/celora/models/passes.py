@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, linear, modules
-from celora.core.learner import Batch, Metrics, Score
+from celora.core.learner import Batch, Metrics, Recipe, Score
 from celora.core.training import FILLING, passes
 from celora.models.backbone import Backbone, Inputs
 from celora.models.prefixes import Prefixes
@@ -219,6 +219,19 @@ def predict(backbone: Backbone, family: Family, weights: Tensors, inputs: Inputs
     """Logits (n, classes) of all rows in their order, on the CPU, for one client's weights."""
     rows = Rows(inputs, torch.zeros(len(inputs), dtype=torch.int64))
     return Passes(backbone, family)._logits([weights], [rows])[0]
+
+
+def mini_batches(sizes: Sequence[int], recipe: Recipe, size: int | None, order: torch.Generator) -> Iterator[list[int]]:
+    """The rows of each mini-batch as the recipe says, or of one pass in batches of `size`."""
+    left, epochs = (recipe.steps, recipe.epochs) if size is None else (None, 1)
+    for _ in range(epochs) if left is None else iter(int, 1):
+        if not sizes:
+            return
+        for chosen in bucketed(sizes, size or recipe.batch_size, order):
+            if left == 0:
+                return
+            left = None if left is None else left - 1
+            yield chosen
 
 
 def bucketed(sizes: Sequence[int], batch_size: int, order: torch.Generator) -> list[list[int]]:
