@@ -39,6 +39,8 @@ from text import DATASETS, GRID, TUNING_SEED, paired, validation
 
 SEEDS = (0, 1)
 SHARE = 0.95
+OWN_RATES, DESCENT = {"pfedme": ("inner_lr",), "per-fedavg": ("alpha", "beta")}, 50
+"""Methods that step by plain descent at rates of their own; the grid is scaled for them."""
 BUDGET: Tree = {"adapter": {"layers": "last:2"}, "plan": {"rounds": 6, "evaluate_every": 2}}
 TINY: Tree = {
     "data": {"rows": 8, "max_validation": 10, "max_test": 10},
@@ -69,7 +71,7 @@ def main() -> None:
     print(f"{count * len(grid)} runs to tune, then {count * len(seeds)}; in {out}", file=sys.stderr)
     rates = tune(cells, methods, grid, base, out, arguments.workers, failed)
     runs = {
-        place(d, m, rate, s): merged(cells[d], {"algorithm": {"name": m}, "train": {"lr": rate}, "plan": {"seed": s}})
+        place(d, m, rate, s): merged(cells[d], stepping(m, rate), {"plan": {"seed": s}})
         for (d, m), rate in rates.items()
         for s in seeds
     }
@@ -120,6 +122,12 @@ def place(dataset: str, method: str, rate: float, seed: int) -> str:
     return f"run/{dataset}/{method}/lr-{rate:g}/seed-{seed}"
 
 
+def stepping(method: str, rate: float) -> Tree:
+    """A method at a learning rate of the grid; plain descent takes 50 times AdamW's: a step has the gradient's size."""
+    own = dict.fromkeys(OWN_RATES.get(method, ()), DESCENT * rate)
+    return {"algorithm": {"name": method, **own}, "train": {"lr": rate}}
+
+
 def tune(
     cells: Mapping[str, Tree],
     methods: Sequence[str],
@@ -132,10 +140,7 @@ def tune(
     """(data set, method) -> the learning rate of the best mean validation score; without those that failed."""
     pilot: Tree = {"plan": {"seed": TUNING_SEED}, "data": {"max_test": 1}}
     runs = {
-        (d, m, lr): merged(tree, pilot, {"algorithm": {"name": m}, "train": {"lr": lr}})
-        for d, tree in cells.items()
-        for m in methods
-        for lr in grid
+        (d, m, lr): merged(tree, pilot, stepping(m, lr)) for d, tree in cells.items() for m in methods for lr in grid
     }
     named = {(d, m, lr): f"tune/{d}/{m}/lr-{lr:g}" for d, m, lr in runs}
     done = sweep({named[key]: tree for key, tree in runs.items()}.items(), base, out, workers, failed)
