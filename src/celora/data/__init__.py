@@ -8,7 +8,7 @@ Bad input is a `DataError`; what is merely odd (an empty client, a client of one
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,9 @@ class Data:
     text: str = setting("text", "column of the texts", min_length=1)
     image: str | None = setting(None, "column of images (bytes of JPEG or PNG files), instead of texts", min_length=1)
     label: str = setting("label", "column of the labels", min_length=1)
+    classes: tuple[str, ...] | None = setting(
+        None, "all labels there are; none: those that occur (sites then tell the server theirs)"
+    )
     client: str | None = setting(None, "column that names the client of a row (natural partition)", min_length=1)
     split: str | None = setting(None, "column that says train, validation or test of a row", min_length=1)
     partition: Literal["auto", "iid", "dirichlet", "classes", "quantity", "natural"] = setting(
@@ -88,6 +91,24 @@ def load(data: Data, base: Path, seed: int) -> Federation:
         table, kind, clients=data.clients, alpha=data.alpha, classes_per_client=data.classes_per_client,
         clients_per_group=data.clients_per_group, seed=seed,
     )  # fmt: skip
+    groups = table.empty if kind == "natural" else {}
+    return _carved(table, hands, data, seed, groups)
+
+
+def alone(data: Data, base: Path, client: str, seed: int) -> Federation:
+    """One client with all rows of the source: a site. Its splits are those it has where all clients are read at once.
+
+    Raises:
+        DataError: as `load`.
+    """
+    table = read(data, base)
+    splits = table.splits or ["train"] * len(table)
+    hand = Share(*([row for row, of in enumerate(splits) if of == split] for split in ("train", "validation", "test")))
+    return _carved(table, {client: hand}, data, seed, {})
+
+
+def _carved(table: Table, hands: Mapping[str, Share], data: Data, seed: int, empty: Mapping[str, str]) -> Federation:
+    """Each client's own training, validation and test rows."""
     fixed = set(table.splits or ())
     wanted = {
         "validation": 0.0 if "validation" in fixed else data.validation,
@@ -100,12 +121,15 @@ def load(data: Data, base: Path, seed: int) -> Federation:
         )
         for client, held in hands.items() if held.train
     }  # fmt: skip
-    excluded = {client: "has no training rows" for client, held in hands.items() if not held.train}
-    if kind == "natural":
-        excluded |= table.empty
+    excluded = {**{client: "has no training rows" for client, held in hands.items() if not held.train}, **empty}
+    found = sorted(set(table.labels))
+    if data.classes is not None and (foreign := [label for label in found if label not in data.classes]):
+        raise DataError(
+            f"found the label {foreign[0]!r}, which data.classes does not list; expected one of {listing(data.classes)}"
+        )
     expected = [name for name in ("validation", "test") if name in fixed or wanted[name] > 0]
     return Federation(
-        table=table, classes=sorted(set(table.labels)), clients=clients, excluded=excluded,
+        table=table, classes=sorted(data.classes or found), clients=clients, excluded=excluded,
         notices=(*table.notices, *_oddities(table, clients, expected)),
     )  # fmt: skip
 

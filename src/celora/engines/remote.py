@@ -33,8 +33,8 @@ class Call:
 
     Attributes:
         job: one algorithm with one seed in one federation; the node keeps private state by it.
-        kind: "begin", "order" or "export".
-        body: `Begin`, `Order`, or the name of the model to export in UTF-8.
+        kind: "begin", "order", "export" or "end".
+        body: `Begin`, `Order`, the name of the model to export in UTF-8, or nothing.
     """
 
     job: str
@@ -47,8 +47,8 @@ class Begin:
     """What a node needs to know of a job.
 
     Attributes:
-        config: the resolved experiment as TOML; data, folders and downloads in it are the node's to decide.
-        label: what is run, an algorithm's name or the label of an override.
+        config: one algorithm with one seed, resolved, as TOML; data, folders and downloads are the node's to decide.
+        label: an algorithm's name or the label of an override.
         backbone: SHA-256 of the server's backbone; the node's must be equal.
         classes: the labels of all clients, sorted; empty as long as the clients are still being asked for theirs.
         clients: all clients of the job; empty as long as they are being asked.
@@ -97,3 +97,219 @@ class Answer:
     body: bytes
     error: str | None
     socket: tuple[int, ...]
+
+
+class Post(Protocol):
+    """What carries bytes to nodes and back."""
+
+    def nodes(self) -> Mapping[NodeId, str]:
+        """The nodes that are there -> since when; a node that went and came back has another since."""
+
+    def send(self, node: NodeId, frame: bytes, seconds: float) -> str:
+        """Send a frame that is of no use after so many seconds; the letter's name."""
+
+    def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
+        """Of those letters that have come to an end: the answer's frame, or why there is none."""
+
+    def forget(self, letters: Sequence[str]) -> None:
+        """Nobody waits for these any more."""
+
+
+@dataclass
+class _Letter:
+    node: NodeId
+    since: str
+    client: ClientId | None  # None: a `Begin`, which asks who is there
+
+
+@dataclass
+class Remote:
+    """The clients behind a `Post`; lasts for a session of many jobs.
+
+    Args:
+        names: node -> the client whose key it has; None where nodes are believed (`--insecure`, simulation).
+        patience: seconds after which a client whose node has gone is given up for the round.
+        poll: seconds between looks at the post.
+        say: told what happened to a node, a line each.
+
+    Attributes:
+        facts: client -> what its node told at the last `muster`, or after.
+        refused: client -> why its node cannot take part in the job.
+        sockets: client -> bytes its node sent and received between its last two answers, where it counts them.
+    """
+
+    post: Post
+    names: Callable[[NodeId], ClientId | None] | None = None
+    patience: float = 120.0
+    poll: float = 0.05
+    say: Callable[[str], None] = lambda text: None
+    facts: dict[ClientId, Facts] = field(default_factory=dict)
+    refused: dict[ClientId, str] = field(default_factory=dict)
+    sockets: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
+    _begin: bytes = b""
+    _job: str = ""
+    _met: dict[NodeId, tuple[str, bytes]] = field(default_factory=dict)
+    _home: dict[ClientId, NodeId] = field(default_factory=dict)
+    _gone: dict[ClientId, float] = field(default_factory=dict)
+    _counted: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
+
+    def muster(self, job: str, begin: Begin, expected: Iterable[ClientId] | int, seconds: float) -> None:
+        """Begin a job with every node that is there or comes in time; results are in `facts` and `refused`.
+
+        Args:
+            expected: whom to wait for, or how many.
+
+        Raises:
+            FederationError: if nobody has come.
+        """
+        self._job, self._begin = job, pack(Call(job, "begin", pack(begin)))
+        self.facts.clear()
+        self.refused.clear()
+        wanted = expected if isinstance(expected, int) else set(expected)
+
+        def all_here() -> bool:
+            come = self.facts.keys() | self.refused.keys()
+            return len(come) >= wanted if isinstance(wanted, int) else wanted <= come
+
+        self._work({}, seconds, all_here)
+        if not self.facts:
+            why = "".join(f"; {client}: {reason}" for client, reason in sorted(self.refused.items()))
+            raise FederationError(f"no site has joined within {seconds:g} s{why}. Start the sites, and resume")
+
+    def __call__(self, orders: Mapping[ClientId, Order]) -> dict[ClientId, Reply]:
+        """Send each client its order and bring back the replies that come within the deadline."""
+        seconds = min((order.deadline or DEADLINE for order in orders.values()), default=0.0)
+        answers = self._work({c: Call(self._job, "order", pack(order)) for c, order in orders.items()}, seconds)
+        return {client: _reply(answer) for client, answer in answers.items()}
+
+    def export(self, clients: Iterable[ClientId], name: str, seconds: float = DEADLINE) -> dict[ClientId, str]:
+        """Let every client write its kept model at its site; client -> what went wrong, where something did."""
+        call = Call(self._job, "export", name.encode())
+        answers = self._work(dict.fromkeys(clients, call), seconds)
+        problems = {c: found if isinstance(found, str) else found.error for c, found in answers.items()}
+        return {client: problem for client, problem in problems.items() if problem is not None}
+
+    def end(self, seconds: float = 10.0) -> None:
+        """Tell the nodes that are there that nothing more will come."""
+        here = [client for client, node in self._home.items() if node in self.post.nodes()]
+        self._work(dict.fromkeys(here, Call(self._job, "end", b"")), seconds)
+
+    def _work(
+        self, calls: Mapping[ClientId, Call], seconds: float, until: Callable[[], bool] = lambda: True
+    ) -> dict[ClientId, "Answer | str"]:
+        """Carry calls and bring back answers, or what happened instead, until all are here or the time is up."""
+        end, done = time.monotonic() + seconds, dict[ClientId, Answer | str]()
+        frames = {client: pack(call) for client, call in calls.items()}
+        letters: dict[str, _Letter] = {}
+        self.sockets.clear()
+        while time.monotonic() < end:
+            online = self.post.nodes()
+            for name in [name for name, letter in letters.items() if online.get(letter.node) != letter.since]:
+                self.post.forget([name])  # its node has gone, or has come back and knows nothing of it
+                del letters[name]
+            self._ask_who(online, letters, end)
+            for client in [client for client in frames if client not in done]:
+                self._send(client, frames[client], online, letters, done, end)
+            for name, found in self.post.collect(list(letters)).items():
+                self._take(letters.pop(name), found, done)
+            if len(done) == len(frames) and until():
+                break
+            time.sleep(self.poll)
+        self.post.forget(list(letters))
+        for client in frames:
+            if client in self._gone and client not in done:
+                done[client] = f"its node has been gone for {time.monotonic() - self._gone[client]:.0f} s"
+        return done
+
+    def _ask_who(self, online: Mapping[NodeId, str], letters: dict[str, _Letter], end: float) -> None:
+        """Begin the job with every node that has not begun it yet."""
+        asked = {letter.node for letter in letters.values() if letter.client is None}
+        for node, since in online.items():
+            if self._met.get(node) != (since, self._begin) and node not in asked:
+                name = self.post.send(node, self._begin, end - time.monotonic())
+                letters[name] = _Letter(node, since, None)
+
+    def _send(
+        self,
+        client: ClientId,
+        frame: bytes,
+        online: Mapping[NodeId, str],
+        letters: dict[str, _Letter],
+        done: dict[ClientId, "Answer | str"],
+        end: float,
+    ) -> None:
+        """Send a client its call if its node is there and ready; give it up if its node stays away."""
+        if client in self.refused:
+            done[client] = self.refused[client]
+            return
+        node = self._home.get(client)
+        if node is None or node not in online:
+            since = self._gone.setdefault(client, time.monotonic())
+            if time.monotonic() - since > self.patience:
+                done[client] = f"its node has been gone for {self.patience:g} s"
+            return
+        if self._gone.pop(client, None) is not None:
+            self.say(f"{client} is back")
+        ready = self._met.get(node) == (online[node], self._begin)
+        if ready and all(letter.client != client for letter in letters.values()):
+            letters[self.post.send(node, frame, end - time.monotonic())] = _Letter(node, online[node], client)
+
+    def _take(self, letter: _Letter, found: bytes | str, done: dict[ClientId, "Answer | str"]) -> None:
+        """What came back for a letter."""
+        if isinstance(found, str):  # its carrier failed: the node is asked again, an order is not lost
+            self._met.pop(letter.node, None)
+            return
+        try:
+            answer = unpack(Answer, found)
+            facts = unpack(Facts, answer.body) if letter.client is None and answer.error is None else None
+        except WireError as error:
+            if letter.client is not None:
+                done[letter.client] = str(error)
+            self._met[letter.node] = letter.since, self._begin  # nothing to wait for from this one
+            self.say(f"node {letter.node} sent what cannot be read: {error}")
+            return
+        expected = self.names(letter.node) if self.names else answer.client
+        if answer.client != expected or letter.client not in (None, answer.client):
+            self._met[letter.node] = letter.since, self._begin
+            self.say(f"node {letter.node} speaks for {answer.client!r}, expected {letter.client or expected!r}: ignored")
+            return
+        self._count(answer)
+        if letter.client is not None:
+            done[letter.client] = answer
+            return
+        self._met[letter.node] = letter.since, self._begin
+        if (held := self._home.get(answer.client)) not in (None, letter.node) and held in self.post.nodes():
+            self.say(f"node {letter.node} speaks for {answer.client}, as node {held} does already: ignored")
+            return
+        self._home[answer.client] = letter.node
+        if facts is None:
+            self.refused[answer.client] = answer.error or ""
+            self.say(f"{answer.client} cannot take part: {answer.error}")
+        else:
+            self.refused.pop(answer.client, None)
+            if answer.client not in self.facts:
+                self.say(f"{answer.client} has joined: {', '.join(f'{n} {split}' for split, n in facts.rows.items())}")
+            self.facts[answer.client] = facts
+
+    def _count(self, answer: Answer) -> None:
+        """Bytes on the node's sockets since its last answer; a process that began anew counts from 0 again."""
+        if len(answer.socket) != 2:
+            return
+        sent, received = answer.socket
+        before = self._counted.get(answer.client, (0, 0))
+        if sent < before[0] or received < before[1]:
+            before = 0, 0
+        up, down = self.sockets.get(answer.client, (0, 0))
+        self.sockets[answer.client] = up + sent - before[0], down + received - before[1]
+        self._counted[answer.client] = sent, received
+
+
+def _reply(found: Answer | str) -> Reply:
+    if isinstance(found, str):
+        return Reply(b"", {}, found)
+    if found.error is not None:
+        return Reply(b"", {}, found.error)
+    try:
+        return unpack(Reply, found.body)
+    except WireError as error:
+        return Reply(b"", {}, str(error))

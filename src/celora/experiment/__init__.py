@@ -8,26 +8,26 @@ what it likes, and may stop at any moment: what is on disk can be resumed.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from celora.core.algorithm import ClientId
 from celora.core.federation import run as federate
-from celora.core.messages import Model, opened
-from celora.engines.embedded import Embedded
-from celora.errors import ConfigError, QuorumError, RunFolderError
+from celora.errors import ConfigError, FederationError, QuorumError, RunFolderError
 from celora.experiment import budget
 from celora.experiment.config import Experiment, dump, read, resolve, written
+from celora.experiment.places import Here, Place, simulated
+from celora.experiment.sites import Listen, check_server, serving
 from celora.experiment.summary import round_event, summarise
 from celora.experiment.world import Workshop, manifest
 from celora.track import report
 from celora.track.folder import Event, RunFolder, stamped
-from celora.track.shelves import Shelves
-from celora.wire import Schema
 
-__all__ = ["Experiment", "compare", "read", "resolve", "resume", "run"]
+__all__ = ["Experiment", "Listen", "compare", "read", "resolve", "resume", "run"]
 
 SESSION = "session.json"
 
@@ -41,12 +41,51 @@ class Job:
     folder: Path
 
 
-def run(experiment: Experiment, folder: Path | None = None, *, twin: bool = True) -> Iterator[Event]:
+ENGINES = ("embedded", "flower-sim")
+Where = str | Listen
+"""Where the clients are: an engine of this machine, or sites that connect to a `Listen`."""
+Say = Callable[[str], None]
+
+
+def print_nothing(text: str) -> None:
+    """For whoever only wants events."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What jobs have in common.
+
+    Attributes:
+        federation: under which sites keep their state; drawn anew for each session, and kept with it.
+    """
+
+    kind: str
+    match: budget.Match = "rank"
+    where: Where = "embedded"
+    federation: str = field(default_factory=lambda: secrets.token_hex(6))
+
+    def job(self, job: Job) -> str:
+        """The job's name at its sites."""
+        label = re.sub(r"[^A-Za-z0-9._-]", "-", job.label).lstrip("._-") or "job"
+        return f"{self.federation}/{label}-seed-{job.seed}"
+
+
+def run(
+    experiment: Experiment,
+    folder: Path | None = None,
+    *,
+    twin: bool = True,
+    where: Where = "embedded",
+    say: Say = print_nothing,
+) -> Iterator[Event]:
     """The experiment's algorithm, after its local-only twin of equal budget (in the sub-folder `local`).
 
     Args:
         folder: of the run; `runs/<name>` if not given.
         twin: False leaves the twin out, and with it every lift; for sweeps that have run it once.
+        where: the clients are: "embedded", in this process; "flower-sim", in Flower's simulation; or at sites that
+            connect to a `Listen`.
+        say: told what happens between two events: who has joined, who is waited for.
 
     Raises:
         CeloraError: any of celora.errors; the folder is then as it was, or can be resumed.
@@ -55,7 +94,9 @@ def run(experiment: Experiment, folder: Path | None = None, *, twin: bool = True
     jobs = [Job(experiment.label, experiment.plan.seed, root)]
     if twin and experiment.label != "local":
         jobs.insert(0, Job("local", experiment.plan.seed, root / "local"))
-    yield from _start(experiment, root, "run", jobs)
+    if isinstance(where, str) and where not in ENGINES:
+        raise ConfigError([f"--engine: found {where!r}, expected one of {', '.join(ENGINES)}"])
+    yield from _start(experiment, root, jobs, Session("run", where=where), say)
 
 
 def compare(
@@ -81,10 +122,10 @@ def compare(
     labels = list(dict.fromkeys(["local", *labels]))
     many = len(seeds) > 1
     jobs = [Job(a, s, root / a / f"seed-{s}" if many else root / a) for s in dict.fromkeys(seeds) for a in labels]
-    yield from _start(experiment, root, "compare", jobs, chosen)
+    yield from _start(experiment, root, jobs, Session("compare", match=chosen))
 
 
-def resume(root: Path) -> Iterator[Event]:
+def resume(root: Path, say: Say = print_nothing) -> Iterator[Event]:
     """Continue a run or a comparison where its last whole round ended; jobs that are done are not repeated.
 
     Raises:
@@ -97,12 +138,19 @@ def resume(root: Path) -> Iterator[Event]:
         raise RunFolderError(f"{root} is not a run folder: found no {SESSION}{inner}; expected runs/<name>")
     experiment = dataclasses.replace(read(root / "experiment.toml"), base=Path(session["base"]))
     jobs = [Job(job["label"], job["seed"], root / job["folder"]) for job in session["jobs"]]
+    where = session.get("where", "embedded")
+    plan = Session(
+        kind=session["kind"],
+        match=session.get("match", "rank"),
+        federation=session.get("federation", "local"),
+        where=where if isinstance(where, str) else Listen(**where),
+    )
     with folder.lock():
-        yield from _session(experiment, root, session["kind"], jobs, Workshop(), session.get("match", "rank"))
+        yield from _session(experiment, root, jobs, plan, Workshop(), say)
 
 
 def _start(
-    experiment: Experiment, root: Path, kind: str, jobs: list[Job], match: budget.Match = "rank"
+    experiment: Experiment, root: Path, jobs: list[Job], session: Session, say: Say = print_nothing
 ) -> Iterator[Event]:
     labels, problems = list(dict.fromkeys(job.label for job in jobs)), list[str]()
     for label in labels:  # all mistakes of all algorithms, before anything is run
@@ -115,26 +163,47 @@ def _start(
     workshop = Workshop()
     for seed in dict.fromkeys(job.seed for job in jobs):  # all that can be known to fail, before a folder is made
         for label in labels:
-            variant = experiment.variant(label, seed)
-            world = workshop.world(variant)
             try:
-                variant.algorithm.client_init(world.learner(world.clients[0], 1))
+                _check(experiment.variant(label, seed), workshop, session.where)
             except ValueError as error:
                 raise ConfigError([f"{label}: {error}"]) from error
-    if match == "floats":  # from here on the ranks are part of what was written, so that resuming knows them
+    if session.match == "floats":  # from here on the ranks are part of what was written, so that resuming knows them
         experiment = budget.matched(experiment, labels, workshop.modules)
     folder = RunFolder.create(root)
     with folder.lock():
         folder.write("experiment.toml", written(experiment))
         places = [{"label": j.label, "seed": j.seed, "folder": str(j.folder.relative_to(root))} for j in jobs]
         base = str(experiment.base.resolve())
-        folder.write_json(SESSION, {"kind": kind, "base": base, "match": match, "jobs": places})
-        yield from _session(experiment, root, kind, jobs, workshop, match)
+        folder.write_json(SESSION, {**dataclasses.asdict(session), "base": base, "jobs": places})
+        yield from _session(experiment, root, jobs, session, workshop, say)
+
+
+def _check(variant: Experiment, workshop: Workshop, where: Where) -> None:
+    """Whether an algorithm can be run there, as far as it can be known now."""
+    if isinstance(where, Listen):
+        check_server(variant, workshop)
+    else:
+        world = workshop.world(variant)
+        variant.algorithm.client_init(world.learner(world.clients[0], 1))
+
+
+@contextmanager
+def _place(session: Session, experiment: Experiment, workshop: Workshop, root: Path, say: Say) -> Iterator[Place]:
+    where = session.where
+    if isinstance(where, Listen):
+        with serving(where, experiment, workshop, root, session.federation, say) as sites:
+            yield sites
+    elif where == "flower-sim":
+        with simulated(experiment, workshop, root) as simulation:
+            yield simulation
+    else:
+        yield Here(workshop)
 
 
 def _session(
-    experiment: Experiment, root: Path, kind: str, jobs: list[Job], workshop: Workshop, match: budget.Match
+    experiment: Experiment, root: Path, jobs: list[Job], session: Session, workshop: Workshop, say: Say
 ) -> Iterator[Event]:
+    kind = session.kind
     states = [
         {
             "algorithm": j.label,
@@ -148,17 +217,25 @@ def _session(
     yield stamped({"event": "session", "folder": str(root), "kind": kind, "jobs": states, "rounds": rounds})
     summaries: list[dict[str, Any]] = []
     twins: dict[int, Job] = {job.seed: job for job in jobs if job.label == "local"}
-    for job in jobs:
-        variant = experiment.variant(job.label, job.seed)
-        twin = twins.get(job.seed)
-        try:
-            alone = RunFolder(twin.folder) if twin and twin != job else None
-            yield from _job(variant, job, workshop, alone, match)
-        except (KeyboardInterrupt, GeneratorExit, QuorumError) as reason:
-            why = str(reason) or type(reason).__name__
-            RunFolder(job.folder).event({"event": "stopped", "algorithm": job.label, "seed": job.seed, "why": why})
-            raise
-        summaries.append(RunFolder(job.folder).read_json("summary.json"))
+    with ExitStack() as open_places:
+        place: Place | None = None
+        for job in jobs:
+            variant = experiment.variant(job.label, job.seed)
+            twin = twins.get(job.seed)
+            try:
+                if (summary := RunFolder(job.folder).read_json("summary.json")) is not None:
+                    who = {"algorithm": job.label, "seed": job.seed}
+                    yield stamped({"event": "end", **who, "folder": str(job.folder), "summary": summary})
+                else:
+                    if place is None:
+                        place = open_places.enter_context(_place(session, experiment, workshop, root, say))
+                    alone = RunFolder(twin.folder) if twin and twin != job else None
+                    yield from _job(variant, job, place, workshop, alone, session)
+            except (KeyboardInterrupt, GeneratorExit, QuorumError, FederationError) as reason:
+                why = str(reason) or type(reason).__name__
+                RunFolder(job.folder).event({"event": "stopped", "algorithm": job.label, "seed": job.seed, "why": why})
+                raise
+            summaries.append(RunFolder(job.folder).read_json("summary.json"))
     compared = None
     if kind == "compare":
         RunFolder(root).write_json("compare.json", summaries)
@@ -167,22 +244,19 @@ def _session(
 
 
 def _job(
-    experiment: Experiment, job: Job, workshop: Workshop, twin: RunFolder | None, match: budget.Match
+    experiment: Experiment, job: Job, place: Place, workshop: Workshop, twin: RunFolder | None, session: Session
 ) -> Iterator[Event]:
     """One algorithm, one seed: every event of it, from wherever its folder stands to its summary."""
     folder = RunFolder(job.folder)
     who = {"algorithm": job.label, "seed": job.seed}
-    if (summary := folder.read_json("summary.json")) is not None:
-        yield stamped({"event": "end", **who, "folder": str(job.folder), "summary": summary})
-        return
     found = folder.latest()
-    world = workshop.world(experiment)
-    algorithm, plan = experiment.algorithm, experiment.plan
+    team = place.team(experiment, folder, session.job(job), found[1] if found else {})
+    known, algorithm, plan = team.known, experiment.algorithm, experiment.plan
     folder.write("config.toml", dump(experiment))
-    folder.write_json("manifest.json", manifest(experiment, world))
+    folder.write_json("manifest.json", manifest(experiment, known))
     folder.rewind(found[2] if found else None)
     checkpoint = found[0] if found else None
-    start = {"from_round": checkpoint.round if checkpoint else 0, "clients": len(world.clients)}
+    start = {"from_round": checkpoint.round if checkpoint else 0, "clients": len(known.clients)}
     yield folder.event({"event": "start", **who, "folder": str(job.folder), "rounds": plan.rounds, **start})
     told = {e["text"] for e in folder.events() if e["event"] == "notice"}
 
@@ -192,50 +266,34 @@ def _job(
                 told.add(text)
                 yield folder.event({"event": "notice", **who, "text": text})
 
-    sending = budget.uplink(experiment, match, workshop.modules)
-    yield from notices([*budget.notices(experiment, sending), *world.notices, *(found[3] if found else [])])
-    schema = Schema.of(world.initial)
-    shelves = Shelves(folder.shelves, schema, experiment.engine.state_mb * 2**20, found[1] if found else None)
-    engine = Embedded(algorithm, world.learner, shelves, schema, *experiment.engine.solver(world.models.device))
+    sending = budget.uplink(experiment, session.match, workshop.modules)
+    yield from notices([*budget.notices(experiment, sending), *known.notices, *(found[3] if found else [])])
     twin_rounds = {e["index"]: e["validation"] for e in twin.events() if e["event"] == "round"} if twin else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
     best = checkpoint.best if checkpoint else None
-    for done in federate(algorithm, engine, plan, world.clients, world.initial, checkpoint):
+    for done in federate(algorithm, team.exchange, plan, known.clients, known.initial, checkpoint):
         sent += sum(traffic.up_frame for traffic in done.traffic.values())
         event = {
-            **round_event(done, twin_rounds.get(done.index)),
-            "clients": sorted(shelves),
+            **round_event(done, twin_rounds.get(done.index), team.sockets()),
+            "clients": sorted(team.shelves),
             "up_bytes": sent,
         }
         event |= {**who, "rounds": plan.rounds}
         folder.mixing(done.server, done.index)
-        folder.save(done.checkpoint, shelves, event)
+        folder.save(done.checkpoint, team.shelves, event)
         best = done.checkpoint.best
         del done  # the server's state and its frame, before the next round makes others
         line = folder.event(event)
-        yield from notices([*_notes(engine.notes), *world.models.notices])
+        yield from notices(team.told())
         yield line
     if best is None:
         raise RunFolderError(f"{job.folder}: no round was run")
     alone = {c: row["score"] for c, row in twin.read_json("summary.json")["clients"].items()} if twin else None
-    summary = summarise(experiment, world, engine, best, folder.events(), alone)
+    summary = summarise(experiment, known, team.exchange, best, folder.events(), alone)
     summary |= {"uplink": sending, "folder": str(job.folder), "adapters": str(job.folder / "adapters")}
-    chosen = f"{summary['moment']}@{summary['round']}"
-    for client in world.clients:
-        if (kept := shelves.get(client, {}).get(chosen)) is not None:
-            world.export(job.folder / "adapters" / folder_name(client), client, opened(Model, kept, schema).weights)
+    yield from notices(team.export(f"{summary['moment']}@{summary['round']}"))
     events = folder.events()
     report.write(job.folder, summary, events, folder.similarity())
     line = folder.event({"event": "end", **who, "folder": str(job.folder), "summary": summary})
     folder.write_json("summary.json", summary)  # last: a job with a summary is done
     yield line
-
-
-def _notes(told: Mapping[ClientId, Sequence[str]]) -> list[str]:
-    """What the clients were told at their sites; this process plays all of them."""
-    return [f"{client}: {note}" for client, notes in sorted(told.items()) for note in notes]
-
-
-def folder_name(client: ClientId) -> str:
-    """A client's folder: its name, but for what would lead elsewhere."""
-    return client.replace("/", "-").replace("\\", "-") if client.strip(".") else f"client {client}"

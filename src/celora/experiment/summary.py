@@ -14,15 +14,21 @@ from celora.core.learner import Metrics
 from celora.core.messages import Best, Exchange, Moment, Round
 from celora.errors import DataError
 from celora.experiment.config import Experiment
-from celora.experiment.world import World
+from celora.experiment.world import Known
 from celora.track import scores
 from celora.track.folder import Event
 
+SOCKETS = ("up_socket", "down_socket")
 MOMENTS: tuple[Moment, ...] = ("received", "personal")
 
 
-def round_event(done: Round, twin: Mapping[str, Any] | None) -> Event:
-    """A round for the journal; `twin` is `validation` of the same round of the local-only twin."""
+def round_event(done: Round, twin: Mapping[str, Any] | None, sockets: Mapping[ClientId, tuple[int, int]]) -> Event:
+    """A round for the journal.
+
+    Args:
+        twin: `validation` of the same round of the local-only twin.
+        sockets: client -> bytes its sockets sent and received, where there are sockets and they count.
+    """
 
     def over(moment: Moment) -> dict[ClientId, float]:
         return {c: m[moment]["score"] for c, m in done.scores.items() if "score" in m.get(moment, {})}
@@ -43,13 +49,16 @@ def round_event(done: Round, twin: Mapping[str, Any] | None) -> Event:
         "lift": lift,
         "best": {moment: dataclasses.asdict(best) for moment, best in done.checkpoint.best.items()},
         "scores": {client: {moment: _plain(m) for moment, m in s.items()} for client, s in done.scores.items()},
-        "traffic": {client: dataclasses.asdict(traffic) for client, traffic in done.traffic.items()},
+        "traffic": {
+            client: dataclasses.asdict(traffic) | dict(zip(SOCKETS, sockets.get(client, (None, None)), strict=True))
+            for client, traffic in done.traffic.items()
+        },
     }
 
 
 def summarise(
     experiment: Experiment,
-    world: World,
+    known: Known,
     exchange: Exchange,
     best: Mapping[str, Best],
     events: Sequence[Event],
@@ -70,12 +79,12 @@ def summarise(
         raise DataError("no client has validation rows: no round can be chosen; raise data.validation")
     moment = max(best, key=lambda name: (best[name].clients, best[name].score))
     wanted = {f"{m}@{best[m].round}" for m in best} | {f"{m}@{rounds}" for m in MOMENTS}
-    tested = score_on_test(exchange, experiment.plan, world.clients, sorted(wanted))
+    tested = score_on_test(exchange, experiment.plan, known.clients, sorted(wanted))
 
     def at(name: str) -> dict[ClientId, float]:
         return {c: m[name]["score"] for c, m in tested.items() if "score" in m.get(name, {})}
 
-    test_rows = {client: len(world.rows[client]["test"]) for client in world.clients}
+    test_rows = {client: known.rows[client]["test"] for client in known.clients}
 
     headline = f"{moment}@{best[moment].round}"
     alone = at(headline) if twin is None else twin
@@ -87,16 +96,16 @@ def summarise(
     per_moment = {m: at(f"{m}@{best[m].round}") for m in best}
     clients = {
         client: {
-            "train": len(world.rows[client]["train"]),
+            "train": known.rows[client]["train"],
             "test": test_rows[client],
             "score": (score := at(headline).get(client)),
             "local_only": (by_itself := alone.get(client)),
             "lift": None if score is None or by_itself is None else score - by_itself,
             **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
-            "majority": world.majority(client),
+            "majority": known.majority[client],
             "up_frame": sum(e["traffic"][client]["up_frame"] for e in done if client in e["traffic"]),
         }
-        for client in world.clients
+        for client in known.clients
     }
     return {
         "schema": 1,
@@ -111,7 +120,7 @@ def summarise(
         },
         "last": {m: {"metrics": metrics(f"{m}@{rounds}")} for m in MOMENTS},
         "clients": clients,
-        "excluded": dict(world.excluded),
+        "excluded": dict(known.excluded),
         "excluded_replies": {str(e["index"]): e["excluded"] for e in done if e["excluded"]},
         "notices": [e["text"] for e in events if e["event"] == "notice"],
         "bytes": _bytes(done),
@@ -129,12 +138,16 @@ def _plain(metrics: Metrics) -> dict[str, float | None]:
 def _bytes(events: Sequence[Event]) -> dict[str, Any]:
     """Totals, and means per client and round of training (`summary`: per client that sent one)."""
     rows = [traffic for event in events for traffic in event["traffic"].values()]
-    total = {name: sum(row[name] for row in rows) for name in rows[0]} if rows else {}
+    counted = [name for name in SOCKETS if any(row.get(name) is not None for row in rows)]
+    named = [name for name in (rows[0] if rows else ()) if name not in SOCKETS]
+    total: dict[str, Any] = {name: sum(row[name] for row in rows) for name in named}
+    total |= {name: sum(row.get(name) or 0 for row in rows) if name in counted else None for name in SOCKETS}
     total["head"] = total.pop("head_up", 0)
     turns = max(1, sum(1 for row in rows if row["up_frame"]))
     senders = max(1, sum(1 for row in rows if row["summary"]))
     names = ("up_payload", "up_frame", "down_payload", "down_frame", "head", "head_down", "report")
-    each = {name: _whole(total.get(name, 0) / turns) for name in names}
+    each: dict[str, Any] = {name: _whole(total.get(name, 0) / turns) for name in names}
+    each |= {name: _whole(total[name] / turns) if name in counted else None for name in SOCKETS}
     return {**each, "summary": _whole(total.get("summary", 0) / senders), "total": total}
 
 

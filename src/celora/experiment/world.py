@@ -1,8 +1,8 @@
 """The clients of an experiment: their rows, where they start, and their learners; and the manifest of it all."""
 
 import platform
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,30 @@ from celora.experiment.config import Experiment
 from celora.models import Backbone, ModelLearner, OwnLearner, Passes, Prefixes, Rows, Zoo
 from celora.rng import generator
 from celora.tensors import Tensors
+
+@dataclass(frozen=True)
+class Known:
+    """What the server of a job knows of its clients and of where they start.
+
+    Attributes:
+        rows: client -> split -> number of rows.
+        majority: client -> test score of always answering its most frequent training class.
+        excluded: client -> why it takes no part.
+        initial: every weight at round 0 (private bases excepted).
+        data, backbone: for the manifest.
+    """
+
+    clients: Sequence[ClientId]
+    classes: Sequence[str]
+    rows: Mapping[ClientId, Mapping[str, int]]
+    majority: Mapping[ClientId, float | None]
+    excluded: Mapping[ClientId, str]
+    notices: Sequence[str]
+    initial: Tensors
+    device: str
+    data: Mapping[str, Any]
+    backbone: Mapping[str, str]
+
 
 PACKAGES = ("celora", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "pydantic")
 
@@ -57,21 +81,34 @@ class Workshop:
     def modules(self, experiment: Experiment) -> list[tuple[int, int]]:
         """(d_out, d_in) of every adapted module."""
         if experiment.model.own is not None:
-            return [(len(self.federation(experiment).classes), self.zoo(experiment).width)]
+            classes = experiment.data.classes or self.federation(experiment).classes
+            return [(len(classes), self.zoo(experiment).width)]
         return list(self.backbone(experiment).targets.values())
+
+    def start(self, experiment: Experiment, classes: int) -> Tensors:
+        """Every weight at round 0 as the server knows it, for so many classes; no rows are needed."""
+        own = experiment.model.own is not None
+        return drawn(experiment, self.zoo(experiment) if own else self.backbone(experiment), classes)
+
+    def fingerprint(self, experiment: Experiment) -> str:
+        """SHA-256 of the backbone, or of the clients' own models."""
+        return (self.backbone(experiment) if experiment.model.own is None else self.zoo(experiment)).fingerprint()
 
     def world(self, experiment: Experiment) -> "World":
         """The clients of an experiment, with their rows ready for its backbone."""
-        model, plan, federation = experiment.model, experiment.plan, self.federation(experiment)
-        drawn = max(1, round(plan.fraction * len(federation.clients)))
-        if plan.quorum > drawn:
-            raise ConfigError([f"plan.quorum: found {plan.quorum}, but only {drawn} clients train in a round"])
+        federation = self.federation(experiment)
+        check_quorum(experiment, len(federation.clients))
+        return self.populated(experiment, federation)
+
+    def populated(self, experiment: Experiment, federation: data.Federation, **site: Any) -> "World":
+        """The world of a federation whose rows are given; `site` as for `World`."""
+        model = experiment.model
         read_as = (federation.table.fingerprint(), repr(model))
         if model.own is not None:
             zoo = self.zoo(experiment)
             if read_as not in self._inputs:
                 self._inputs[read_as] = zoo.read(federation.table.inputs)
-            return World(experiment, federation, zoo, self._inputs[read_as])
+            return World(experiment, federation, zoo, self._inputs[read_as], **site)
         backbone = self.backbone(experiment)
         if read_as not in self._inputs:
             inputs = federation.table.inputs
@@ -82,7 +119,27 @@ class Workshop:
         if backbone.depth and frozen not in self._prefixes:
             self._prefixes[frozen] = Prefixes(backbone, experiment.engine.cache_mb << 20)
         passes = Passes(backbone, experiment.algorithm.family, self._prefixes.get(frozen))
-        return World(experiment, federation, passes, self._inputs[read_as])
+        return World(experiment, federation, passes, self._inputs[read_as], **site)
+
+
+def drawn(experiment: Experiment, backbone: Backbone | Zoo, classes: int, secret: int | None = None) -> Tensors:
+    """Every weight at round 0; without the secret of secret bases their shapes, and values that nobody uses."""
+    adapter, family, seed = experiment.adapter, experiment.algorithm.family, experiment.plan.seed
+    if secret is None:
+        adapter = replace(adapter, bases="shared")
+    if isinstance(backbone, Zoo):
+        return backbone.initial(adapter, family, classes, seed)
+    return models.initial(backbone, adapter, family, classes, seed, secret)
+
+
+def check_quorum(experiment: Experiment, clients: int) -> None:
+    """
+    Raises:
+        ConfigError: if no round could ever reach the quorum.
+    """
+    drawn = max(1, round(experiment.plan.fraction * clients))
+    if experiment.plan.quorum > drawn:
+        raise ConfigError([f"plan.quorum: found {experiment.plan.quorum}, but only {drawn} clients train in a round"])
 
 
 class World:
@@ -90,11 +147,22 @@ class World:
 
     Args:
         models: passes through the frozen backbone, or the clients' own models.
+        everyone: all clients of the experiment, where the federation holds only one of them (a site).
+        secret: client -> what its own bases are drawn from; none: from the run's seed, so that it can be repeated.
     """
 
-    def __init__(self, experiment: Experiment, federation: data.Federation, models: Passes | Zoo, inputs: Any) -> None:
-        self.experiment, self.federation, self.models = experiment, federation, models
+    def __init__(
+        self,
+        experiment: Experiment,
+        federation: data.Federation,
+        models: Passes | Zoo,
+        inputs: Any,
+        everyone: Sequence[ClientId] | None = None,
+        secret: Callable[[ClientId], int] | None = None,
+    ) -> None:
+        self.experiment, self.federation, self.models, self._secret = experiment, federation, models, secret
         self.clients: list[ClientId] = list(federation.clients)
+        self.everyone = list(everyone or self.clients)
         self.excluded: Mapping[ClientId, str] = federation.excluded
         left_out = [f"{client} is left out: {why}" for client, why in federation.excluded.items()]
         self.notices: list[str] = [*federation.table.notices, *federation.notices, *left_out]
@@ -113,41 +181,29 @@ class World:
             }
             for client, share in federation.clients.items()
         }
-        self.initial: Tensors = self._initial()
+        self.initial: Tensors = drawn(experiment, self._backbone, len(federation.classes))
         ranks = experiment.adapter.ranks
-        if isinstance(ranks, Mapping) and (unknown := sorted(set(ranks) - set(self.clients))):
+        if isinstance(ranks, Mapping) and (unknown := sorted(set(ranks) - set(self.everyone))):
             raise ConfigError(
-                [f"adapter.ranks: found client {unknown[0]!r}, expected some of {', '.join(self.clients)}"]
+                [f"adapter.ranks: found client {unknown[0]!r}, expected some of {', '.join(self.everyone)}"]
             )
 
-    def _initial(self, secret: int | None = None) -> Tensors:
-        adapter = self.experiment.adapter
-        if secret is None:  # what the server knows: of secret bases their shapes, and values nobody uses
-            adapter = replace(adapter, bases="shared")
-        family, classes, seed = (
-            self.experiment.algorithm.family,
-            len(self.federation.classes),
-            self.experiment.plan.seed,
-        )
-        if isinstance(self.models, Zoo):
-            return self.models.initial(adapter, family, classes, seed)
-        return models.initial(self.models.backbone, adapter, family, classes, seed, secret)
+    @property
+    def _backbone(self) -> Backbone | Zoo:
+        return self.models if isinstance(self.models, Zoo) else self.models.backbone
 
     def start(self, client: ClientId) -> Tensors:
-        """The client's weights at round 0; with secret bases A (and an orthonormal B) are its own.
-
-        In this simulation the secret is drawn from the run's seed, so that the run can be repeated; a real site draws
-        it from its own.
-        """
+        """The client's weights at round 0; with secret bases A (and an orthonormal B) are its own."""
         adapter = self.experiment.adapter
         if isinstance(self.models, Zoo):
-            return {**self.models.of(client, self.clients).start, **self.initial}
+            return {**self.models.of(client, self.everyone).start, **self.initial}
         if adapter.ranks is not None:
-            return truncated(self.initial, adapter.rank_of(client, self.clients))
+            return truncated(self.initial, adapter.rank_of(client, self.everyone))
         if adapter.bases == "shared":
             return self.initial
-        drawn = torch.randint(2**62, (), generator=generator(self.experiment.plan.seed, "secret", client))
-        return self._initial(secret=int(drawn))  # drawn again each round: milliseconds, and no client costs memory
+        by_seed = torch.randint(2**62, (), generator=generator(self.experiment.plan.seed, "secret", client))
+        secret = self._secret(client) if self._secret else int(by_seed)
+        return drawn(self.experiment, self._backbone, len(self.federation.classes), secret)  # again each round: milliseconds, and no client costs memory
 
     def learner(self, client: ClientId, round: int) -> Learner:
         """The client's learner in a round."""
@@ -156,8 +212,25 @@ class World:
         if isinstance(self.models, Passes):
             return ModelLearner(self.models, rows, start, experiment.train, **address)
         adapts: Any = {"family": experiment.algorithm.family, "scaling": experiment.adapter.scaling}
-        own = self.models.of(client, self.clients)
+        own = self.models.of(client, self.everyone)
         return OwnLearner(own, rows, start, experiment.train, **adapts, **address)
+
+    @property
+    def known(self) -> Known:
+        """What the server knows of this world."""
+        table = self.federation.table
+        return Known(
+            clients=self.clients,
+            classes=self.federation.classes,
+            rows={client: {split: len(rows) for split, rows in splits.items()} for client, splits in self.rows.items()},
+            majority={client: self.majority(client) for client in self.clients},
+            excluded=self.excluded,
+            notices=self.notices,
+            initial=self.initial,
+            device=str(self.models.device),
+            data={"source": self.experiment.data.source, "sha256": table.fingerprint()},
+            backbone={"name": self.models.name, "sha256": self.models.fingerprint()},
+        )
 
     def majority(self, client: ClientId) -> float | None:
         """Test score of always answering the client's most frequent training class."""
@@ -170,7 +243,7 @@ class World:
         """A client's adapter as plain PEFT LoRA, or its own model and the adapter beside it."""
         experiment, classes = self.experiment, self.federation.classes
         if isinstance(self.models, Zoo):
-            models.export_own(folder, self.models.of(client, self.clients).name, weights, classes=classes)
+            models.export_own(folder, self.models.of(client, self.everyone).name, weights, classes=classes)
             return
         models.export_peft(
             folder,
@@ -183,7 +256,7 @@ class World:
         )
 
 
-def manifest(experiment: Experiment, world: World) -> dict[str, Any]:
+def manifest(experiment: Experiment, known: Known) -> dict[str, Any]:
     """What a reader needs to repeat the run: versions, hashes of data and backbone, seed, hardware."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -197,12 +270,10 @@ def manifest(experiment: Experiment, world: World) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "torch_threads": torch.get_num_threads(),
-        "device": str(world.models.device),
+        "device": known.device,
         "seed": experiment.plan.seed,
-        "data": {"source": experiment.data.source, "sha256": world.federation.table.fingerprint()},
-        "backbone": {"name": world.models.name, "sha256": world.models.fingerprint()},
-        "classes": world.federation.classes,
-        "clients": {
-            client: {split: len(rows) for split, rows in splits.items()} for client, splits in world.rows.items()
-        },
+        "data": dict(known.data),
+        "backbone": dict(known.backbone),
+        "classes": list(known.classes),
+        "clients": {client: dict(rows) for client, rows in known.rows.items()},
     }

@@ -39,7 +39,7 @@ DENSE = 1000
 METRICS = ("round", "client", "moment", "score", "loss", "rows")
 BYTES = (
     "round", "client", "up_payload", "up_frame", "down_payload", "down_frame", "head_up", "head_down", "summary",
-    "report",
+    "report", "up_socket", "down_socket",
 )  # fmt: skip
 
 
@@ -260,5 +260,5 @@ def _metric_rows(event: Event) -> list[tuple[Any, ...]]:
 
 def _byte_rows(event: Event) -> list[tuple[Any, ...]]:
     return [
-        (event["index"], client, *(traffic[name] for name in BYTES[2:])) for client, traffic in event["traffic"].items()
+        (event["index"], client, *(traffic.get(name) for name in BYTES[2:])) for client, traffic in event["traffic"].items()
     ]

@@ -1,0 +1,44 @@
+"""The command line."""
+
+import io
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from celora.cli import runs, sites
+from celora.exits import CODES
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # its tracebacks print local variables, which may be somebody's rows
+    help="Fine-tune one frozen foundation model for many clients whose data may not leave them.",
+    epilog=f"{CODES}\n\nBegin with: [bold]celora list[/bold], [bold]celora run --help[/bold]",
+)
+runs.add(app)
+sites.add(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"celora {version('celora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± or ▼ must not end a run
+    app(prog_name="celora")

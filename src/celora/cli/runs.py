@@ -1,0 +1,123 @@
+"""The commands of one machine: run, compare, resume, list."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from celora import catalog, experiment
+from celora.cli.common import Config, Event, Group, Json, Out, Quiet, Sets, examples, follow, read, show_all
+from celora.errors import ConfigError
+from celora.exits import Session, explained
+
+
+def add(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command(
+        epilog=examples(
+            "celora run demo.toml",
+            "celora run demo.toml --set algorithm.name=fedsa-lora --set plan.rounds=5 --out runs/short",
+            "celora run demo.toml --json > result.json",
+        )
+    )(run)
+    app.command(
+        epilog=examples(
+            "celora compare demo.toml --algorithms fedit,fedsa-lora,ce-lora",
+            "celora compare demo.toml --algorithms fedsa-lora,ce-lora --seeds 0,1,2 --out runs/table-1",
+            "celora compare demo.toml --algorithms fedit,ce-lora --match floats --out runs/equal-uplink",
+        )
+    )(compare)
+    app.command(epilog=examples("celora resume runs/demo"))(resume)
+    app.command("list", epilog=examples("celora list", "celora list ce-lora", "celora list --json"))(list_)
+
+
+def run(
+    *,
+    config: Config,
+    sets: Sets = None,
+    group: Group = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the experiment in CONFIG.toml, after its local-only twin of equal budget."""
+    follow(lambda: experiment.run(read(config, sets, group), out), as_json, quiet)
+
+
+def compare(
+    *,
+    config: Config,
+    algorithms: Annotated[
+        str, typer.Option(metavar="A,B,…", help="Names, or labels of the overrides; local is added.")
+    ],
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,…", help="Whole numbers.", show_default="plan.seed")] = None,
+    match: Annotated[
+        str,
+        typer.Option(
+            metavar="rank|floats",
+            help="One rank for all; or for each algorithm the rank at which it sends as much as fedit, or just less.",
+        ),
+    ] = "rank",
+    sets: Sets = None,
+    group: Group = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run several algorithms on the clients of CONFIG.toml, with every seed, and put them into one table."""
+
+    def start() -> Iterator[Event]:
+        labels, numbers, problems = _words(algorithms), _seeds(seeds), list[str]()
+        if not labels:
+            problems.append(f"--algorithms: found {algorithms!r}, expected names such as fedit,ce-lora")
+        if numbers is None:
+            problems.append(f"--seeds: found {seeds!r}, expected whole numbers from 0 up, such as 0,1,2")
+        if problems:
+            raise ConfigError(problems)
+        chosen = read(config, sets, group)
+        return experiment.compare(chosen, labels, numbers or [chosen.plan.seed], out, match=match)
+
+    follow(start, as_json, quiet)
+
+
+def resume(
+    *,
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A folder of run or compare.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue the run or comparison in RUN after its last whole round, as if it had never stopped."""
+    follow(lambda: experiment.resume(folder), as_json, quiet)
+
+
+def list_(
+    *,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[ALGORITHM]...")] = None,
+    as_json: Json = False,
+) -> None:
+    """The algorithms, what travels and what stays; of those that are named, every setting."""
+    with explained(Session(), as_json=as_json):
+        found = catalog.describe(names or [])
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    elif names:
+        show_all(*(part for entry in found for part in catalog.page(entry)))
+    else:
+        show_all(
+            catalog.table(found), Text("celora list NAME shows its paper, its records and its settings"), wrap=True
+        )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    """The seeds: none where the option was not given, and None where it makes no sense."""
+    words = _words(text) if text is not None else []
+    if text is not None and (not words or not all(word.isascii() and word.isdecimal() for word in words)):
+        return None
+    return [int(word) for word in words]

@@ -1,0 +1,240 @@
+"""Both ends of a federation of real sites: the server's `Sites`, and `enter`, with which a site takes its place.
+
+The server has no rows. What it must know it asks for: how many rows each site has, and which labels, unless
+`data.classes` lists them.
+"""
+
+import secrets
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from celora import data
+from celora.core.algorithm import ClientId
+from celora.data.table import natural_key
+from celora.engines.remote import Begin, Remote
+from celora.errors import ConfigError, DataError, FederationError
+from celora.experiment.config import Experiment, dump, resolve
+from celora.experiment.places import Seat, Team, lost, nothing, seat
+from celora.experiment.world import Known, Workshop, check_quorum
+from celora.site.certificates import public_keys
+from celora.track.disk import put
+from celora.track.folder import RunFolder
+
+
+@dataclass
+class Sites:
+    """Clients at sites of their own (a `Place`).
+
+    Args:
+        expected: the clients to wait for, or how many.
+        wait: seconds to wait for them at the beginning of a job; then it begins with those that are there.
+        said: what the remote has to say, as it is said.
+    """
+
+    remote: Remote
+    workshop: Workshop
+    expected: Sequence[ClientId] | int
+    wait: float
+    said: list[str] = field(default_factory=list)
+
+    def team(self, experiment: Experiment, folder: RunFolder, job: str, shelves: Mapping[ClientId, str]) -> Team:
+        """As `Place.team`.
+
+        Raises:
+            FederationError: if no site comes.
+            ConfigError: if too few come for `plan.quorum`.
+        """
+        fingerprint = self.workshop.fingerprint(experiment)
+        begin = Begin(dump(experiment), experiment.label, fingerprint, (), ())
+        self.remote.muster(job, begin, self.expected, self.wait)
+        facts = dict(self.remote.facts)
+        clients = sorted((c for c, fact in facts.items() if fact.rows.get("train", 0)), key=natural_key)
+        excluded = {**self.remote.refused, **{c: "has no training rows" for c in facts if c not in clients}}
+        if not isinstance(self.expected, int):
+            absent = [client for client in self.expected if client not in facts and client not in excluded]
+            excluded |= {client: f"did not come within {self.wait:g} s" for client in absent}
+        labels = {label for client in clients for label in facts[client].labels}
+        classes = sorted(experiment.data.classes or labels)
+        if not classes:
+            raise DataError(
+                "no site has told its labels, and data.classes lists none; list them, or allow the field 'labels' of "
+                "'remote.Facts' in the sites' policies"
+            )
+        check_quorum(experiment, len(clients))
+        self.remote.muster(job, replace(begin, classes=tuple(classes), clients=tuple(clients)), clients, self.wait)
+        known = Known(
+            clients=clients,
+            classes=classes,
+            rows={client: facts[client].rows for client in clients},
+            majority={client: facts[client].majority for client in clients},
+            excluded=excluded,
+            notices=[f"{client} is left out: {why}" for client, why in sorted(excluded.items())],
+            initial=self.workshop.start(experiment, len(classes)),
+            device="sites",
+            data={"source": "sites", "sha256": {client: facts[client].data for client in clients}},
+            backbone={"name": experiment.model.backbone, "sha256": fingerprint},
+        )
+
+        def told() -> list[str]:
+            return list(self.said)
+
+        def export(name: str) -> list[str]:
+            return lost(self.remote.export(clients, name))
+
+        return Team(known, self.remote, nothing(folder, known), told, export, lambda: self.remote.sockets)
+
+
+@dataclass(frozen=True)
+class Listen:
+    """How a server is reached, and by whom; kept in the run folder, so that `celora resume` listens as before.
+
+    Attributes:
+        address: host:port.
+        keys: a folder with server.crt, server.key and sites/<client>.pub; None: plain HTTP on loopback, no keys.
+        clients: whom to expect where there are no keys, or how many; None: all that have a key.
+        wait: seconds to wait for them.
+    """
+
+    address: str
+    keys: str | None
+    clients: tuple[str, ...] | int | None
+    wait: float
+
+
+@contextmanager
+def serving(
+    listen: Listen, experiment: Experiment, workshop: Workshop, root: Path, federation: str, say: Callable[[str], None]
+) -> Iterator[Sites]:
+    """Serve the Fleet API for a session.
+
+    Raises:
+        ConfigError: for an address or keys that cannot be used.
+        FederationError: if nobody can listen there.
+    """
+    from celora.engines.flower import Fleet  # noqa: PLC0415  # an extra
+
+    address, keys, tls = parsed(listen.address), dict[ClientId, bytes](), None
+    if listen.keys is None and not loopback(address[0]):
+        raise ConfigError([f"--insecure: found the address {listen.address}, expected one of this machine (127.0.0.1)"])
+    if listen.keys is not None:
+        tls = Path(listen.keys) / "server.crt", Path(listen.keys) / "server.key"
+        if missing := [str(path) for path in tls if not path.is_file()]:
+            raise ConfigError([f"--keys: found no {missing[0]}; make one with `celora keys`, or bring your own"])
+        keys = public_keys(Path(listen.keys) / "sites")
+    expected = listen.clients if listen.clients is not None else tuple(keys)
+    if isinstance(expected, tuple) and keys and (unknown := [name for name in expected if name not in keys]):
+        raise ConfigError([f"--clients: found {unknown[0]!r}, expected some of {', '.join(keys)}: those with a key"])
+    offer = {
+        "celora": version("celora"),
+        "federation": federation,
+        "algorithm": experiment.label,
+        "backbone": workshop.fingerprint(experiment),
+        "config": dump(experiment),
+    }
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        say(text)
+
+    with Fleet(address, tls, keys, offer, root / "flower.log") as post:
+        tell(f"listening on {listen.address}" + ("" if tls else ", without TLS and without keys"))
+        remote = Remote(post, names=post.client if tls else None, say=tell)
+        yield Sites(remote, workshop, expected, listen.wait, said)
+        remote.end()
+
+
+def parsed(address: str) -> tuple[str, int]:
+    """host:port, [v6]:port.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
+        raise ConfigError([f"found the address {address!r}, expected host:port such as 127.0.0.1:8000"])
+    return host.strip("[]"), int(port)
+
+
+def loopback(host: str) -> bool:
+    """Whether an address stays on this machine."""
+    return host in ("127.0.0.1", "::1", "localhost")
+
+
+def check_server(experiment: Experiment, workshop: Workshop) -> None:
+    """Whether a server without rows can run this.
+
+    Raises:
+        CeloraError: if not, as far as it can be known.
+    """
+    if experiment.model.own is not None and experiment.data.classes is None:
+        raise ConfigError(["data.classes: with model.own the server must know all labels; list them"])
+    workshop.start(experiment, len(experiment.data.classes or "ab"))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a site's rows and weights are, which the server does not decide.
+
+    Attributes:
+        source, test: paths or patterns, as `data.source` and `data.test`.
+        backbone: instead of the experiment's `model.backbone`; its weights must be equal.
+    """
+
+    source: Path
+    test: Path | None = None
+    backbone: str | None = None
+
+
+def enter(client: Callable[[], ClientId], rows: Rows, state: Path) -> Callable[[Begin], Seat]:
+    """What a site does when a job begins: read its rows and the backbone, and check that they fit the server's."""
+    workshop = Workshop()
+
+    def take(begin: Begin) -> Seat:
+        name, experiment = client(), local(begin.config, rows)
+        if (found := workshop.fingerprint(experiment)) != begin.backbone:
+            raise FederationError(
+                f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
+                f"{begin.backbone[:16]}…: install the same weights at both ends"
+            )
+        asked = not begin.classes and not experiment.data.classes
+        if begin.classes:
+            experiment = replace(experiment, data=replace(experiment.data, classes=begin.classes))
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        if name not in federation.clients:
+            raise DataError(f"{rows.source}: {name} {federation.excluded[name]}; a site needs rows to take part")
+        everyone = begin.clients or (name,)
+        world = workshop.populated(experiment, federation, everyone=everyone, secret=lambda _: own_secret(state))
+        return seat(world, name, labels=asked)
+
+    return take
+
+
+def local(config: str, rows: Rows) -> Experiment:
+    """The server's experiment with this site's own rows, weights and machine.
+
+    Raises:
+        ConfigError: if it is not one.
+    """
+    tree = tomllib.loads(config)
+    own = {"source": str(rows.source.resolve()), "partition": "natural", "clients_per_group": 1}
+    tree["data"] = {name: value for name, value in tree["data"].items() if name not in ("client", "test")} | own
+    if rows.test is not None:
+        tree["data"]["test"] = str(rows.test.resolve())
+    tree["model"]["allow_download"] = False
+    if rows.backbone is not None:
+        tree["model"]["backbone"] = rows.backbone
+    tree.pop("engine", None)
+    return resolve(tree, Path.cwd())
+
+
+def own_secret(state: Path) -> int:
+    """What this site draws secret bases from: made once, kept in its folder, told to nobody."""
+    path = state / "secret"
+    if not path.exists():
+        put(path, secrets.token_bytes(8))
+    return int.from_bytes(path.read_bytes(), "little") >> 2

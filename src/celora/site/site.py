@@ -1,0 +1,200 @@
+"""A site: it answers the server's calls with its own rows, keeps its private state on its own disk, and decides itself
+what may leave.
+
+    state/<federation>/<client>/<job>/begin.bin    what the server said of the job: a site that restarts goes on with it
+    state/<federation>/<client>/<job>/shelf/       private state and kept models (`celora.site.store`)
+    state/<federation>/<client>/<job>/adapter/     the adapter, once the job is done
+    state/ledger.jsonl                             every frame that left
+
+Nothing in here knows what carries the frames.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.client import answer
+from celora.core.learner import Learner
+from celora.core.messages import Model, Notes, Order, Reply, opened
+from celora.core.solve import solve
+from celora.engines.remote import Answer, Begin, Call, Facts
+from celora.errors import CeloraError, FederationError, PolicyError, WireError
+from celora.site.ledger import Ledger
+from celora.site.policy import Policy
+from celora.site.store import SiteShelf, private
+from celora.tensors import Tensors
+from celora.track.disk import put
+from celora.wire import Schema, name_of, pack, unpack
+
+JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""federation/job; part of a path, so it must not lead anywhere else."""
+
+
+class Seat(Protocol):
+    """A client's place in a job: all that its turns need."""
+
+    @property
+    def facts(self) -> Facts:
+        """What the server must know of the client."""
+
+    @property
+    def algorithm(self) -> AnyAlgorithm:
+        """What is run."""
+
+    @property
+    def initial(self) -> Tensors:
+        """Every weight at round 0, as the server has them: the schema of the frames."""
+
+    def learner(self, round: int) -> Learner:
+        """The client's learner in a round."""
+
+    def export(self, folder: Path, weights: Tensors) -> None:
+        """Write these weights as an adapter that others can load."""
+
+
+@dataclass
+class Site:
+    """Answers calls; a callable from frame to frame that raises nothing the server need not know.
+
+    Args:
+        client: whom this site speaks for.
+        state: the folder of the site's choice; only its owner can read what is written there.
+        enter: reads the rows and the backbone for a job.
+        ledger: keeps account of what leaves; None: nobody does (simulation).
+        socket: bytes sent and received on the way to the server, so far.
+        say: told what happens here, a line each.
+
+    Attributes:
+        over: whether the server has said that it has finished.
+    """
+
+    client: ClientId
+    state: Path
+    policy: Policy
+    enter: Callable[[Begin], Seat]
+    ledger: Ledger | None
+    socket: Callable[[], tuple[int, ...]] = tuple
+    say: Callable[[str], None] = lambda text: None
+    over: bool = False
+    _seats: dict[str, tuple[Seat, Schema, SiteShelf]] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        private(self.state)
+
+    def __call__(self, frame: bytes) -> bytes:
+        """The answer to a call; of what went wrong, the words."""
+        job, round, kind, body, error = "-/-", 0, "", b"", None
+        try:
+            call = unpack(Call, frame)
+            if not JOB.fullmatch(call.job):
+                raise FederationError(f"found the job {call.job!r}, expected federation/job of letters, digits, . _ -")
+            job = call.job
+            match call.kind:
+                case "begin":
+                    kind, body = self._begin(job, call.body)
+                case "order":
+                    order = unpack(Order, call.body)
+                    round = order.round
+                    kind, body = self._order(job, order)
+                case "export":
+                    self._export(job, call.body.decode())
+                case "end":
+                    self.over = True
+                    self.say(f"{job.split('/')[0]}: the server has finished")
+                case _:
+                    raise FederationError(f"found a call of kind {call.kind!r}: update celora on the older side")
+            found = self._left(job, round, kind, Answer(self.client, body, None, self.socket()))
+        except Exception as problem:
+            error = str(problem) if isinstance(problem, CeloraError) else f"{type(problem).__name__}: {problem}"
+            error = error.encode(errors="replace").decode()
+            self.say(f"not sent: {error}" if isinstance(problem, PolicyError) else f"failed: {error}")
+            found = pack(Answer(self.client, b"", error, self.socket()))
+            self._note(job, round, "error", found)
+        return found
+
+    def _left(self, job: str, round: int, kind: str, answer: Answer) -> bytes:
+        """The frame of an answer that the policy can afford, after the ledger knows of it."""
+        frame = pack(answer)
+        if self.ledger is not None:
+            self.policy.afford(len(frame), round, self.ledger, job.split("/")[0])
+        self._note(job, round, kind or "remote.Answer", frame)
+        return frame
+
+    def _note(self, job: str, round: int, kind: str, frame: bytes) -> None:
+        if self.ledger is not None:
+            self.ledger.append(*job.split("/"), self.client, round, kind, frame)
+
+    def _begin(self, job: str, body: bytes) -> tuple[str, bytes]:
+        begin = unpack(Begin, body)
+        if job in self._seats:
+            self._seats.pop(job)[2].close()
+        seat = self.enter(begin)
+        self.policy.accept(seat.algorithm, seat.facts.rows.get("train", 0))
+        self.policy.admit(name_of(Facts), seat.facts)
+        folder = self._folder(job)
+        put(private(folder) / "begin.bin", body)
+        if begin.classes:
+            self._take(job, seat)
+            self.say(f"{job}: {begin.label}, {seat.facts.rows.get('train', 0)} training rows")
+        return name_of(Facts), pack(seat.facts)
+
+    def _take(self, job: str, seat: Seat) -> tuple[Seat, Schema, SiteShelf]:
+        schema = Schema.of(seat.initial)
+        self._seats[job] = seat, schema, SiteShelf(self._folder(job) / "shelf", schema)
+        return self._seats[job]
+
+    def _seat(self, job: str) -> tuple[Seat, Schema, SiteShelf]:
+        """The seat of a job that has begun, here or in an earlier process."""
+        if job in self._seats:
+            return self._seats[job]
+        kept = self._folder(job) / "begin.bin"
+        if not kept.exists():
+            raise FederationError(f"the job {job} has not begun at this site")
+        return self._take(job, self.enter(unpack(Begin, kept.read_bytes())))
+
+    def _order(self, job: str, order: Order) -> tuple[str, bytes]:
+        """A turn: train, keep, and only then let something leave."""
+        seat, schema, kept = self._seat(job)
+        shelf, learner = dict(kept), seat.learner(order.round)
+        [reply] = solve([(learner, answer(seat.algorithm, learner, order, shelf, schema))])
+        if isinstance(reply, Exception):
+            raise reply
+        kept.keep(shelf)
+        for note in opened(Notes, shelf.get("notes", Notes(())), schema).lines:
+            if note not in self._told:
+                self._told.add(note)
+                self.say(note)
+        kind = name_of(Reply)
+        if reply.frame:
+            card = seat.algorithm.card
+            kind = name_of(card.up)
+            up: object = unpack(card.up, reply.frame, schema)
+            if self.policy.filters:
+                up = self.policy.filtered(up, unpack(card.down, order.frame, schema), seat.initial, self.say)
+                reply = replace(reply, frame=pack(up, schema))
+            self.policy.admit(kind, up)
+        self.policy.admit(name_of(Reply), replace(reply, frame=b""))
+        score = reply.scores.get("personal", {}).get("score")
+        self.say(f"round {order.round}: {order.task}" + (f", validation {score:.3f}" if score is not None else ""))
+        return kind, pack(reply)
+
+    def _export(self, job: str, name: str) -> None:
+        seat, schema, kept = self._seat(job)
+        if name not in kept:
+            raise WireError(f"there is no model {name} on this site's shelf")
+        folder = self._folder(job) / "adapter"
+        seat.export(folder, opened(Model, kept[name], schema).weights)
+        self.say(f"adapter of {name}: {folder}")
+
+    def _folder(self, job: str) -> Path:
+        return self.state / job_folder(self.client, job)
+
+
+def job_folder(client: ClientId, job: str) -> Path:
+    """Where a job's files lie in a site's folder."""
+    federation, name = job.split("/")
+    return Path(federation) / client / name
