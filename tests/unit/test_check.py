@@ -228,6 +228,8 @@ def test_a_relative_state_folder_is_judged_too(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     assert disk(Path("to") / "come", 1).ok
     assert not disk(Path("to") / "come", 2**80).ok
+    Path("file").write_text("")
+    assert disk(Path("file"), 1).found == f"{tmp_path / 'file'} is a file"  # wherever the reader is
 
 
 def test_a_state_folder_open_to_others_is_told(tmp_path: Path) -> None:
