@@ -1,0 +1,1 @@
+"""A site: its policy, its ledger, its state, its keys."""
