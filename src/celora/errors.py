@@ -6,6 +6,8 @@ CeloraError
 ├── ModelError         a backbone or its target modules (exit code 2)
 ├── WireError          a frame that is truncated, foreign, damaged or of another kind
 ├── RunFolderError     a run folder that exists, is missing, or holds a damaged checkpoint (exit code 2)
+├── FederationError    server and sites do not fit together, or cannot reach each other (exit code 2)
+├── PolicyError        what a site's policy does not let leave (exit code 2)
 └── QuorumError        too few usable replies in a round; the run can be resumed (exit code 4)
 """
 
@@ -37,6 +39,14 @@ class WireError(CeloraError):
 
 class RunFolderError(CeloraError):
     """A run folder cannot be written, read or resumed."""
+
+
+class FederationError(CeloraError):
+    """Server and sites do not fit together, or cannot reach each other."""
+
+
+class PolicyError(CeloraError):
+    """A site's policy does not let something leave; only the site can change that."""
 
 
 class QuorumError(CeloraError):

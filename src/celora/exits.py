@@ -11,13 +11,25 @@ from typing import Any, NoReturn
 
 import typer
 
-from celora.errors import CeloraError, ConfigError, DataError, ModelError, QuorumError, RunFolderError
+from celora.errors import (
+    CeloraError,
+    ConfigError,
+    DataError,
+    FederationError,
+    ModelError,
+    PolicyError,
+    QuorumError,
+    RunFolderError,
+)
 
 FAILED, WRONG, STOPPED = 1, 2, 4
 CODES = (
-    "Exit codes: 0 done; 1 unexpected failure; 2 wrong configuration, data, model or run folder; "
+    "Exit codes: 0 done; 1 unexpected failure; 2 wrong configuration, data, model, run folder, federation or policy; "
     "4 stopped, can be resumed."
 )
+
+TOLD = ConfigError | DataError | ModelError | RunFolderError | FederationError | PolicyError
+"""What somebody can put right."""
 
 
 @dataclass
@@ -67,7 +79,7 @@ def explained(session: Session, *, as_json: bool) -> Iterator[None]:
     except QuorumError as error:
         _fail(as_json, STOPPED, "QuorumError", f"{error}\n{session.stopped()}")
     except CeloraError as error:
-        code = WRONG if isinstance(error, ConfigError | DataError | ModelError | RunFolderError) else FAILED
+        code = WRONG if isinstance(error, TOLD) else FAILED
         problems = error.problems if isinstance(error, ConfigError) else []
         _fail(as_json, code, type(error).__name__, str(error), problems)
     except Exception as error:

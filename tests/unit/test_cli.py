@@ -121,6 +121,8 @@ def test_algorithms_and_seeds_arrive_as_written(
         (errors.DataError("no column 'text'"), 2),
         (errors.ModelError("no module matches 'querry'"), 2),
         (errors.RunFolderError("runs/demo exists already"), 2),
+        (errors.FederationError("no node speaks for client site-a"), 2),
+        (errors.PolicyError("fedit.Up does not leave this site"), 2),
         (errors.QuorumError("round 4: 1 usable replies, the quorum is 2"), 4),
         (errors.WireError("the frame is truncated"), 1),
     ],
