@@ -51,11 +51,3 @@ class PolicyError(CeloraError):
 
 class QuorumError(CeloraError):
     """Fewer usable replies than the quorum; what was done before the round is kept."""
-
-
-class PolicyError(CeloraError):
-    """A site's policy does not let this leave."""
-
-
-class FederationError(CeloraError):
-    """Server and sites do not fit together, or cannot reach each other."""

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
+import pytest
+
 from celora.core.messages import Order, Reply
 from celora.engines.remote import Answer, Begin, Call, Facts, Remote
+from celora.errors import QuorumError
 from celora.wire import pack, unpack
 
 BEGIN = Begin("", "fedit", "sha", ("a", "b"), ("c0", "c1"))
@@ -206,9 +209,5 @@ def test_exports_report_what_did_not_work() -> None:
 
 
 def test_nobody_at_all_is_an_error_that_says_what_to_do() -> None:
-    import pytest
-
-    from celora.errors import FederationError
-
-    with pytest.raises(FederationError, match=r"no site has joined within 0.05 s. Start the sites"):
+    with pytest.raises(QuorumError, match=r"no site has joined within 0.05 s. Start the sites"):
         remote(Yard()).muster("f/job", BEGIN, ("c0",), 0.05)

@@ -125,9 +125,7 @@ class GridPost(Post):
     def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
         """Replies that have come."""
         found = self.grid.pull_messages(letters) if letters else []
-        return {
-            m.metadata.reply_to_message_id: m.error.reason or "" if m.has_error() else frame_in(m) for m in found
-        }
+        return {m.metadata.reply_to_message_id: m.error.reason or "" if m.has_error() else frame_in(m) for m in found}
 
     def forget(self, letters: Sequence[str]) -> None:
         """Nothing to do: they end with the simulation."""
@@ -294,9 +292,7 @@ class Fleet:
         self.address = listening.getsockname()[:2]
         certificate, key = self.tls or (None, None)
         options: Any = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 2}
-        self._server = uvicorn.Server(
-            uvicorn.Config(self.app, ssl_certfile=certificate, ssl_keyfile=key, **options)
-        )
+        self._server = uvicorn.Server(uvicorn.Config(self.app, ssl_certfile=certificate, ssl_keyfile=key, **options))
         self._thread = threading.Thread(target=self._server.run, args=([listening],), name="fleet-api", daemon=True)
         self._thread.start()
         while self._thread.is_alive() and not self._server.started:
@@ -341,9 +337,7 @@ class FleetPost(Post):
             message.metadata.__dict__["_message_id"] = name
             objects, tree = get_all_nested_objects(message), get_object_tree(message)
             session = self.state.start_session(self.run)
-            _, missing = self.state.store_message_and_object_tree(
-                remove_content_from_message(message), tree, session
-            )
+            _, missing = self.state.store_message_and_object_tree(remove_content_from_message(message), tree, session)
             for part in missing:
                 self.state.store_object(self.run, session, part, objects[part].deflate())
         return str(name)
@@ -474,16 +468,22 @@ class Line:
         return context
 
 
-def attend(line: Line, handle: Handle, stop: threading.Event, say: Callable[[str], None]) -> None:
+def attend(
+    line: Line, handler: Callable[[Mapping[str, Any]], Handle], stop: threading.Event, say: Callable[[str], None]
+) -> None:
     """Be a node until `stop`: answer what the server sends; when it falls silent, keep trying to come back.
+
+    Args:
+        handler: the server's offer -> what answers its frames.
 
     Raises:
         FederationError: if the server refuses this node, which trying again would not mend.
     """
-    app, silent = client_app(lambda context: handle), False
+    silent = False
     while not stop.is_set():
         try:
             offer = line.offer()
+            app = client_app(_always(handler(offer)))
             with line.client() as fleet:
                 node = _enter(fleet, line, offer)
                 say(f"connected to {line.address}")
@@ -494,6 +494,10 @@ def attend(line: Line, handle: Handle, stop: threading.Event, say: Callable[[str
                 say(f"the server at {line.address} cannot be reached ({error or type(error).__name__}); still trying")
             silent = True
             stop.wait(RETRY)
+
+
+def _always(handle: Handle) -> Callable[[Context], Handle]:
+    return lambda context: handle
 
 
 def _enter(fleet: FleetHttpClient, line: Line, offer: Mapping[str, Any]) -> node_pb2.Node:

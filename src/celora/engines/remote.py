@@ -7,9 +7,9 @@
                                 ◄── one frame ──      Answer(client, Reply)
     Call(job, "export", name)   ── one frame ──►      writes its adapter, at the site
 
-Clients are named by us; which node speaks for which client is learned by asking. A node that restarts, or comes back under
-another id, is asked again, and what it still owes is sent to it once more: a turn may be asked for twice and gives the
-same reply (`celora.core.client`). Nothing here knows what carries the bytes: see `celora.engines.flower`.
+Clients are named by us; which node speaks for which client is learned by asking. A node that restarts, or comes back
+under another id, is asked again, and what it still owes is sent to it once more: a turn may be asked for twice and
+gives the same reply (`celora.core.client`). Nothing here knows what carries the bytes: see `celora.engines.flower`.
 """
 
 import time
@@ -19,7 +19,7 @@ from typing import Protocol
 
 from celora.core.algorithm import ClientId
 from celora.core.messages import Order, Reply
-from celora.errors import FederationError, WireError
+from celora.errors import QuorumError, WireError
 from celora.wire import pack, record, unpack
 
 NodeId = int
@@ -160,7 +160,7 @@ class Remote:
             expected: whom to wait for, or how many.
 
         Raises:
-            FederationError: if nobody has come.
+            QuorumError: if nobody has come.
         """
         self._job, self._begin = job, pack(Call(job, "begin", pack(begin)))
         self.facts.clear()
@@ -174,7 +174,7 @@ class Remote:
         self._work({}, seconds, all_here)
         if not self.facts:
             why = "".join(f"; {client}: {reason}" for client, reason in sorted(self.refused.items()))
-            raise FederationError(f"no site has joined within {seconds:g} s{why}. Start the sites, and resume")
+            raise QuorumError(f"no site has joined within {seconds:g} s{why}. Start the sites, and resume the run")
 
     def __call__(self, orders: Mapping[ClientId, Order]) -> dict[ClientId, Reply]:
         """Send each client its order and bring back the replies that come within the deadline."""
@@ -271,7 +271,9 @@ class Remote:
         expected = self.names(letter.node) if self.names else answer.client
         if answer.client != expected or letter.client not in (None, answer.client):
             self._met[letter.node] = letter.since, self._begin
-            self.say(f"node {letter.node} speaks for {answer.client!r}, expected {letter.client or expected!r}: ignored")
+            self.say(
+                f"node {letter.node} speaks for {answer.client!r}, expected {letter.client or expected!r}: ignored"
+            )
             return
         self._count(answer)
         if letter.client is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.learner import Learner
@@ -194,6 +194,10 @@ def simulated(experiment: Experiment, workshop: Workshop, root: Path) -> Iterato
         yield Simulation(workshop, Remote(post), root)
 
 
+SIMULATED = Policy(**dict[str, Any](floor=1))
+"""The policy of simulated sites, whose rows are all on this machine: whatever the algorithm declares may leave."""
+
+
 @dataclass(frozen=True)
 class _Simulated:
     """Position -> the site there; goes to Ray's processes, and the site is made in each when it is first needed."""
@@ -214,7 +218,7 @@ def _simulated_site(where: _Simulated, client: ClientId) -> Site:
         experiment = resolve(tomllib.loads(begin.config), Path(where.base))
         return seat(workshop.world(experiment), client, labels=False)
 
-    return Site(client, site_folder(Path(where.root), client), Policy(floor=1), enter, None)
+    return Site(client, site_folder(Path(where.root), client), SIMULATED, enter, None)
 
 
 @cache

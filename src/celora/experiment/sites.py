@@ -1,27 +1,22 @@
-"""Both ends of a federation of real sites: the server's `Sites`, and `enter`, with which a site takes its place.
+"""The server of a federation of real sites (a `Place`); `celora.experiment.joining` is the other end.
 
 The server has no rows. What it must know it asks for: how many rows each site has, and which labels, unless
 `data.classes` lists them.
 """
 
-import secrets
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from celora import data
 from celora.core.algorithm import ClientId
 from celora.data.table import natural_key
 from celora.engines.remote import Begin, Remote
-from celora.errors import ConfigError, DataError, FederationError
-from celora.experiment.config import Experiment, dump, resolve
-from celora.experiment.places import Seat, Team, lost, nothing, seat
+from celora.errors import ConfigError, DataError, QuorumError
+from celora.experiment.config import Experiment, dump
+from celora.experiment.places import Team, lost, nothing
 from celora.experiment.world import Known, Workshop, check_quorum
-from celora.site.certificates import public_keys
-from celora.track.disk import put
 from celora.track.folder import RunFolder
 
 
@@ -45,8 +40,8 @@ class Sites:
         """As `Place.team`.
 
         Raises:
-            FederationError: if no site comes.
-            ConfigError: if too few come for `plan.quorum`.
+            QuorumError: if no site comes, or fewer than `plan.quorum`.
+            DataError: if nobody tells any label.
         """
         fingerprint = self.workshop.fingerprint(experiment)
         begin = Begin(dump(experiment), experiment.label, fingerprint, (), ())
@@ -56,7 +51,7 @@ class Sites:
         excluded = {**self.remote.refused, **{c: "has no training rows" for c in facts if c not in clients}}
         if not isinstance(self.expected, int):
             absent = [client for client in self.expected if client not in facts and client not in excluded]
-            excluded |= {client: f"did not come within {self.wait:g} s" for client in absent}
+            excluded |= dict.fromkeys(absent, f"did not come within {self.wait:g} s")
         labels = {label for client in clients for label in facts[client].labels}
         classes = sorted(experiment.data.classes or labels)
         if not classes:
@@ -64,6 +59,9 @@ class Sites:
                 "no site has told its labels, and data.classes lists none; list them, or allow the field 'labels' of "
                 "'remote.Facts' in the sites' policies"
             )
+        if len(clients) < experiment.plan.quorum:
+            why = "; ".join(f"{client}: {reason}" for client, reason in sorted(excluded.items()))
+            raise QuorumError(f"{len(clients)} sites have come, plan.quorum is {experiment.plan.quorum} ({why})")
         check_quorum(experiment, len(clients))
         self.remote.muster(job, replace(begin, classes=tuple(classes), clients=tuple(clients)), clients, self.wait)
         known = Known(
@@ -116,6 +114,7 @@ def serving(
         FederationError: if nobody can listen there.
     """
     from celora.engines.flower import Fleet  # noqa: PLC0415  # an extra
+    from celora.site.certificates import public_keys  # noqa: PLC0415  # the same
 
     address, keys, tls = parsed(listen.address), dict[ClientId, bytes](), None
     if listen.keys is None and not loopback(address[0]):
@@ -174,67 +173,3 @@ def check_server(experiment: Experiment, workshop: Workshop) -> None:
     if experiment.model.own is not None and experiment.data.classes is None:
         raise ConfigError(["data.classes: with model.own the server must know all labels; list them"])
     workshop.start(experiment, len(experiment.data.classes or "ab"))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where a site's rows and weights are, which the server does not decide.
-
-    Attributes:
-        source, test: paths or patterns, as `data.source` and `data.test`.
-        backbone: instead of the experiment's `model.backbone`; its weights must be equal.
-    """
-
-    source: Path
-    test: Path | None = None
-    backbone: str | None = None
-
-
-def enter(client: Callable[[], ClientId], rows: Rows, state: Path) -> Callable[[Begin], Seat]:
-    """What a site does when a job begins: read its rows and the backbone, and check that they fit the server's."""
-    workshop = Workshop()
-
-    def take(begin: Begin) -> Seat:
-        name, experiment = client(), local(begin.config, rows)
-        if (found := workshop.fingerprint(experiment)) != begin.backbone:
-            raise FederationError(
-                f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
-                f"{begin.backbone[:16]}…: install the same weights at both ends"
-            )
-        asked = not begin.classes and not experiment.data.classes
-        if begin.classes:
-            experiment = replace(experiment, data=replace(experiment.data, classes=begin.classes))
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
-        if name not in federation.clients:
-            raise DataError(f"{rows.source}: {name} {federation.excluded[name]}; a site needs rows to take part")
-        everyone = begin.clients or (name,)
-        world = workshop.populated(experiment, federation, everyone=everyone, secret=lambda _: own_secret(state))
-        return seat(world, name, labels=asked)
-
-    return take
-
-
-def local(config: str, rows: Rows) -> Experiment:
-    """The server's experiment with this site's own rows, weights and machine.
-
-    Raises:
-        ConfigError: if it is not one.
-    """
-    tree = tomllib.loads(config)
-    own = {"source": str(rows.source.resolve()), "partition": "natural", "clients_per_group": 1}
-    tree["data"] = {name: value for name, value in tree["data"].items() if name not in ("client", "test")} | own
-    if rows.test is not None:
-        tree["data"]["test"] = str(rows.test.resolve())
-    tree["model"]["allow_download"] = False
-    if rows.backbone is not None:
-        tree["model"]["backbone"] = rows.backbone
-    tree.pop("engine", None)
-    return resolve(tree, Path.cwd())
-
-
-def own_secret(state: Path) -> int:
-    """What this site draws secret bases from: made once, kept in its folder, told to nobody."""
-    path = state / "secret"
-    if not path.exists():
-        put(path, secrets.token_bytes(8))
-    return int.from_bytes(path.read_bytes(), "little") >> 2

@@ -19,6 +19,7 @@ from celora.models import Backbone, ModelLearner, OwnLearner, Passes, Prefixes, 
 from celora.rng import generator
 from celora.tensors import Tensors
 
+
 @dataclass(frozen=True)
 class Known:
     """What the server of a job knows of its clients and of where they start.
@@ -203,7 +204,9 @@ class World:
             return self.initial
         by_seed = torch.randint(2**62, (), generator=generator(self.experiment.plan.seed, "secret", client))
         secret = self._secret(client) if self._secret else int(by_seed)
-        return drawn(self.experiment, self._backbone, len(self.federation.classes), secret)  # again each round: milliseconds, and no client costs memory
+        return drawn(
+            self.experiment, self._backbone, len(self.federation.classes), secret
+        )  # again each round: milliseconds, and no client costs memory
 
     def learner(self, client: ClientId, round: int) -> Learner:
         """The client's learner in a round."""

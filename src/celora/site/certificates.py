@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
-from celora.errors import ConfigError
+from celora.errors import ConfigError, FederationError
 from celora.site.files import closing, open_to_others, write_new
 
 try:
@@ -32,7 +32,7 @@ try:
         load_ssh_public_key,
     )
 except ImportError as error:
-    raise ImportError('keys and certificates need cryptography: pip install "celora[flower]"') from error
+    raise FederationError("keys and certificates need cryptography: pip install 'celora[flower]'") from error
 
 Key = ec.EllipticCurvePrivateKey
 RESERVED = {"sites", "ca.crt", "ca.key", "server.crt", "server.key"}

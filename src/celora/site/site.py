@@ -10,10 +10,10 @@ Nothing in here knows what carries the frames.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.client import answer
@@ -24,9 +24,9 @@ from celora.engines.remote import Answer, Begin, Call, Facts
 from celora.errors import CeloraError, FederationError, PolicyError, WireError
 from celora.site.ledger import Ledger
 from celora.site.policy import Policy
-from celora.site.store import SiteShelf, private
+from celora.site.store import SiteShelf
 from celora.tensors import Tensors
-from celora.track.disk import put
+from celora.track.disk import owners, put, writing
 from celora.wire import Schema, name_of, pack, unpack
 
 JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -79,11 +79,13 @@ class Site:
     socket: Callable[[], tuple[int, ...]] = tuple
     say: Callable[[str], None] = lambda text: None
     over: bool = False
-    _seats: dict[str, tuple[Seat, Schema, SiteShelf]] = field(default_factory=dict)
+    _seats: dict[str, Seat] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        private(self.state)
+        with writing(self.state):
+            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.state.chmod(0o700)
 
     def __call__(self, frame: bytes) -> bytes:
         """The answer to a call; of what went wrong, the words."""
@@ -104,7 +106,7 @@ class Site:
                     self._export(job, call.body.decode())
                 case "end":
                     self.over = True
-                    self.say(f"{job.split('/')[0]}: the server has finished")
+                    self.say(f"{job.partition('/')[0]}: the server has finished")
                 case _:
                     raise FederationError(f"found a call of kind {call.kind!r}: update celora on the older side")
             found = self._left(job, round, kind, Answer(self.client, body, None, self.socket()))
@@ -120,74 +122,79 @@ class Site:
         """The frame of an answer that the policy can afford, after the ledger knows of it."""
         frame = pack(answer)
         if self.ledger is not None:
-            self.policy.afford(len(frame), round, self.ledger, job.split("/")[0])
+            self.policy.afford(len(frame), round, self.ledger, job.partition("/")[0])
         self._note(job, round, kind or "remote.Answer", frame)
         return frame
 
     def _note(self, job: str, round: int, kind: str, frame: bytes) -> None:
         if self.ledger is not None:
-            self.ledger.append(*job.split("/"), self.client, round, kind, frame)
+            federation, _, name = job.partition("/")
+            self.ledger.append(federation=federation, job=name, client=self.client, round=round, kind=kind, frame=frame)
 
     def _begin(self, job: str, body: bytes) -> tuple[str, bytes]:
         begin = unpack(Begin, body)
-        if job in self._seats:
-            self._seats.pop(job)[2].close()
         seat = self.enter(begin)
         self.policy.accept(seat.algorithm, seat.facts.rows.get("train", 0))
         self.policy.admit(name_of(Facts), seat.facts)
-        folder = self._folder(job)
-        put(private(folder) / "begin.bin", body)
-        if begin.classes:
-            self._take(job, seat)
+        if begin.classes:  # else this was only a question
+            folder = self._folder(job)
+            with writing(folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                put(folder / "begin.bin", body, owners)
+            self._seats[job] = seat
             self.say(f"{job}: {begin.label}, {seat.facts.rows.get('train', 0)} training rows")
         return name_of(Facts), pack(seat.facts)
 
-    def _take(self, job: str, seat: Seat) -> tuple[Seat, Schema, SiteShelf]:
-        schema = Schema.of(seat.initial)
-        self._seats[job] = seat, schema, SiteShelf(self._folder(job) / "shelf", schema)
+    def _seat(self, job: str) -> Seat:
+        """The seat of a job that has begun, here or in an earlier process."""
+        if job not in self._seats:
+            kept = self._folder(job) / "begin.bin"
+            if not kept.exists():
+                raise FederationError(f"the job {job} has not begun at this site")
+            self._seats[job] = self.enter(unpack(Begin, kept.read_bytes()))
         return self._seats[job]
 
-    def _seat(self, job: str) -> tuple[Seat, Schema, SiteShelf]:
-        """The seat of a job that has begun, here or in an earlier process."""
-        if job in self._seats:
-            return self._seats[job]
-        kept = self._folder(job) / "begin.bin"
-        if not kept.exists():
-            raise FederationError(f"the job {job} has not begun at this site")
-        return self._take(job, self.enter(unpack(Begin, kept.read_bytes())))
+    def _shelf(self, job: str, seat: Seat) -> SiteShelf:
+        return SiteShelf(self._folder(job) / "shelf", Schema.of(seat.initial))
 
     def _order(self, job: str, order: Order) -> tuple[str, bytes]:
         """A turn: train, keep, and only then let something leave."""
-        seat, schema, kept = self._seat(job)
-        shelf, learner = dict(kept), seat.learner(order.round)
-        [reply] = solve([(learner, answer(seat.algorithm, learner, order, shelf, schema))])
-        if isinstance(reply, Exception):
-            raise reply
-        kept.keep(shelf)
-        for note in opened(Notes, shelf.get("notes", Notes(())), schema).lines:
-            if note not in self._told:
-                self._told.add(note)
-                self.say(note)
+        seat = self._seat(job)
+        schema, learner = Schema.of(seat.initial), seat.learner(order.round)
+        with self._shelf(job, seat) as kept:
+            shelf = dict[str, object](kept)
+            [reply] = solve([(learner, answer(seat.algorithm, learner, order, shelf, schema))])
+            if isinstance(reply, Exception):
+                raise reply
+            kept.keep(shelf)
+        self._tell(opened(Notes, shelf.get("notes", Notes(())), schema).lines)
         kind = name_of(Reply)
         if reply.frame:
             card = seat.algorithm.card
             kind = name_of(card.up)
-            up: object = unpack(card.up, reply.frame, schema)
+            up: Any = unpack(card.up, reply.frame, schema)
             if self.policy.filters:
-                up = self.policy.filtered(up, unpack(card.down, order.frame, schema), seat.initial, self.say)
+                up, notes = self.policy.filtered(up, unpack(card.down, order.frame, schema), seat.initial)
                 reply = replace(reply, frame=pack(up, schema))
+                self._tell(notes)
             self.policy.admit(kind, up)
-        self.policy.admit(name_of(Reply), replace(reply, frame=b""))
+        self.policy.admit(name_of(Reply), reply)
         score = reply.scores.get("personal", {}).get("score")
         self.say(f"round {order.round}: {order.task}" + (f", validation {score:.3f}" if score is not None else ""))
         return kind, pack(reply)
 
+    def _tell(self, notes: Iterable[str]) -> None:
+        """What is for this site alone; each note once."""
+        for note in [note for note in notes if note not in self._told]:
+            self._told.add(note)
+            self.say(note)
+
     def _export(self, job: str, name: str) -> None:
-        seat, schema, kept = self._seat(job)
-        if name not in kept:
-            raise WireError(f"there is no model {name} on this site's shelf")
-        folder = self._folder(job) / "adapter"
-        seat.export(folder, opened(Model, kept[name], schema).weights)
+        seat, folder = self._seat(job), self._folder(job) / "adapter"
+        with self._shelf(job, seat) as kept:
+            if name not in kept:
+                raise WireError(f"there is no model {name} on this site's shelf")
+            seat.export(folder, opened(Model, kept[name], Schema.of(seat.initial)).weights)
         self.say(f"adapter of {name}: {folder}")
 
     def _folder(self, job: str) -> Path:
@@ -196,5 +203,5 @@ class Site:
 
 def job_folder(client: ClientId, job: str) -> Path:
     """Where a job's files lie in a site's folder."""
-    federation, name = job.split("/")
+    federation, _, name = job.partition("/")
     return Path(federation) / client / name

@@ -260,5 +260,6 @@ def _metric_rows(event: Event) -> list[tuple[Any, ...]]:
 
 def _byte_rows(event: Event) -> list[tuple[Any, ...]]:
     return [
-        (event["index"], client, *(traffic.get(name) for name in BYTES[2:])) for client, traffic in event["traffic"].items()
+        (event["index"], client, *(traffic.get(name) for name in BYTES[2:]))
+        for client, traffic in event["traffic"].items()
     ]

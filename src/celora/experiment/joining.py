@@ -1,0 +1,232 @@
+"""A site of a federation: how it takes part with its own rows, and what it looks at before.
+
+The server's experiment says what is trained; which rows, which weights and which folder are the site's to say.
+"""
+
+import secrets
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from celora import data
+from celora.core.algorithm import ClientId
+from celora.engines.flower import Line, attend
+from celora.engines.remote import Begin
+from celora.errors import CeloraError, ConfigError, DataError, FederationError
+from celora.experiment.config import Experiment, resolve
+from celora.experiment.places import Seat, seat
+from celora.experiment.sites import loopback, parsed
+from celora.experiment.world import Workshop
+from celora.site.certificates import private_key
+from celora.site.check import Finding, backbone, certificate, clock, disk, key, passed, reach, versions
+from celora.site.ledger import Ledger
+from celora.site.policy import NO_FILE, read
+from celora.site.site import Site
+from celora.track.disk import owners, put, writing
+
+NEEDED = 1 << 30
+"""Bytes that a site's folder should have room for."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a site's rows and weights are, which the server does not decide.
+
+    Attributes:
+        source, test: paths or patterns, as `data.source` and `data.test`.
+        backbone: instead of the experiment's `model.backbone`; its weights must be equal.
+    """
+
+    source: Path
+    test: Path | None = None
+    backbone: str | None = None
+
+
+def enter(name: ClientId, site: "Join") -> Callable[[Begin], Seat]:
+    """What a site does when a job begins: read its rows and the backbone, and check that they fit the server's."""
+    workshop, rows = Workshop(), site.rows
+
+    def take(begin: Begin) -> Seat:
+        experiment = local(begin.config, rows)
+        if (found := workshop.fingerprint(experiment)) != begin.backbone:
+            raise FederationError(
+                f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
+                f"{begin.backbone[:16]}…: install the same weights at both ends"
+            )
+        asked = not begin.classes and not experiment.data.classes
+        if begin.classes:
+            experiment = replace(experiment, data=replace(experiment.data, classes=begin.classes))
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        if name not in federation.clients:
+            raise DataError(f"{rows.source}: {name} {federation.excluded[name]}; a site needs rows to take part")
+        everyone = begin.clients or (name,)
+        world = workshop.populated(experiment, federation, everyone=everyone, secret=lambda _: own_secret(site.state))
+        return seat(world, name, labels=asked)
+
+    return take
+
+
+@dataclass(frozen=True)
+class Join:
+    """How a site takes part.
+
+    Attributes:
+        server: host:port.
+        state: the site's folder.
+        keys: a folder with site.key and ca.crt; None: plain HTTP on loopback, no keys.
+        policy: the site's policy file.
+        name: the client's name where there are no keys; with keys the server knows it by its key.
+    """
+
+    rows: Rows
+    server: str
+    state: Path
+    keys: Path | None
+    policy: Path | None
+    name: str | None
+
+    def line(self) -> Line:
+        """The connection to the server.
+
+        Raises:
+            ConfigError: if the key or the CA's certificate cannot be used.
+        """
+        host, _ = parsed(self.server)
+        if self.keys is None:
+            if not loopback(host):
+                raise ConfigError(
+                    [f"--insecure: found the server {self.server}, expected one of this machine (127.0.0.1)"]
+                )
+            return Line(self.server, None, None)
+        ca = self.keys / "ca.crt"
+        try:
+            root = ca.read_bytes()
+        except OSError as error:
+            raise ConfigError([f"{ca}: cannot be read ({error.strerror}): ask the server's operator for it"]) from error
+        return Line(self.server, root, private_key(self.keys / "site.key"))
+
+
+def join(site: Join, stop: threading.Event, say: Callable[[str], None], *, once: bool = False) -> None:
+    """Take part until `stop`; with `once` until the server says that it has finished.
+
+    Raises:
+        CeloraError: if the policy, the keys or the folder cannot be used, or the server refuses this site.
+    """
+    policy, line = read(site.policy) if site.policy else NO_FILE, site.line()
+    for text in policy.describe():
+        say(text)
+    with hold(site.state):
+        ledger, sites = Ledger(site.state / "ledger.jsonl"), dict[ClientId, Site]()
+
+        def handler(offer: Mapping[str, Any]) -> Callable[[bytes], bytes]:
+            name: ClientId = offer["client"] or site.name or ""
+            if name not in sites:
+                sites[name] = Site(name, site.state, policy, enter(name, site), ledger, line.socket, say)
+            answering = sites[name]
+
+            def handle(frame: bytes) -> bytes:
+                found = answering(frame)
+                if answering.over and once:
+                    stop.set()
+                return found
+
+            return handle
+
+        attend(line, handler, stop, say)
+
+
+@contextmanager
+def hold(state: Path) -> Iterator[None]:
+    """The site's folder, for one process at a time and its owner alone.
+
+    Raises:
+        FederationError: if another process has it.
+    """
+    with writing(state):
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state.chmod(0o700)
+    try:
+        with FileLock(state / ".lock", timeout=0, mode=0o600):
+            yield
+    except Timeout:
+        raise FederationError(f"{state} is in use by another process of this site: wait for it, or end it") from None
+
+
+def check(site: Join) -> list[Finding]:
+    """What stands in the way of taking part; nothing is sent but the question what the server offers."""
+    findings = [disk(site.state, NEEDED)]
+    root = site.keys / "ca.crt" if site.keys else None
+    if site.keys is not None and root is not None:
+        findings += [certificate(root, site.server), key(site.keys / "site.key")]
+    findings.append(reach(site.server, root))
+    try:
+        policy = read(site.policy) if site.policy else NO_FILE
+        findings.append(Finding("policy", True, "; ".join(policy.describe())))
+    except ConfigError as error:
+        findings.append(Finding("policy", False, "; ".join(error.problems), "mend the file"))
+        policy = NO_FILE
+    if not passed(findings):
+        return findings
+    try:
+        offer = site.line().offer()
+    except (CeloraError, OSError, ValueError) as error:
+        return [*findings, Finding("the server's offer", False, str(error), "mend that, and check again")]
+    name: ClientId = offer["client"] or site.name or ""
+    findings += [
+        Finding("this site's key", True, f"the server knows it as {name}")
+        if site.keys
+        else Finding("this site's name", bool(name), str(name), "" if name else "give it with --name"),
+        clock(offer["time"], time.time()),
+        versions(offer["celora"], version("celora")),
+    ]
+    workshop = Workshop()
+    try:
+        experiment = local(offer["config"], site.rows)
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        share = federation.clients.get(name)
+        train = len(share.train) if share else 0
+        found = (
+            f"{train} training, {len(share.validation)} validation, {len(share.test)} test rows" if share else "none"
+        )
+        todo = f"the policy's floor is {policy.floor} training rows"
+        findings.append(
+            Finding(f"rows of {site.rows.source}", train >= policy.floor, found, todo if train < policy.floor else "")
+        )
+        findings.append(backbone(offer["backbone"], workshop.fingerprint(experiment)))
+    except CeloraError as error:
+        findings.append(Finding("rows and backbone", False, str(error), "mend that, and check again"))
+    return findings
+
+
+def local(config: str, rows: Rows) -> Experiment:
+    """The server's experiment with this site's own rows, weights and machine.
+
+    Raises:
+        ConfigError: if it is not one.
+    """
+    tree = tomllib.loads(config)
+    own = {"source": str(rows.source.resolve()), "partition": "natural", "clients_per_group": 1}
+    tree["data"] = {name: value for name, value in tree["data"].items() if name not in ("client", "test")} | own
+    if rows.test is not None:
+        tree["data"]["test"] = str(rows.test.resolve())
+    tree["model"]["allow_download"] = False
+    if rows.backbone is not None:
+        tree["model"]["backbone"] = rows.backbone
+    tree.pop("engine", None)
+    return resolve(tree, Path.cwd())
+
+
+def own_secret(state: Path) -> int:
+    """What this site draws secret bases from: made once, kept in its folder, told to nobody."""
+    path = state / "secret"
+    if not path.exists():
+        put(path, secrets.token_bytes(8), owners)
+    return int.from_bytes(path.read_bytes(), "little") >> 2
