@@ -12,7 +12,6 @@
 A label is an algorithm's name, or any name whose override says `algorithm.name`.
 """
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,6 +28,7 @@ from celora.core.messages import Plan
 from celora.data import Data
 from celora.engines.embedded import Engine
 from celora.errors import ConfigError
+from celora.fields import did_you_mean, told, unknown
 from celora.models import Adapter, Model
 
 Tree = dict[str, Any]
@@ -124,7 +124,7 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     Raises:
         ConfigError: with every problem found.
     """
-    problems = _unknown(tree, ("name", *SECTIONS, "algorithm", "overrides"), "")
+    problems = unknown(tree, ("name", *SECTIONS, "algorithm", "overrides"), "")
     tables = {name: tree.get(name, {}) for name in (*SECTIONS, "algorithm", "overrides")}
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -136,11 +136,11 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     override = tables["overrides"].get(label, {})
     if not isinstance(override, dict) or not all(isinstance(section, dict) for section in override.values()):
         raise ConfigError([*problems, f"overrides.{label}: expected tables such as [overrides.{label}.train]"])
-    problems += _unknown(override, (*SECTIONS, "algorithm"), f"overrides.{label}.")
+    problems += unknown(override, (*SECTIONS, "algorithm"), f"overrides.{label}.")
     name = override.get("algorithm", {}).get("name", label)
     if name not in ALGORITHMS:
         known = [*ALGORITHMS, *(key for key in tables["overrides"] if key not in ALGORITHMS)]
-        problems.append(f"algorithm.name: found {name!r}, expected one of {_or(known)}{_did_you_mean(name, known)}")
+        problems.append(f"algorithm.name: found {name!r}, expected one of {_or(known)}{did_you_mean(name, known)}")
     values: dict[str, Any] = {}
     for section, kind in SECTIONS.items():
         values[section] = _validated(section, kind, {**tables[section], **override.get(section, {})}, problems)
@@ -196,36 +196,8 @@ def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> An
     try:
         return TypeAdapter(kind).validate_python(table)
     except ValidationError as error:
-        known = [field.name for field in fields(kind)]
-        for problem in error.errors():
-            path = ".".join(str(step) for step in (section, *problem["loc"]))
-            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                key = str(problem["loc"][-1])
-                problems.append(f"{path}: unknown key{_did_you_mean(key, known)} (allowed: {', '.join(known)})")
-            elif problem["type"] == "missing":
-                problems.append(f"{path}: missing, expected a value")
-            elif problem["type"] == "value_error":
-                problems.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
-            else:
-                message = problem["msg"].removeprefix("Input should be ")
-                words = message.replace("'", "").replace(",", "").split() if problem["type"] == "literal_error" else []
-                hint = _did_you_mean(str(problem["input"]), words)
-                problems.append(f"{path}: found {problem['input']!r}, expected {message}{hint}")
+        problems += told(error, section, [field.name for field in fields(kind)])
         return None
-
-
-def _unknown(table: Tree, known: Iterable[str], prefix: str) -> list[str]:
-    allowed = list(known)
-    return [
-        f"{prefix}{key}: unknown key{_did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
-        for key in table
-        if key not in allowed
-    ]
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f". Did you mean {close[0]!r}?" if close and close[0] != word else ""
 
 
 def _or(words: Iterable[str]) -> str:
