@@ -10,9 +10,10 @@ import celora.algorithms
 import celora.core
 import celora.engines
 import celora.maths
+import celora.site
 import celora.wire
 
-PACKAGES = (celora.algorithms, celora.core, celora.engines, celora.maths, celora.wire)
+PACKAGES = (celora.algorithms, celora.core, celora.engines, celora.maths, celora.site, celora.wire)
 MODULES = [
     "celora.errors", "celora.fields", "celora.rng", "celora.tensors",
     *(package.__name__ for package in PACKAGES),

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,9 +25,20 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def put(path: Path, content: bytes) -> None:
+def owners(path: str, flags: int) -> int:
+    """An opener of files that are for their owner alone (mode 0600), whatever the umask says and whatever they were."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        os.chmod(path, 0o600)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def put(path: Path, content: bytes, opener: Callable[[str, int], int] | None = None) -> None:
     """Write a file and flush it to the disk."""
-    with open(path, "wb") as file:
+    with open(path, "wb", opener=opener) as file:
         file.write(content)
         os.fsync(file.fileno())
 

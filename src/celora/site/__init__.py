@@ -1,0 +1,1 @@
+"""What happens at a site, and what may leave it: its policy, its filters, its ledger, what it keeps."""
