@@ -1,0 +1,250 @@
+"""The policy: what a site lets leave, in a file of its own that no server can override.
+
+    version = 1
+
+    [leaves]                                  # without this section: whatever the algorithm declares
+    "ce_lora.Up" = ["core", "examples"]       # so the data summary stays
+    "messages.Reply" = ["frame", "scores", "error"]
+    "remote.Facts" = ["rows", "labels", "majority", "data", "backbone", "version"]
+
+    [budget]
+    round_bytes = 1_000_000
+    total_bytes = 100_000_000
+
+    [disclosure]
+    floor = 10
+
+    [[filters]]
+    name = "clip"
+    norm = 1.0
+
+What a policy refuses is a `PolicyError`. Its text may travel to the server in place of what was refused, so it tells of
+names, types and limits, and never of content.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from celora.algorithms import ALGORITHMS
+from celora.core.algorithm import AnyAlgorithm
+from celora.core.messages import Reply
+from celora.engines.remote import Facts
+from celora.errors import ConfigError, PolicyError
+from celora.fields import Count, did_you_mean, setting, settings, told, unknown
+from celora.site.filters import Clip, clip, is_empty
+from celora.site.ledger import Ledger
+from celora.tensors import Tensors
+from celora.wire.records import name_of
+
+SECTIONS: Mapping[str, tuple[str, ...]] = {"budget": ("round_bytes", "total_bytes"), "disclosure": ("floor",)}
+"""Section of the file -> the policy's fields in it."""
+Filter = Clip  # any filter there is
+
+
+@settings
+class Policy:
+    """What may leave; by default whatever the algorithm declares, if enough rows are behind it."""
+
+    leaves: Mapping[str, tuple[str, ...]] | None = setting(None, "record -> its fields that may leave; None: all")
+    round_bytes: Count | None = setting(None, "bytes of frames that may leave in a round of a federation", strict=True)
+    total_bytes: Count | None = setting(None, "bytes of frames that may leave in all", strict=True)
+    floor: Count = setting(10, "fewest training rows behind anything that leaves", strict=True)
+    filters: tuple[Filter, ...] = setting((), "what the site does to what it sends, in this order")
+
+    def accept(self, algorithm: AnyAlgorithm, rows: int) -> None:
+        """May this site take part? Asked before anything is told or trained.
+
+        Args:
+            rows: training rows.
+
+        Raises:
+            PolicyError: if they are fewer than the floor, if the algorithm would tell of fewer, or if the record that
+                it sends may not leave.
+        """
+        if rows < self.floor:  # how many there are is not for the server to know
+            raise PolicyError(
+                "this site does not take part: found fewer training rows than its policy's disclosure.floor, expected "
+                f"at least {self.floor}; add rows, or change the policy at the site"
+            )
+        chosen: dict[str, Any] = {field.name: getattr(algorithm, field.name) for field in _fields(algorithm)}
+        if chosen.get("min_rows", self.floor) < self.floor:
+            raise PolicyError(
+                f"this site does not take part: found algorithm.min_rows = {chosen['min_rows']}, expected at least "
+                f"{self.floor}, its policy's disclosure.floor; raise min_rows in the experiment, or change the policy "
+                "at the site"
+            )
+        if _fields(algorithm.card.up):
+            self._allowed(name_of(algorithm.card.up))
+
+    def filtered(self, up: Any, down: object, initial: Tensors) -> tuple[Any, tuple[str, ...]]:
+        """The uplink record after all filters, and a note of each, which is for the site alone.
+
+        Raises:
+            PolicyError: if one of them cannot be applied: nothing may be sent.
+        """
+        notes = list[str]()
+        for required in self.filters:
+            done = clip(up, down, initial, required.norm)
+            up = done.record
+            notes.append(done.note)
+        return up, tuple(notes)
+
+    def admit(self, kind: str, value: object) -> None:
+        """May this record leave? Asked before it is packed. A record that has no fields may.
+
+        Args:
+            kind: its name, `name_of(type(value))`.
+
+        Raises:
+            PolicyError: naming the record, or each of its fields that is filled and may not leave.
+        """
+        held = {field.name: getattr(value, field.name) for field in _fields(value)}
+        allowed = self._allowed(kind) if held else None
+        if allowed is None:
+            return
+        refused = [name for name, content in held.items() if name not in allowed and not is_empty(content)]
+        if refused:
+            found = ", ".join(f"{name} ({type(held[name]).__name__})" for name in refused)
+            raise PolicyError(
+                f"{kind} does not leave this site: found {found}, expected {', '.join(allowed) or 'empty fields'}: "
+                "its policy lets no more of it leave; change the policy at the site ([leaves])"
+            )
+
+    def _allowed(self, kind: str) -> tuple[str, ...] | None:
+        """The fields of a record that may leave; None: all."""
+        if self.leaves is None:
+            return None
+        if kind not in self.leaves:
+            named = f"only {', '.join(self.leaves)}" if self.leaves else "nothing"
+            raise PolicyError(
+                f"{kind} does not leave this site: its policy lets {named} leave; change the policy at the site "
+                "([leaves])"
+            )
+        return self.leaves[kind]
+
+    def afford(self, size: int, round: int, ledger: Ledger, federation: str) -> None:
+        """May a frame of this many bytes leave, after all that has left? Asked before it is entered in the ledger.
+
+        Raises:
+            PolicyError: if it would exceed a budget.
+        """
+        in_round, ever = ledger.sent(federation, round), ledger.total()
+        for limit, before, name, when in (
+            (self.round_bytes, in_round, "round_bytes", f"in round {round} of federation {federation!r}"),
+            (self.total_bytes, ever, "total_bytes", "so far"),
+        ):
+            if limit is not None and before + size > limit:
+                raise PolicyError(
+                    f"a frame does not leave this site: found {size:,} bytes after {before:,} {when}, expected at most "
+                    f"{limit:,} together, its policy's budget.{name}; send less (a lower rank, another algorithm), or "
+                    "change the policy at the site"
+                )
+
+    def describe(self) -> list[str]:
+        """The policy in plain words, a line each."""
+        floor = f"fewest training rows behind anything that leaves: {self.floor}"
+        if self == NO_FILE:
+            return [f"no policy file: whatever the algorithm declares may leave, any number of bytes; {floor}"]
+        leaves = "whatever the algorithm declares"
+        if self.leaves is not None:
+            named = [f"{kind} ({', '.join(names) or 'empty'})" for kind, names in self.leaves.items()]
+            leaves = "; ".join([*named, "nothing else"]) if named else "nothing"
+        budgets = ((self.round_bytes, "a round"), (self.total_bytes, "in all"))
+        limits = [f"at most {limit:,} {when}" for limit, when in budgets if limit is not None]
+        filters = [f"{required.name} to norm {required.norm:g}" for required in self.filters]
+        return [
+            f"may leave: {leaves}",
+            f"bytes: {', '.join(limits) or 'any number'}",
+            floor,
+            f"filters: {', '.join(filters) or 'none'}",
+        ]
+
+
+NO_FILE = Policy(**dict[str, Any]())
+"""What holds at a site without a policy file."""
+
+
+def read(path: Path) -> Policy:
+    """The policy in a file.
+
+    Raises:
+        ConfigError: with every problem found; from a file with a mistake there is no policy, so nothing leaves.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: there is no such file"]) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read as TOML: {error}"]) from error
+    problems = unknown(tree, ("version", "leaves", *SECTIONS, "filters"), "")
+    if type(tree.get("version")) is not int or tree["version"] != 1:
+        found = f"found {tree['version']!r}" if "version" in tree else "missing"
+        problems.append(f"version: {found}, expected 1, the form of policy files that this celora reads")
+    values: dict[str, Any] = {}
+    for section, names in SECTIONS.items():
+        table = _table(section, tree.get(section, {}), problems)
+        problems += unknown(table, names, f"{section}.")
+        chosen = {name: table[name] for name in names if name in table}
+        if _valid(section, Policy, chosen, problems) is not None:
+            values |= chosen
+    if "leaves" in tree:
+        values["leaves"] = _leaves(_table("leaves", tree["leaves"], problems), problems)
+    filters = tree.get("filters", [])
+    if not isinstance(filters, list):
+        problems.append(f"filters: found {filters!r}, expected tables under [[filters]]")
+    else:
+        places = {f"filters.{number}": table for number, table in enumerate(filters, 1)}
+        values["filters"] = [_valid(at, Filter, _table(at, table, problems), problems) for at, table in places.items()]
+    if problems:
+        raise ConfigError([f"{path.name}: {problem}" for problem in problems])
+    return Policy(**values)
+
+
+def _leaves(table: dict[str, Any], problems: list[str]) -> dict[str, tuple[str, ...]]:
+    """The section [leaves]; without quotes `fedit.Up = …` is a table in a table, and means the same."""
+    records = {name_of(kind): kind for kind in (*(a.card.up for a in ALGORITHMS.values()), Reply, Facts)}
+    flat, leaves = list[tuple[str, Any]](), dict[str, tuple[str, ...]]()
+    for key, value in table.items():
+        nested = isinstance(value, dict)
+        flat += [(f"{key}.{name}", inner) for name, inner in value.items()] if nested else [(key, value)]
+    for kind, names in flat:
+        if kind not in records:
+            hint = did_you_mean(kind, records)
+            problems.append(f"leaves.{kind}: unknown record{hint} (allowed: {', '.join(records)})")
+        elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            problems.append(f"leaves.{kind}: found {names!r}, expected a list of the fields that may leave")
+        elif kind in leaves:
+            problems.append(f"leaves.{kind}: found it twice, expected it once")
+        else:
+            known = [field.name for field in _fields(records[kind])]
+            problems += [
+                f"leaves.{kind}: unknown field {name!r}{did_you_mean(name, known)} (allowed: {', '.join(known)})"
+                for name in names
+                if name not in known
+            ]
+            leaves[kind] = tuple(names)
+    return leaves
+
+
+def _table(section: str, found: Any, problems: list[str]) -> dict[str, Any]:
+    if isinstance(found, dict):
+        return found
+    problems.append(f"{section}: found {found!r}, expected a table")
+    return {}
+
+
+def _valid(section: str, kind: type, table: dict[str, Any], problems: list[str]) -> Any:
+    try:
+        return kind(**table)
+    except ValidationError as error:
+        problems += told(error, section, [field.name for field in _fields(kind)])
+        return None
+
+
+def _fields(of: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(of)
