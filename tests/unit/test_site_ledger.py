@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from filelock import FileLock
 
 from celora.errors import RunFolderError
 from celora.site.ledger import FIRST, Ledger
@@ -262,6 +263,20 @@ def test_two_at_once_leave_one_chain(path: Path) -> None:
     ledger = Ledger(path)
     assert ledger.verify() == []
     assert ledger.sent("north", 8) == 30
+
+
+def test_while_another_process_writes_nothing_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("celora.site.ledger.PATIENCE", 0.01)
+    ledger, before = Ledger(path), path.read_bytes()
+    with FileLock(f"{path}.lock"), pytest.raises(RunFolderError) as refused:
+        enter(ledger, b"frame")
+    assert str(refused.value) == (
+        f"{path} was held by another process for 0.01 s, expected for moments: end that process. Nothing leaves until "
+        "then"
+    )
+    assert path.read_bytes() == before
+    enter(ledger, b"frame")
+    assert ledger.total() == 20
 
 
 def test_appending_reads_no_more_than_the_new_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from celora.errors import RunFolderError
 from celora.track.disk import owners, sync, writing
@@ -122,7 +122,7 @@ class Ledger:
     @contextmanager
     def _held(self) -> Iterator[BinaryIO]:
         """The file, to append to; what others have appended meanwhile is counted, and what is appended here too."""
-        with writing(self.path), self._lock, open(self.path, "ab", opener=owners) as file:
+        with writing(self.path), self._alone(), open(self.path, "ab", opener=owners) as file:
             if file.tell() == 0:
                 sync(self.path.parent)
             if cut := self._read():
@@ -131,6 +131,20 @@ class Ledger:
                 self._read()
             yield file
             self._read()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunFolderError(
+                f"{self.path} was held by another process for {PATIENCE:g} s, expected for moments: end that process. "
+                "Nothing leaves until then"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _write(self, file: BinaryIO, event: dict[str, Any], previous: str, before: bytes = b"") -> None:
         line = json.dumps({**stamped(event), "previous": previous}, ensure_ascii=False)

@@ -42,9 +42,8 @@ from celora.tensors import Tensors
 from celora.wire.records import name_of
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {"budget": ("round_bytes", "total_bytes"), "disclosure": ("floor",)}
-"""Section -> the policy's fields in it."""
-Filter = Clip
-"""Any filter there is."""
+"""Section of the file -> the policy's fields in it."""
+Filter = Clip  # any filter there is
 
 
 @settings

@@ -39,7 +39,7 @@ class SiteShelf(MutableMapping[str, object]):
         self._lock = FileLock(folder / ".lock", timeout=0, mode=0o600, thread_local=False)
         with writing(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            pass
+            folder.chmod(0o700)
             try:
                 self._lock.acquire()
             except Timeout:
