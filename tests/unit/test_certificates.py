@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from celora.errors import ConfigError, RunFolderError
+from celora.errors import ConfigError, FederationError, RunFolderError
 from celora.site.certificates import development, expires, private_key, public_keys, sign, site_key, verified
 
 
@@ -228,7 +228,7 @@ def test_a_public_key_of_another_kind_verifies_nothing() -> None:
 def test_without_cryptography_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
     monkeypatch.delitem(sys.modules, "celora.site.certificates")
-    with pytest.raises(ImportError, match=r'pip install "celora\[flower\]"'):
+    with pytest.raises(FederationError, match=r"pip install 'celora\[flower\]'"):
         importlib.import_module("celora.site.certificates")
 
 

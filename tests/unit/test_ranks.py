@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from celora.core.adapters import truncated
 from celora.core.screen import screen
 from celora.errors import ConfigError
-from celora.experiment import folder_name, resolve
+from celora.experiment import resolve
 from celora.models import Adapter
 from celora.tensors import Tensors, only
+from celora.track.disk import folder_name
 from celora.wire import Schema, pack, record, unpack
 
 FULL = {"m.A": torch.arange(12.0).view(4, 3), "m.B": torch.arange(8.0).view(2, 4), "head.bias": torch.ones(3)}

@@ -20,6 +20,7 @@ def add(app: typer.Typer) -> None:
         epilog=examples(
             "celora run demo.toml",
             "celora run demo.toml --set algorithm.name=fedsa-lora --set plan.rounds=5 --out runs/short",
+            "celora run demo.toml --engine flower-sim --out runs/simulated",
             "celora run demo.toml --json > result.json",
         )
     )(run)
@@ -39,12 +40,15 @@ def run(
     config: Config,
     sets: Sets = None,
     group: Group = None,
+    engine: Annotated[
+        str, typer.Option(metavar="embedded|flower-sim", help="Clients in this process, or in Flower's simulation.")
+    ] = "embedded",
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the experiment in CONFIG.toml, after its local-only twin of equal budget."""
-    follow(lambda: experiment.run(read(config, sets, group), out), as_json, quiet)
+    follow(lambda: experiment.run(read(config, sets, group), out, where=engine), as_json, quiet)
 
 
 def compare(

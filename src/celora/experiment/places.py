@@ -25,6 +25,7 @@ from celora.experiment.world import Known, Workshop, World
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
 from celora.tensors import Tensors
+from celora.track.disk import folder_name
 from celora.track.folder import RunFolder
 from celora.track.shelves import Shelves
 from celora.wire import Schema
@@ -92,9 +93,8 @@ class Here:
 
 
 def adapters(folder: RunFolder, client: ClientId) -> Path:
-    """Where a client's adapter is written: its name, but for what would lead elsewhere."""
-    name = client.replace("/", "-").replace("\\", "-") if client.strip(".") else f"client {client}"
-    return folder.path / "adapters" / name
+    """Where a client's adapter is written."""
+    return folder.path / "adapters" / folder_name(client)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Nothing in here knows what carries the frames.
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,14 +22,16 @@ from celora.core.learner import Learner
 from celora.core.messages import Model, Notes, Order, Reply, opened
 from celora.core.solve import solve
 from celora.engines.remote import Answer, Begin, Call, Facts
-from celora.errors import CeloraError, FederationError, PolicyError, WireError
+from celora.errors import CeloraError, FederationError, PolicyError, RunFolderError, WireError
 from celora.site.ledger import Ledger
 from celora.site.policy import Policy
 from celora.site.store import SiteShelf
 from celora.tensors import Tensors
-from celora.track.disk import owners, put, writing
+from celora.track.disk import folder_name, owners, put, writing
 from celora.wire import Schema, name_of, pack, unpack
 
+FREE = (PolicyError, FederationError, WireError, RunFolderError)
+"""Errors whose words tell nothing of the rows; of all others the server is told the kind alone."""
 JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """federation/job; part of a path, so it must not lead anywhere else."""
 
@@ -89,7 +92,7 @@ class Site:
 
     def __call__(self, frame: bytes) -> bytes:
         """The answer to a call; of what went wrong, the words."""
-        job, round, kind, body, error = "-/-", 0, "", b"", None
+        job, round, kind, body = "-/-", 0, "", b""
         try:
             call = unpack(Call, frame)
             if not JOB.fullmatch(call.job):
@@ -111,11 +114,11 @@ class Site:
                     raise FederationError(f"found a call of kind {call.kind!r}: update celora on the older side")
             found = self._left(job, round, kind, Answer(self.client, body, None, self.socket()))
         except Exception as problem:
-            error = str(problem) if isinstance(problem, CeloraError) else f"{type(problem).__name__}: {problem}"
-            error = error.encode(errors="replace").decode()
-            self.say(f"not sent: {error}" if isinstance(problem, PolicyError) else f"failed: {error}")
-            found = pack(Answer(self.client, b"", error, self.socket()))
-            self._note(job, round, "error", found)
+            self.say(f"not sent: {problem}" if isinstance(problem, PolicyError) else f"failed: {_words(problem)}")
+            error = _words(problem) if isinstance(problem, FREE) else f"{type(problem).__name__}: see this site's log"
+            found = pack(Answer(self.client, b"", error.encode(errors="replace").decode(), self.socket()))
+            with suppress(RunFolderError):  # a full disk; the notice has no content, and the server must know of it
+                self._note(job, round, "error", found)
         return found
 
     def _left(self, job: str, round: int, kind: str, answer: Answer) -> bytes:
@@ -201,7 +204,11 @@ class Site:
         return self.state / job_folder(self.client, job)
 
 
+def _words(problem: Exception) -> str:
+    return str(problem) if isinstance(problem, CeloraError) else f"{type(problem).__name__}: {problem}"
+
+
 def job_folder(client: ClientId, job: str) -> Path:
     """Where a job's files lie in a site's folder."""
     federation, _, name = job.partition("/")
-    return Path(federation) / client / name
+    return Path(federation) / folder_name(client) / name

@@ -50,3 +50,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def folder_name(client: str) -> str:
+    """A client's folder: its name, but for what would lead elsewhere."""
+    return client.replace("/", "-").replace("\\", "-") if client.strip(".") else f"client {client}"
