@@ -346,8 +346,10 @@ class FleetPost(Post):
     def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
         """Replies whose objects are all here."""
         found: dict[str, bytes | str] = {}
-        waiting = {name for name in letters if name not in self._arriving}
-        for reply in self.state.get_message_res(message_ids=waiting, run_id=self.run) if waiting else []:
+        replies, kept = self.state.message_ins_id_to_message_res_id, self.state.message_res_store
+        with self.state.lock:  # not by `get_message_res`, for which a node that has answered and gone has not answered
+            come = [kept[replies[name]] for name in letters if name in replies and name not in self._arriving]
+        for reply in come:
             asked, name = reply.metadata.reply_to_message_id, reply.metadata.message_id
             if reply.has_error():
                 found[asked] = reply.error.reason or f"error {reply.error.code}"
