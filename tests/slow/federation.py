@@ -298,7 +298,9 @@ class Run:
             found |= {f"{twin} {key}": _bare(value) for key, value in summary.items() if key not in bare}
             events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
             rounds = [event for event in events if event["event"] == "round"]
-            found |= {f"{twin} round {e['index']} {k}": _bare(v) for e in rounds for k, v in e.items() if k not in TIMES}
+            found |= {
+                f"{twin} round {e['index']} {k}": _bare(v) for e in rounds for k, v in e.items() if k not in TIMES
+            }
         for pattern in ("state/round_*/server.bin", "similarity/*"):
             found |= {str(p.relative_to(self.out)): p.read_bytes() for p in self.out.glob(pattern)}
         for site in SITES:
@@ -313,7 +315,7 @@ class Run:
         return unpack(Checkpoint, (self.out / f"state/round_{round:04}/server.bin").read_bytes()).server
 
 
-TIMES = ("time", "seconds")
+TIMES = (" time", " seconds")
 
 
 def _bare(value: Any) -> Any:

@@ -434,7 +434,8 @@ class Line:
         """What the server says to a node that wants to join: its clock, versions, the backbone, the experiment.
 
         Raises:
-            FederationError: if it is no celora server, its certificate is not the CA's, or it does not know the key.
+            FederationError: if it is no celora server, its certificate is not the CA's, one end alone speaks TLS, or it
+                does not know the key.
             httpx.TransportError: if it cannot be reached.
         """
         when = str(time.time())
@@ -447,11 +448,21 @@ class Line:
         try:
             answer = httpx.get(url, headers=headers, verify=self._trust(), timeout=30)
         except httpx.ConnectError as error:
+            if "WRONG_VERSION_NUMBER" in str(error):
+                raise FederationError(
+                    f"the server at {self.address} does not speak TLS: expected one that was started with --keys"
+                ) from error
             if "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise
             raise FederationError(
                 f"the certificate of {self.address} cannot be trusted: {error}; expected one signed by this site's CA "
-                "(--ca), for this very name"
+                "(ca.crt in --keys), for this very name"
+            ) from error
+        except httpx.RemoteProtocolError as error:
+            if self.root is not None or not self._expects_tls():
+                raise
+            raise FederationError(
+                f"the server at {self.address} expects TLS: join with --keys, not with --insecure"
             ) from error
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise FederationError(
@@ -469,6 +480,17 @@ class Line:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=self.root.decode("ascii"))
         return context
+
+    def _expects_tls(self) -> bool:
+        """Whether a handshake succeeds, with whomever."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        host, _, port = self.address.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), 10) as bare, context.wrap_socket(bare):
+                return True
+        except OSError:
+            return False
 
 
 def attend(

@@ -140,7 +140,7 @@ class Remote:
 
     post: Post
     names: Callable[[NodeId], ClientId | None] | None = None
-    patience: float = 120.0
+    patience: float = 30.0
     poll: float = 0.05
     say: Callable[[str], None] = lambda text: None
     facts: dict[ClientId, Facts] = field(default_factory=dict)
