@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,3 +105,13 @@ def show_all(*parts: RenderableType, wrap: bool = False) -> None:
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))  # a path must stay in one piece
+
+
+def said(text: str) -> None:
+    """A line with the time, on stderr."""
+    typer.echo(f"{datetime.now().astimezone():%H:%M:%S}  {text}", err=True)
+
+
+def saying(*, silent: bool) -> Callable[[str], None]:
+    """Who is told what happens between two events."""
+    return (lambda text: None) if silent else said
