@@ -29,6 +29,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on Linux too: one machine; else Ray listens on all interfaces
 
 try:
     import httpx
@@ -79,6 +80,7 @@ HEARTBEAT = 10.0
 """Seconds; the least that flwr allows. A node that is silent for two of them counts as gone (stock: two of 30 s)."""
 MARGIN = 3600.0
 """Seconds for which Flower keeps a message after nobody waits for it; it must not vanish while somebody does."""
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def content(frame: bytes) -> RecordDict:
@@ -108,13 +110,18 @@ def client_app(handle: Callable[[Context], Handle]) -> ClientApp:
 
 
 class GridPost(Post):
-    """Letters as messages of Flower's Grid."""
+    """Letters as messages of Flower's Grid.
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+    Args:
+        check: raises a FederationError once the simulation has come to an end.
+    """
+
+    def __init__(self, grid: Grid, check: Callable[[], None]) -> None:
+        self.grid, self.check = grid, check
 
     def nodes(self) -> Mapping[NodeId, str]:
-        """All of them, from the beginning."""
+        """All of them."""
+        self.check()
         return dict.fromkeys(self.grid.get_node_ids(), "")
 
     def send(self, node: NodeId, frame: bytes, seconds: float) -> str:
@@ -134,7 +141,7 @@ class GridPost(Post):
 
 @contextlib.contextmanager
 def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Path) -> Iterator[GridPost]:
-    """Flower's simulation, as long as the context lasts; Ray listens on the loopback interface only.
+    """Flower's simulation, as long as the context lasts; Ray listens on the loopback interface only, and ends with it.
 
     Args:
         handle: position of a node -> what answers there; pickled, and called in Ray's processes.
@@ -142,12 +149,19 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
         log: a file for what Flower has to say.
 
     Raises:
-        FederationError: if it cannot be started.
+        FederationError: if it cannot be started, or ends by itself; also where the post is used.
     """
+    import psutil  # noqa: PLC0415
     import ray  # noqa: PLC0415  # its import costs seconds
     from flwr.simulation import run_simulation  # noqa: PLC0415
 
-    grids: queue.Queue[Grid | BaseException] = queue.Queue()
+    if (address := ray.util.get_node_ip_address()) not in LOOPBACK:
+        raise FederationError(
+            f"Ray would listen on {address}, expected this machine's loopback interface: import celora.engines.flower "
+            "before ray, and start no Ray in the same process"
+        )
+    grids: queue.Queue[Grid] = queue.Queue()
+    failures: list[BaseException] = []
     over = threading.Event()
     server = ServerApp()
 
@@ -158,7 +172,7 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
 
     config: Any = {
         "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
-        "init_args": {"_node_ip_address": "127.0.0.1", "log_to_driver": False, "logging_level": logging.ERROR},
+        "init_args": {"log_to_driver": False, "logging_level": logging.ERROR},
     }
     app = client_app(lambda context: handle(int(context.node_config["partition-id"])))
 
@@ -166,20 +180,37 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
         try:
             run_simulation(server, app, num_supernodes=nodes, backend_config=config)
         except BaseException as error:
-            grids.put(error)
+            failures.append(error)
 
+    thread = threading.Thread(target=run, name="flower-simulation", daemon=True)
+
+    def check() -> None:
+        if not thread.is_alive():
+            why = first_cause(failures[0]) if failures else "nobody has told why"
+            raise FederationError(f"Flower's simulation has ended: {why}; see {log}")
+
+    before = psutil.Process().children(recursive=True)
     with logged(log):
-        thread = threading.Thread(target=run, name="flower-simulation", daemon=True)
         thread.start()
         try:
-            grid = grids.get()
-            if isinstance(grid, BaseException):
-                raise FederationError(f"Flower's simulation did not start: {grid}; see {log}") from grid
-            yield GridPost(grid)
+            while grids.empty():
+                check()
+                time.sleep(0.05)
+            post = GridPost(grids.get(), check)
+            while len(post.nodes()) < nodes:
+                time.sleep(0.05)
+            yield post
         finally:
+            started = [p for p in psutil.Process().children(recursive=True) if p not in before]
             over.set()
             thread.join()
             ray.shutdown()
+            psutil.wait_procs(started, timeout=10)  # Ray's shutdown does not wait for those that answered messages
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What an exception comes from in the end."""
+    return first_cause(error.__cause__) if error.__cause__ else error
 
 
 @contextlib.contextmanager
