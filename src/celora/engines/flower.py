@@ -155,7 +155,8 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
     import ray  # noqa: PLC0415  # its import costs seconds
     from flwr.simulation import run_simulation  # noqa: PLC0415
 
-    if (address := ray.util.get_node_ip_address()) not in LOOPBACK:
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call,unused-ignore]
+    if address not in LOOPBACK:
         raise FederationError(
             f"Ray would listen on {address}, expected this machine's loopback interface: import celora.engines.flower "
             "before ray, and start no Ray in the same process"
@@ -242,7 +243,7 @@ class Fleet:
         offer: what a node that wants to join is told (JSON).
 
     Raises:
-        FederationError: on entering, if the address cannot be bound.
+        FederationError: on entering, if the address cannot be bound, or the certificate does not fit its key.
     """
 
     def __init__(
@@ -311,7 +312,29 @@ class Fleet:
         return None
 
     def __enter__(self) -> "FleetPost":
-        self._closing.enter_context(logged(self.log))
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(logged(self.log))
+            listening = closing.enter_context(self._listening())
+            certificate, key = self.tls or (None, None)
+            options: Any = {"log_config": None, "access_log": False, "ws": "none", "timeout_graceful_shutdown": 2}
+            config = uvicorn.Config(self.app, ssl_certfile=certificate, ssl_keyfile=key, **options)
+            try:
+                config.load()
+            except OSError as error:
+                raise FederationError(
+                    f"{certificate} and {key} cannot be used for TLS: {error}; expected a certificate in PEM and its key"
+                ) from error
+            self._server = uvicorn.Server(config)
+            self._thread = threading.Thread(target=self._server.run, args=([listening],), name="fleet-api", daemon=True)
+            self._thread.start()
+            while self._thread.is_alive() and not self._server.started:
+                time.sleep(0.01)
+            threading.Thread(target=self._beat, name="fleet-beat", daemon=True).start()
+            self._closing = closing.pop_all()
+        return FleetPost(self)
+
+    def _listening(self) -> socket.socket:
+        """The socket to listen on; from here on `address` says which port it is."""
         listening = socket.socket(socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -322,15 +345,7 @@ class Fleet:
                 f"cannot listen on {self.address[0]}:{self.address[1]}: {error.strerror}; choose another --listen"
             ) from error
         self.address = listening.getsockname()[:2]
-        certificate, key = self.tls or (None, None)
-        options: Any = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 2}
-        self._server = uvicorn.Server(uvicorn.Config(self.app, ssl_certfile=certificate, ssl_keyfile=key, **options))
-        self._thread = threading.Thread(target=self._server.run, args=([listening],), name="fleet-api", daemon=True)
-        self._thread.start()
-        while self._thread.is_alive() and not self._server.started:
-            time.sleep(0.01)
-        threading.Thread(target=self._beat, name="fleet-beat", daemon=True).start()
-        return FleetPost(self)
+        return listening
 
     def _beat(self) -> None:
         """The run stays alive as long as this process is."""
@@ -404,10 +419,12 @@ class FleetPost(Post):
     def forget(self, letters: Sequence[str]) -> None:
         """Delete messages, their replies and their objects."""
         for name in letters:
-            reply, _ = self._arriving.pop(name, ("", []))
-            self.state.delete_messages({name})
-            for root in filter(None, (name, reply)):
-                self.state.object_store.delete(root)
+            self._arriving.pop(name, None)
+            with self.state.lock:  # a reply that has come and was not looked at has objects too
+                reply = self.state.message_ins_id_to_message_res_id.get(name)
+                self.state.delete_messages({name})
+                for root in filter(None, (name, reply)):
+                    self.state.object_store.delete(root)
 
 
 # --- deployment: a node
