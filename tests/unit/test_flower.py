@@ -171,6 +171,17 @@ def test_letters_that_nobody_waits_for_are_deleted_before_and_after_they_are_ans
         assert there.errors == [] and len(there.said) == 1
 
 
+def test_a_letter_that_is_given_up_while_its_answer_is_on_its_way_costs_nothing(tmp_path: Path) -> None:
+    with fleet(tmp_path) as post, node(line(post), lambda frame: 4_000_000 * frame) as there:
+        name, state = online(post), post.state
+        letter = post.send(name, b"a", 60)
+        until(lambda: state.message_res_store)  # its head is here; its objects follow
+        post.forget([letter])
+        assert asked(post, name, b"b") == 4_000_000 * b"b"
+        assert len(state.object_store) == 0 and not state.message_res_store
+        assert there.errors == [] and len(there.said) == 1
+
+
 def _objects(post: FleetPost) -> list[str]:
     return list(post.state.object_store.store)
 
