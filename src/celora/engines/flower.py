@@ -184,17 +184,19 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Flower's messages go to a file instead of the terminal."""
-    logger = logging.getLogger("flwr")
-    before = list(logger.handlers)
+    """What Flower and its web server have to say goes to a file instead of the terminal."""
     handler = logging.FileHandler(path)
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers = [handler]
+    loggers = [logging.getLogger(name) for name in ("flwr", "uvicorn")]
+    before = [(list(logger.handlers), logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
     try:
         yield
     finally:
-        logger.handlers = before
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
         handler.close()
 
 
