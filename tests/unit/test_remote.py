@@ -189,6 +189,26 @@ def test_garbage_costs_its_sender_the_round() -> None:
     assert "not a celora frame" in (far({"c0": order(2)})["c0"].error or "")
 
 
+def test_a_node_whose_carrier_fails_again_and_again_is_left_alone_for_the_round() -> None:
+    yard = two()
+    far = joined(yard)
+    answers, tries = yard.collect, list[str]()
+
+    def failing(letters: Sequence[str]) -> Mapping[str, bytes | str]:
+        found = dict(answers(letters))
+        for name in [name for name in found if yard.letters[name][0] == 1]:
+            kind = unpack(Call, yard.letters[name][2]).kind
+            tries.append(kind)
+            if kind == "order":
+                found[name] = "the node crashed"
+        return found
+
+    yard.collect = failing  # type: ignore[method-assign]
+    replies = far({"c0": order(), "c1": order()})
+    assert replies["c1"].error == "c1" and tries == ["order", "begin", "order", "begin", "order"]
+    assert replies["c0"].error == "its node failed 3 times: the node crashed"
+
+
 def test_bytes_on_sockets_are_those_since_the_last_answer_and_a_new_process_counts_from_zero() -> None:
     yard = Yard()
     yard.up(1, site("c0", socket=[(100, 50), (160, 80), (30, 20)]))

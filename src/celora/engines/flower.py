@@ -294,7 +294,20 @@ class Fleet:
             ) from error
         self.address = listening.getsockname()[:2]
         certificate, key = self.tls or (None, None)
-        options: Any = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 2}
+        if certificate is not None:
+            try:
+                ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+            except (OSError, ValueError) as error:
+                listening.close()
+                raise FederationError(
+                    f"{certificate} and {key} cannot be used: {error}; expected a certificate and its own key, in PEM"
+                ) from error
+        options: Any = {
+            "log_config": None,
+            "access_log": False,
+            "timeout_graceful_shutdown": 2,
+            "timeout_keep_alive": 30,
+        }
         self._server = uvicorn.Server(uvicorn.Config(self.app, ssl_certfile=certificate, ssl_keyfile=key, **options))
         self._thread = threading.Thread(target=self._server.run, args=([listening],), name="fleet-api", daemon=True)
         self._thread.start()
@@ -492,7 +505,7 @@ def attend(
                 say(f"connected to {line.address}")
                 silent = False
                 _serve(fleet, node, app, stop)
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError, ValueError) as error:
             if not silent:
                 say(f"the server at {line.address} cannot be reached ({error or type(error).__name__}); still trying")
             silent = True

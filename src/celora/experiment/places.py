@@ -164,7 +164,7 @@ class Simulation:
             problems = self.remote.export(clients, name)
             for client in [client for client in clients if client not in problems]:
                 written = site_folder(self.root, client) / job_folder(client, job) / "adapter"
-                shutil.copytree(written, adapters(folder, client))
+                shutil.copytree(written, adapters(folder, client), dirs_exist_ok=True)
             return lost(problems)
 
         return Team(known, True, self.remote, nothing(folder, known), list, export, dict)
