@@ -327,7 +327,7 @@ class Fleet:
                 config.load()
             except OSError as error:
                 raise FederationError(
-                    f"{certificate} and {key} cannot be used for TLS: {error}; expected a certificate in PEM and its key"
+                    f"{certificate} and {key} cannot be used for TLS: {error}; expected a certificate (PEM) and its key"
                 ) from error
             self._server = uvicorn.Server(config)
             self._thread = threading.Thread(target=self._server.run, args=([listening],), name="fleet-api", daemon=True)
