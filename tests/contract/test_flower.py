@@ -216,6 +216,7 @@ def test_a_second_simulation_in_the_same_process_works_and_an_exception_ends_it(
     defaults: Session, tmp_path: Path
 ) -> None:
     name, before, here = DEFAULT["fedit"], tree(), list[psutil.Process]()
+    path = os.environ.get("PYTHONPATH")
 
     def breaks(post: GridPost) -> None:
         same(simulated(Remote(post), tmp_path, name), name)
@@ -225,6 +226,7 @@ def test_a_second_simulation_in_the_same_process_works_and_an_exception_ends_it(
     with pytest.raises(Broken), started(tmp_path) as post:
         breaks(post)
     assert len(here) > len(before) and left(here, before) == ()
+    assert os.environ.get("PYTHONPATH") == path
 
 
 def test_a_simulation_that_cannot_start_says_why_and_where_to_look(

@@ -191,7 +191,7 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
             raise FederationError(f"Flower's simulation has ended: {why}; see {log}")
 
     before = psutil.Process().children(recursive=True)
-    with logged(log):
+    with logged(log), unchanged("PYTHONPATH"):  # Flower sets it, for Ray's processes
         thread.start()
         try:
             while grids.empty():
@@ -212,6 +212,18 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
 def first_cause(error: BaseException) -> BaseException:
     """What an exception comes from in the end."""
     return first_cause(error.__cause__) if error.__cause__ else error
+
+
+@contextlib.contextmanager
+def unchanged(name: str) -> Iterator[None]:
+    """A variable of the environment is afterwards what it was before."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

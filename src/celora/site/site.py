@@ -142,7 +142,8 @@ class Site:
         if begin.classes:  # else this was only a question
             folder = self._folder(job)
             with writing(folder):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for place in (folder.parent.parent, folder.parent, folder):
+                    place.mkdir(mode=0o700, exist_ok=True)
                 put(folder / "begin.bin", body, owners)
             self._seats[job] = seat
             self.say(f"{job}: {begin.label}, {seat.facts.rows.get('train', 0)} training rows")
