@@ -409,8 +409,10 @@ class FleetPost(Post):
     def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
         """Replies whose objects are all here."""
         found: dict[str, bytes | str] = {}
-        waiting = {name for name in letters if name not in self._arriving}
-        for reply in self.state.get_message_res(message_ids=waiting, run_id=self.run) if waiting else []:
+        replies, kept = self.state.message_ins_id_to_message_res_id, self.state.message_res_store
+        with self.state.lock:  # not by `get_message_res`, for which a node that has answered and gone has not answered
+            come = [kept[replies[name]] for name in letters if name in replies and name not in self._arriving]
+        for reply in come:
             asked, name = reply.metadata.reply_to_message_id, reply.metadata.message_id
             if reply.has_error():
                 found[asked] = reply.error.reason or f"error {reply.error.code}"
@@ -497,7 +499,8 @@ class Line:
         """What the server says to a node that wants to join: its clock, versions, the backbone, the experiment.
 
         Raises:
-            FederationError: if it is no celora server, its certificate is not the CA's, or it does not know the key.
+            FederationError: if it is no celora server, its certificate is not the CA's, one end alone speaks TLS, or it
+                does not know the key.
             httpx.TransportError: if it cannot be reached.
         """
         when = str(time.time())
@@ -510,11 +513,21 @@ class Line:
         try:
             answer = httpx.get(url, headers=headers, verify=self._trust(), timeout=30)
         except httpx.ConnectError as error:
+            if "WRONG_VERSION_NUMBER" in str(error):
+                raise FederationError(
+                    f"the server at {self.address} does not speak TLS: expected one that was started with --keys"
+                ) from error
             if "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise
             raise FederationError(
                 f"the certificate of {self.address} cannot be trusted: {error}; expected one signed by this site's CA "
-                "(--ca), for this very name"
+                "(ca.crt in --keys), for this very name"
+            ) from error
+        except httpx.RemoteProtocolError as error:
+            if self.root is not None or not self._expects_tls():
+                raise
+            raise FederationError(
+                f"the server at {self.address} expects TLS: join with --keys, not with --insecure"
             ) from error
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise FederationError(
@@ -532,6 +545,17 @@ class Line:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=self.root.decode("ascii"))
         return context
+
+    def _expects_tls(self) -> bool:
+        """Whether a handshake succeeds, with whomever."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        host, _, port = self.address.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), 10) as bare, context.wrap_socket(bare):
+                return True
+        except OSError:
+            return False
 
 
 def attend(

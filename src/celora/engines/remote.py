@@ -144,7 +144,7 @@ class Remote:
 
     post: Post
     names: Callable[[NodeId], ClientId | None] | None = None
-    patience: float = 120.0
+    patience: float = 30.0
     poll: float = 0.05
     say: Callable[[str], None] = lambda text: None
     facts: dict[ClientId, Facts] = field(default_factory=dict)
@@ -210,14 +210,14 @@ class Remote:
         self._failures.clear()
         while time.monotonic() < end:
             online = self.post.nodes()
+            for name, found in self.post.collect(list(letters)).items():  # a node may have answered and gone since
+                self._take(letters.pop(name), found, done)
             for name in [name for name, letter in letters.items() if online.get(letter.node) != letter.since]:
                 self.post.forget([name])  # its node has gone, or has come back and knows nothing of it
                 del letters[name]
             self._ask_who(online, letters, end)
             for client in [client for client in frames if client not in done]:
                 self._send(client, frames[client], online, letters, done, end)
-            for name, found in self.post.collect(list(letters)).items():
-                self._take(letters.pop(name), found, done)
             if len(done) == len(frames) and until():
                 break
             time.sleep(self.poll)
@@ -283,9 +283,10 @@ class Remote:
         expected = self.names(letter.node) if self.names else answer.client
         if answer.client != expected or letter.client not in (None, answer.client):
             self._met[letter.node] = letter.since, self._begin
-            self.say(
-                f"node {letter.node} speaks for {answer.client!r}, expected {letter.client or expected!r}: ignored"
-            )
+            wrong = f"node {letter.node} speaks for {answer.client!r}, expected {letter.client or expected!r}: ignored"
+            if letter.client is not None:  # else it would be asked again and again
+                done[letter.client] = wrong
+            self.say(wrong)
             return
         self._count(answer)
         if letter.client is not None:
