@@ -24,8 +24,8 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     def invoke(script: Script, *words: str) -> Result:
         monkeypatch.setattr(experiment, "read", lambda path, sets: SimpleNamespace(plan=SimpleNamespace(seed=5)))
-        monkeypatch.setattr(experiment, "run", lambda chosen, folder: script())
-        monkeypatch.setattr(experiment, "resume", lambda folder: script())
+        monkeypatch.setattr(experiment, "run", lambda chosen, folder, where: script())
+        monkeypatch.setattr(experiment, "resume", lambda folder, say: script())
         monkeypatch.setattr(experiment, "compare", lambda chosen, labels, seeds, folder, match: script())
         return CliRunner().invoke(cli.app, list(words))
 

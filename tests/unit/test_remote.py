@@ -130,6 +130,32 @@ def test_a_node_that_restarts_under_the_same_id_is_asked_again() -> None:
     assert yard.sent[-2:] == [(1, "begin"), (1, "order")]
 
 
+def test_the_answer_of_a_node_that_then_leaves_counts() -> None:
+    yard = two()
+    far = joined(yard)
+    last = pack(Answer("c0", pack(Reply(b"", {}, "c0, its last")), None, ()))
+
+    class Kept(Yard):
+        def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
+            if letters and self.since.pop(1, None):
+                return {}  # its answer arrives right after somebody looked, and then it goes offline
+            return dict.fromkeys(letters, last)
+
+    yard.__class__ = Kept
+    assert far({"c0": order()})["c0"].error == "c0, its last"
+    assert yard.sent[-1] == (1, "order") and 1 not in yard.nodes()
+
+
+def test_a_node_that_answers_in_anothers_name_loses_the_round_and_is_not_asked_again() -> None:
+    yard = two()
+    said: list[str] = []
+    far = joined(yard, say=said.append)
+    yard.handles[1] = lambda call: Answer("c1", pack(Reply(b"", {}, "mine")), None, ())
+    replies = far({"c0": order(), "c1": order()})
+    assert replies["c0"].error == "node 1 speaks for 'c1', expected 'c0': ignored" and replies["c1"].error == "c1"
+    assert yard.sent.count((1, "order")) == 1 and replies["c0"].error in said
+
+
 def test_a_node_that_stays_away_is_given_up_after_a_while_and_then_at_once() -> None:
     yard = two()
     far = joined(yard, patience=0.05)
@@ -187,6 +213,26 @@ def test_garbage_costs_its_sender_the_round() -> None:
     assert replies["c0"].error is not None and "celo" not in (replies["c1"].error or "")
     yard.handles[1] = lambda call: Answer("c0", b"garbage", None, ())
     assert "not a celora frame" in (far({"c0": order(2)})["c0"].error or "")
+
+
+def test_a_node_whose_carrier_fails_again_and_again_is_left_alone_for_the_round() -> None:
+    yard = two()
+    far = joined(yard)
+    answers, tries = yard.collect, list[str]()
+
+    def failing(letters: Sequence[str]) -> Mapping[str, bytes | str]:
+        found = dict(answers(letters))
+        for name in [name for name in found if yard.letters[name][0] == 1]:
+            kind = unpack(Call, yard.letters[name][2]).kind
+            tries.append(kind)
+            if kind == "order":
+                found[name] = "the node crashed"
+        return found
+
+    yard.collect = failing  # type: ignore[method-assign]
+    replies = far({"c0": order(), "c1": order()})
+    assert replies["c1"].error == "c1" and tries == ["order", "begin", "order", "begin", "order"]
+    assert replies["c0"].error == "its node failed 3 times: the node crashed"
 
 
 def test_bytes_on_sockets_are_those_since_the_last_answer_and_a_new_process_counts_from_zero() -> None:

@@ -1,5 +1,7 @@
 """The command line."""
 
+import atexit
+import gc
 import io
 import sys
 from importlib.metadata import version
@@ -41,4 +43,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± or ▼ must not end a run
+    atexit.register(gc.freeze)  # else the interpreter searches all that torch and Flower have left: seconds, at the end
     app(prog_name="celora")

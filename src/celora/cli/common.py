@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,3 +105,13 @@ def show_all(*parts: RenderableType, wrap: bool = False) -> None:
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))  # a path must stay in one piece
+
+
+def teller(*, silent: bool) -> Callable[[str], None]:
+    """Who tells what happens between two events: a line each, or nobody."""
+    return (lambda text: None) if silent else stamped
+
+
+def stamped(text: str) -> None:
+    """A line with the time, on stderr."""
+    typer.echo(f"{datetime.now().astimezone():%H:%M:%S}  {text}", err=True)

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from celora import catalog, experiment
-from celora.cli.common import Config, Event, Group, Json, Out, Quiet, Sets, examples, follow, read, show_all
+from celora.cli.common import Config, Event, Group, Json, Out, Quiet, Sets, examples, follow, read, show_all, teller
 from celora.errors import ConfigError
 from celora.exits import Session, explained
 
@@ -94,7 +94,7 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Continue the run or comparison in RUN after its last whole round, as if it had never stopped."""
-    follow(lambda: experiment.resume(folder), as_json, quiet)
+    follow(lambda: experiment.resume(folder, teller(silent=as_json or quiet)), as_json, quiet)
 
 
 def list_(

@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from celora import experiment
-from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, read, show_all
+from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, read, show_all, stamped, teller
 from celora.errors import ConfigError
 from celora.exits import Session, explained
 from celora.site.ledger import Entry, Ledger
@@ -100,7 +99,7 @@ def server(
         if insecure and not expected:
             raise ConfigError(["--clients: with --insecure, say whom to wait for (a,b,c), or how many"])
         where = experiment.Listen(listen, None if keys is None else str(keys.resolve()), expected, wait)
-        return experiment.run(read(config, sets), out, where=where, say=_say(as_json or quiet))
+        return experiment.run(read(config, sets), out, where=where, say=teller(silent=as_json or quiet))
 
     follow(start, as_json, quiet)
 
@@ -126,7 +125,7 @@ def site(
         from celora.experiment.joining import join  # noqa: PLC0415  # an extra
 
         join(
-            _join(data, state, server, keys, policy, name, test, backbone, insecure=insecure), stop, _stamped, once=once
+            _join(data, state, server, keys, policy, name, test, backbone, insecure=insecure), stop, stamped, once=once
         )
 
 
@@ -235,7 +234,7 @@ def _stopping() -> Any:
     def end(number: int, frame: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
-        _stamped("stopping after what is in hand; once more to stop at once (nothing is lost)")
+        stamped("stopping after what is in hand; once more to stop at once (nothing is lost)")
         stop.set()
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -261,12 +260,3 @@ def ledger_table(entries: Sequence[Entry]) -> Table:
         cells = (e.time, e.federation, e.job, e.client, str(e.round), e.kind, f"{e.bytes:,}", e.sha256[:16])
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
-
-
-def _say(silent: bool) -> Any:
-    return (lambda text: None) if silent else _stamped
-
-
-def _stamped(text: str) -> None:
-    """A line with the time, on stderr."""
-    typer.echo(f"{datetime.now().astimezone():%H:%M:%S}  {text}", err=True)

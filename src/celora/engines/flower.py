@@ -228,17 +228,19 @@ def unchanged(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Flower's messages go to a file instead of the terminal."""
-    logger = logging.getLogger("flwr")
-    before = list(logger.handlers)
+    """What Flower and its web server have to say goes to a file instead of the terminal."""
     handler = logging.FileHandler(path)
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers = [handler]
+    loggers = [logging.getLogger(name) for name in ("flwr", "uvicorn")]
+    before = [(list(logger.handlers), logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
     try:
         yield
     finally:
-        logger.handlers = before
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
         handler.close()
 
 
@@ -328,7 +330,10 @@ class Fleet:
             closing.enter_context(logged(self.log))
             listening = closing.enter_context(self._listening())
             certificate, key = self.tls or (None, None)
-            options: Any = {"log_config": None, "access_log": False, "ws": "none", "timeout_graceful_shutdown": 2}
+            options: Any = {
+                "log_config": None, "access_log": False, "ws": "none",
+                "timeout_graceful_shutdown": 2, "timeout_keep_alive": 30,
+            }  # fmt: skip
             config = uvicorn.Config(self.app, ssl_certfile=certificate, ssl_keyfile=key, **options)
             try:
                 config.load()
@@ -404,8 +409,10 @@ class FleetPost(Post):
     def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
         """Replies whose objects are all here."""
         found: dict[str, bytes | str] = {}
-        waiting = {name for name in letters if name not in self._arriving}
-        for reply in self.state.get_message_res(message_ids=waiting, run_id=self.run) if waiting else []:
+        replies, kept = self.state.message_ins_id_to_message_res_id, self.state.message_res_store
+        with self.state.lock:  # not by `get_message_res`, for which a node that has answered and gone has not answered
+            come = [kept[replies[name]] for name in letters if name in replies and name not in self._arriving]
+        for reply in come:
             asked, name = reply.metadata.reply_to_message_id, reply.metadata.message_id
             if reply.has_error():
                 found[asked] = reply.error.reason or f"error {reply.error.code}"
@@ -492,7 +499,8 @@ class Line:
         """What the server says to a node that wants to join: its clock, versions, the backbone, the experiment.
 
         Raises:
-            FederationError: if it is no celora server, its certificate is not the CA's, or it does not know the key.
+            FederationError: if it is no celora server, its certificate is not the CA's, one end alone speaks TLS, or it
+                does not know the key.
             httpx.TransportError: if it cannot be reached.
         """
         when = str(time.time())
@@ -505,11 +513,21 @@ class Line:
         try:
             answer = httpx.get(url, headers=headers, verify=self._trust(), timeout=30)
         except httpx.ConnectError as error:
+            if "WRONG_VERSION_NUMBER" in str(error):
+                raise FederationError(
+                    f"the server at {self.address} does not speak TLS: expected one that was started with --keys"
+                ) from error
             if "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise
             raise FederationError(
                 f"the certificate of {self.address} cannot be trusted: {error}; expected one signed by this site's CA "
-                "(--ca), for this very name"
+                "(ca.crt in --keys), for this very name"
+            ) from error
+        except httpx.RemoteProtocolError as error:
+            if self.root is not None or not self._expects_tls():
+                raise
+            raise FederationError(
+                f"the server at {self.address} expects TLS: join with --keys, not with --insecure"
             ) from error
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise FederationError(
@@ -527,6 +545,17 @@ class Line:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=self.root.decode("ascii"))
         return context
+
+    def _expects_tls(self) -> bool:
+        """Whether a handshake succeeds, with whomever."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        host, _, port = self.address.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), 10) as bare, context.wrap_socket(bare):
+                return True
+        except OSError:
+            return False
 
 
 def attend(
@@ -550,7 +579,7 @@ def attend(
                 say(f"connected to {line.address}")
                 silent = False
                 _serve(fleet, node, app, stop)
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError, ValueError) as error:
             if not silent:
                 say(f"the server at {line.address} cannot be reached ({error or type(error).__name__}); still trying")
             silent = True

@@ -13,6 +13,7 @@ gives the same reply (`celora.core.client`). Nothing here knows what carries the
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +26,9 @@ from celora.wire import pack, record, unpack
 NodeId = int
 DEADLINE = 3600.0
 """Seconds a round waits where `plan.deadline` says nothing: no reply is waited for without end."""
+
+FAILURES = 3
+"""Times that a node may fail before it is left alone for the round."""
 
 
 @record
@@ -140,7 +144,7 @@ class Remote:
 
     post: Post
     names: Callable[[NodeId], ClientId | None] | None = None
-    patience: float = 120.0
+    patience: float = 30.0
     poll: float = 0.05
     say: Callable[[str], None] = lambda text: None
     facts: dict[ClientId, Facts] = field(default_factory=dict)
@@ -152,6 +156,7 @@ class Remote:
     _home: dict[ClientId, NodeId] = field(default_factory=dict)
     _gone: dict[ClientId, float] = field(default_factory=dict)
     _counted: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
+    _failures: Counter[NodeId] = field(default_factory=Counter)  # of its carrier, in this round
 
     def muster(self, job: str, begin: Begin, expected: Iterable[ClientId] | int, seconds: float) -> None:
         """Begin a job with every node that is there or comes in time; results are in `facts` and `refused`.
@@ -202,16 +207,17 @@ class Remote:
         frames = {client: pack(call) for client, call in calls.items()}
         letters: dict[str, _Letter] = {}
         self.sockets.clear()
+        self._failures.clear()
         while time.monotonic() < end:
             online = self.post.nodes()
+            for name, found in self.post.collect(list(letters)).items():  # a node may have answered and gone since
+                self._take(letters.pop(name), found, done)
             for name in [name for name, letter in letters.items() if online.get(letter.node) != letter.since]:
                 self.post.forget([name])  # its node has gone, or has come back and knows nothing of it
                 del letters[name]
             self._ask_who(online, letters, end)
             for client in [client for client in frames if client not in done]:
                 self._send(client, frames[client], online, letters, done, end)
-            for name, found in self.post.collect(list(letters)).items():
-                self._take(letters.pop(name), found, done)
             if len(done) == len(frames) and until():
                 break
             time.sleep(self.poll)
@@ -257,7 +263,13 @@ class Remote:
     def _take(self, letter: _Letter, found: bytes | str, done: dict[ClientId, "Answer | str"]) -> None:
         """What came back for a letter."""
         if isinstance(found, str):  # its carrier failed: the node is asked again, an order is not lost
+            self._failures[letter.node] += 1
             self._met.pop(letter.node, None)
+            if self._failures[letter.node] >= FAILURES:
+                self._met[letter.node] = letter.since, self._begin
+                self.say(f"node {letter.node} fails again and again: {found}")
+                if letter.client is not None:
+                    done[letter.client] = f"its node failed {FAILURES} times: {found}"
             return
         try:
             answer = unpack(Answer, found)
@@ -271,9 +283,10 @@ class Remote:
         expected = self.names(letter.node) if self.names else answer.client
         if answer.client != expected or letter.client not in (None, answer.client):
             self._met[letter.node] = letter.since, self._begin
-            self.say(
-                f"node {letter.node} speaks for {answer.client!r}, expected {letter.client or expected!r}: ignored"
-            )
+            wrong = f"node {letter.node} speaks for {answer.client!r}, expected {letter.client or expected!r}: ignored"
+            if letter.client is not None:  # else it would be asked again and again
+                done[letter.client] = wrong
+            self.say(wrong)
             return
         self._count(answer)
         if letter.client is not None:

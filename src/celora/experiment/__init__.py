@@ -290,7 +290,8 @@ def _job(
         raise RunFolderError(f"{job.folder}: no round was run")
     alone = {c: row["score"] for c, row in twin.read_json("summary.json")["clients"].items()} if twin else None
     summary = summarise(experiment, known, team.exchange, best, folder.events(), alone)
-    summary |= {"uplink": sending, "folder": str(job.folder), "adapters": str(job.folder / "adapters")}
+    adapters = str(job.folder / "adapters") if team.here else None
+    summary |= {"uplink": sending, "folder": str(job.folder), "adapters": adapters}
     yield from notices(team.export(f"{summary['moment']}@{summary['round']}"))
     events = folder.events()
     report.write(job.folder, summary, events, folder.similarity())

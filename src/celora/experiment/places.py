@@ -40,11 +40,13 @@ class Team:
     Attributes:
         shelves: what checkpoints must keep of the clients; nothing where they keep it themselves.
         told: what is to be said of them so far.
+        here: whether adapters are written to the run folder; else each site writes its own.
         export: a kept model's name -> every client's adapter is written; gives what did not work.
         sockets: bytes each client's sockets sent and received in the last exchange, where they are counted.
     """
 
     known: Known
+    here: bool
     exchange: Exchange
     shelves: Shelves
     told: Callable[[], Sequence[str]]
@@ -89,7 +91,7 @@ class Here:
                     world.export(adapters(folder, client), client, opened(Model, model, schema).weights)
             return []
 
-        return Team(world.known, engine, kept, told, export, dict)
+        return Team(world.known, True, engine, kept, told, export, dict)
 
 
 def adapters(folder: RunFolder, client: ClientId) -> Path:
@@ -162,10 +164,10 @@ class Simulation:
             problems = self.remote.export(clients, name)
             for client in [client for client in clients if client not in problems]:
                 written = site_folder(self.root, client) / job_folder(client, job) / "adapter"
-                shutil.copytree(written, adapters(folder, client))
+                shutil.copytree(written, adapters(folder, client), dirs_exist_ok=True)
             return lost(problems)
 
-        return Team(known, self.remote, nothing(folder, known), list, export, dict)
+        return Team(known, True, self.remote, nothing(folder, known), list, export, dict)
 
 
 def nothing(folder: RunFolder, known: Known) -> Shelves:

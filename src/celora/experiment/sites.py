@@ -83,7 +83,7 @@ class Sites:
         def export(name: str) -> list[str]:
             return lost(self.remote.export(clients, name))
 
-        return Team(known, self.remote, nothing(folder, known), told, export, lambda: self.remote.sockets)
+        return Team(known, False, self.remote, nothing(folder, known), told, export, lambda: self.remote.sockets)
 
 
 @dataclass(frozen=True)
