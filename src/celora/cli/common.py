@@ -19,6 +19,7 @@ from rich.text import Text
 from celora import experiment
 from celora.exits import CODES, Session, explained
 from celora.track import tables
+from celora.track.folder import stamped
 from celora.track.progress import screen
 
 Event = dict[str, Any]
@@ -55,13 +56,17 @@ def read(config: Path, sets: list[str] | None, group: int | None = None) -> expe
     return experiment.read(config, [*(sets or []), *([] if group is None else [f"engine.group={group}"])])
 
 
-def follow(start: Callable[[], Iterator[Event]], as_json: bool, quiet: bool) -> None:
-    """Show a session's events as they come, then what came of it."""
+def follow(start: Callable[[experiment.Say], Iterator[Event]], as_json: bool, quiet: bool) -> None:
+    """Show a session's events as they come, then what came of it.
+
+    Args:
+        start: given whom to tell what happens between two events.
+    """
     session, kind, end = Session(), "run", dict[str, Any]()
     with (
         explained(session, as_json=as_json),
         screen(quiet=quiet or as_json) as show,
-        closing(_events(start())) as events,
+        closing(_events(start(lambda text: show(stamped({"event": "said", "text": text}))))) as events,
     ):
         for event in events:
             session.note(event)

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +62,9 @@ def add(app: typer.Typer) -> None:
     )
     sites.callback()(site)
     sites.command("check", epilog=examples("celora site check --data notes.csv --state state --server …"))(check)
-    sites.command("ledger", epilog=examples("celora site ledger --state state", "celora site ledger --json"))(ledger)
+    sites.command(
+        "ledger", epilog=examples("celora site ledger --state state", "celora site ledger --state state --json")
+    )(ledger)
     app.add_typer(sites, name="site")
     made = typer.Typer(no_args_is_help=True, help="Make keys and certificates.")
     made.command("dev", epilog=examples("celora keys dev --out keys --sites site-a,site-b --host 127.0.0.1"))(dev)
@@ -90,7 +92,7 @@ def server(
 ) -> None:
     """Run the experiment in CONFIG.toml with sites that connect to this server; it needs none of their rows."""
 
-    def start() -> Any:
+    def start(say: experiment.Say) -> Any:
         if (keys is None) != insecure:
             raise ConfigError(["expected either --keys FOLDER (make one with `celora keys dev`), or --insecure"])
         expected: tuple[str, ...] | int | None = None
@@ -100,7 +102,7 @@ def server(
         if insecure and not expected:
             raise ConfigError(["--clients: with --insecure, say whom to wait for (a,b,c), or how many"])
         where = experiment.Listen(listen, None if keys is None else str(keys.resolve()), expected, wait)
-        return experiment.run(read(config, sets), out, where=where, say=_say(as_json or quiet))
+        return experiment.run(read(config, sets), out, where=where, say=say)
 
     follow(start, as_json, quiet)
 
@@ -263,10 +265,6 @@ def ledger_table(entries: Sequence[Entry]) -> Table:
     return table
 
 
-def _say(silent: bool) -> Any:
-    return (lambda text: None) if silent else _stamped
-
-
 def _stamped(text: str) -> None:
-    """A line with the time, on stderr."""
-    typer.echo(f"{datetime.now().astimezone():%H:%M:%S}  {text}", err=True)
+    """A line with the time in UTC, as in the ledger and at the server, on stderr."""
+    typer.echo(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {printable(text)}", err=True)

@@ -42,6 +42,7 @@ class Team:
         told: what is to be said of them so far.
         export: a kept model's name -> every client's adapter is written; gives what did not work.
         sockets: bytes each client's sockets sent and received in the last exchange, where they are counted.
+        adapters: the folder that they are written to; None: each client has its own at its site.
     """
 
     known: Known
@@ -50,6 +51,7 @@ class Team:
     told: Callable[[], Sequence[str]]
     export: Callable[[str], Sequence[str]]
     sockets: Callable[[], Sockets]
+    adapters: str | None
 
 
 class Place(Protocol):
@@ -89,7 +91,7 @@ class Here:
                     world.export(adapters(folder, client), client, opened(Model, model, schema).weights)
             return []
 
-        return Team(world.known, engine, kept, told, export, dict)
+        return Team(world.known, engine, kept, told, export, dict, str(folder.path / "adapters"))
 
 
 def adapters(folder: RunFolder, client: ClientId) -> Path:
@@ -165,7 +167,8 @@ class Simulation:
                 shutil.copytree(written, adapters(folder, client))
             return lost(problems)
 
-        return Team(known, self.remote, nothing(folder, known), list, export, dict)
+        kept = nothing(folder, known)
+        return Team(known, self.remote, kept, list, export, dict, str(folder.path / "adapters"))
 
 
 def nothing(folder: RunFolder, known: Known) -> Shelves:
