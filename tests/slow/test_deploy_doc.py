@@ -1,8 +1,8 @@
 """docs/deploy.md, followed to the letter: its blocks are run in their order, by real processes on loopback.
 
-A ```bash block whose first line is `# on <whom>` is run; `<whom>` is "the server" or "each site, here site-a", and may be
-followed by "left running" or "exit code N". Machines are folders, `scp` copies between them, and server.example:8000 is
-localhost and a free port. Nothing else is changed but the number of rounds.
+A ```bash block whose first line is `# on <whom>` is run; `<whom>` is "the server" or "each site, here site-a", and may
+be followed by "left running" or "exit code N". Machines are folders, `scp` copies between them, and server.example:8000
+is localhost and a free port. Nothing else is changed but the number of rounds.
 """
 
 import csv
@@ -98,9 +98,9 @@ class Loopback:
     def run(self, number: int, block: Block) -> None:
         """A block on all its machines at once; what is left running replaces what was left running there before."""
         begun = dict[str, subprocess.Popen[bytes]]()
+        if block.stays:
+            self.stop(*block.machines)
         for machine in block.machines:
-            if block.stays:
-                self.stop(machine)
             text = block.text
             if block.stays:  # the last command takes the shell's place, so that a signal reaches it
                 *before, last = text.strip().replace("\\\n", " ").split("\n")
@@ -126,10 +126,11 @@ class Loopback:
     def log(self, machine: str, number: int) -> Path:
         return self.root / f"{number:02d}-{machine}.log"
 
-    def stop(self, machine: str) -> None:
-        if machine in self.running:
-            process = self.running.pop(machine)
+    def stop(self, *machines: str) -> None:
+        ending = {machine: self.running.pop(machine) for machine in machines if machine in self.running}
+        for process in ending.values():
             process.terminate()
+        for machine, process in ending.items():
             self.codes.setdefault(machine, []).append(process.wait(60))
 
 
@@ -176,7 +177,7 @@ def test_the_files_it_shows_are_the_examples() -> None:
 def documented() -> Iterator[list[str]]:
     """Every command of celora in the document and in the units."""
     text = DOCUMENT.read_text()
-    spans = [span for span in re.findall(r"`(celora [^`]*)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))]
+    spans = re.findall(r"`(celora [^`]*)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
     lines = [
         line for kind, block in BLOCK.findall(text) if kind == "bash" for line in block.replace("\\\n", "").split("\n")
     ]
@@ -223,7 +224,7 @@ def test_a_stranger_who_follows_it_ends_with_a_run(loopback: Loopback) -> None:
     root, served = loopback.root, -1
     for name, text in files().items():
         for machine in ("server",) if name == "federation.toml" else SITES:
-            (root / machine / name).write_text(text.replace("rounds = 20 ", "rounds = 2 "))
+            (root / machine / name).write_text(text.replace("rounds = 20\n", "rounds = 2\n"))
     for site in SITES:
         notes(root / site / "notes.csv", site)
     for number, block in enumerate(blocks()):
@@ -234,9 +235,8 @@ def test_a_stranger_who_follows_it_ends_with_a_run(loopback: Loopback) -> None:
         elif block.stays and "server" in loopback.running:  # the sites have joined: the run goes to its end
             assert loopback.running["server"].wait(300) == 0, loopback.log("server", served).read_text()
             loopback.stop("server")
-    for site in SITES:
-        loopback.stop(site)
-    assert loopback.codes == {"server": [0], **dict.fromkeys(SITES, [0, 0])}
+    loopback.stop(*SITES)
+    assert loopback.codes == {"server": [0], "site-a": [0, 0], "site-b": [0, 0], "site-c": [0, 0]}
 
     for run in ("notes", "fedit"):
         summary = json.loads((root / "server/runs" / run / "summary.json").read_text())
