@@ -196,7 +196,7 @@ def test_a_key_that_is_not_registered_is_refused_with_what_to_do(keys: Path, tmp
         with node(at) as there:
             [error] = until(lambda: there.errors)
         assert isinstance(error, FederationError) and "does not know this site's key" in str(error)
-        assert "give its operator this site's .pub file, and run `celora site check`" in str(error)
+        assert "give its operator this site's .pub file, or set the clock (NTP)" in str(error)
         assert there.offers == [] and post.nodes() == {}
         with at.client() as api, pytest.raises(httpx.HTTPStatusError) as refused:
             _enter(api, at, {"node": "0"})

@@ -254,6 +254,20 @@ def test_exports_report_what_did_not_work() -> None:
     assert far.export(("c0", "c1"), "personal@3") == {"c1": "WireError: there is no model"}
 
 
+def test_if_all_refuse_their_reasons_are_the_error() -> None:
+    yard = Yard()
+    yard.up(1, lambda call: Answer("c0", b"", "c0.Up does not leave this site", ()))
+    with pytest.raises(QuorumError, match=r"no site takes part \(c0: c0.Up does not leave this site\). Mend that"):
+        remote(yard).muster("f/job", BEGIN, ("c0",), 5)
+
+
+def test_a_site_that_begins_one_job_after_another_joins_once() -> None:
+    said = list[str]()
+    far = joined(two(), say=said.append)
+    far.muster("f/next", BEGIN, ("c0", "c1"), 5)
+    assert sum("c0 has joined" in text for text in said) == 1
+
+
 def test_nobody_at_all_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(QuorumError, match=r"no site has joined within 0.05 s. Start the sites"):
         remote(Yard()).muster("f/job", BEGIN, ("c0",), 0.05)

@@ -39,7 +39,14 @@ try:
     from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
     from flwr.app.message import remove_content_from_message
     from flwr.clientapp import ClientApp
-    from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
+    from flwr.common.constant import (
+        NOOP_ACCOUNT_NAME,
+        NOOP_FLWR_AID,
+        SUPERLINK_NODE_ID,
+        SYSTEM_TIME_TOLERANCE,
+        TIMESTAMP_TOLERANCE,
+        SubStatus,
+    )
     from flwr.common.serde import message_to_proto
     from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
     from flwr.server.superlink.linkstate import LinkStateFactory
@@ -317,7 +324,7 @@ class Fleet:
         try:
             key, when = bytes.fromhex(request.headers["celora-key"]), request.headers["celora-time"]
             signature = bytes.fromhex(request.headers["celora-signature"])
-            fresh = abs(time.time() - float(when)) < CLOCKS
+            fresh = -AHEAD < time.time() - float(when) < BEHIND
             if fresh and verify_signature(bytes_to_public_key(key), when.encode(), signature):
                 node: NodeId | None = self.state.get_node_id_by_public_key(key)
                 return node
@@ -448,8 +455,8 @@ class FleetPost(Post):
 
 # --- deployment: a node
 
-CLOCKS = 300.0
-"""Seconds by which the clocks of site and server may differ; flwr's own limit for a signed request."""
+AHEAD, BEHIND = float(SYSTEM_TIME_TOLERANCE), float(TIMESTAMP_TOLERANCE)
+"""Seconds by which a site's clock may be ahead of the server's, or behind: flwr's own limits for a signed request."""
 CLOSE, IDLE = 0.2, 3.0
 """Seconds between looks for messages: right after one, and when there have been none for a while."""
 RETRY = 2.0
@@ -531,8 +538,9 @@ class Line:
             ) from error
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise FederationError(
-                f"the server at {self.address} does not know this site's key, or the clocks differ by more than "
-                f"{CLOCKS:g} s: give its operator this site's .pub file, and run `celora site check`"
+                f"the server at {self.address} does not know this site's key, or this machine's clock is more "
+                f"than {AHEAD:g} s ahead of the server's or {BEHIND:g} s behind: give its operator this site's .pub "
+                "file, or set the clock (NTP)"
             )
         if answer.status_code != httpx.codes.OK:
             raise FederationError(f"{url}: found status {answer.status_code}, expected a celora server")

@@ -157,6 +157,7 @@ class Remote:
     _gone: dict[ClientId, float] = field(default_factory=dict)
     _counted: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
     _failures: Counter[NodeId] = field(default_factory=Counter)  # of its carrier, in this round
+    _said: dict[ClientId, str] = field(default_factory=dict)
 
     def muster(self, job: str, begin: Begin, expected: Iterable[ClientId] | int, seconds: float) -> None:
         """Begin a job with every node that is there or comes in time; results are in `facts` and `refused`.
@@ -178,8 +179,10 @@ class Remote:
 
         self._work({}, seconds, all_here)
         if not self.facts:
-            why = "".join(f"; {client}: {reason}" for client, reason in sorted(self.refused.items()))
-            raise QuorumError(f"no site has joined within {seconds:g} s{why}. Start the sites, and resume the run")
+            if not self.refused:
+                raise QuorumError(f"no site has joined within {seconds:g} s. Start the sites, and resume the run")
+            why = "; ".join(f"{client}: {reason}" for client, reason in sorted(self.refused.items()))
+            raise QuorumError(f"no site takes part ({why}). Mend that, and resume the run")
 
     def __call__(self, orders: Mapping[ClientId, Order]) -> dict[ClientId, Reply]:
         """Send each client its order and bring back the replies that come within the deadline."""
@@ -302,8 +305,10 @@ class Remote:
             self.say(f"{answer.client} cannot take part: {answer.error}")
         else:
             self.refused.pop(answer.client, None)
-            if answer.client not in self.facts:
-                self.say(f"{answer.client} has joined: {', '.join(f'{n} {split}' for split, n in facts.rows.items())}")
+            rows = ", ".join(f"{n} {split}" for split, n in facts.rows.items())
+            if self._said.get(answer.client) != rows:  # it is asked anew for each job
+                self._said[answer.client] = rows
+                self.say(f"{answer.client} has joined: {rows}")
             self.facts[answer.client] = facts
 
     def _count(self, answer: Answer) -> None:

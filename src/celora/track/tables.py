@@ -150,8 +150,10 @@ def next_lines(folder: str, summary: Summary | None = None) -> list[str]:
     lines = [f"run folder   {folder}"]
     if summary is not None:
         lines += [f"report       {summary['folder']}/report.html"]
-        where = f"{summary['adapters']}/<client>" if summary["adapters"] else "at each site, in its state folder"
-        lines += [f"adapters     {where} (the README.md in each says how to load it)"]
+        there = (
+            f"{summary['adapters']}/<client>" if summary["adapters"] else "at each site, --state/*/<client>/*/adapter"
+        )
+        lines += [f"adapters     {there} (the README.md in each says how to load it)"]
     return lines
 
 
