@@ -315,7 +315,7 @@ class Run:
         return unpack(Checkpoint, (self.out / f"state/round_{round:04}/server.bin").read_bytes()).server
 
 
-TIMES = (" time", " seconds")
+TIMES = ("time", "seconds")
 
 
 def _bare(value: Any) -> Any:

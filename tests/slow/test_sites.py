@@ -274,7 +274,7 @@ def test_what_a_site_refuses_is_named_at_both_ends_and_does_not_leave(fed: Feder
     )
     assert "not sent: this site does not take part: found fewer training rows" in said["floor"]
     assert "DataError" in summary["excluded"]["empty"]
-    assert f"{fed.shard('empty')}" in said["empty"], "its own log names the file"
+    assert "empty.csv holds no rows" in said["empty"], "its own log names the file"
     assert run.left("floor", 1) == run.left("empty", 1) == []
     assert summary["clients"]["one-class"]["score"] is not None
     record_property("a policy refuses a field, a budget", "named in the site's log and the server's journal; not sent")
@@ -350,23 +350,24 @@ def test_who_may_not_join_is_refused_by_name_and_does_not_count(fed: Federation,
     without_tls = site("without-tls", there, "--insecure", "--name", "site-a")
     with_tls = site("with-tls", bare, "--keys", fed.keys / "site-a")
 
-    expected = {
-        unknown: f"the server at {there} does not know this site's key",
-        wrong_ca: f"the certificate of {there} cannot be trusted",
-        without_tls: f"{there} expects TLS",
-        with_tls: f"{bare} does not speak TLS",
-        far: "--insecure: found the server 192.0.2.1:8000, expected one of this machine (127.0.0.1)",
-        outside: "--insecure: found the address 0.0.0.0:0, expected one of this machine (127.0.0.1)",
+    words = {
+        "unknown": f"the server at {there} does not know this site's key",
+        "wrong CA": f"the certificate of {there} cannot be trusted",
+        "without TLS": f"{there} expects TLS",
+        "with TLS": f"{bare} does not speak TLS",
+        "site": "--insecure: found the server 192.0.2.1:8000, expected one of this machine (127.0.0.1)",
+        "server": "--insecure: found the address 0.0.0.0:0, expected one of this machine (127.0.0.1)",
     }
-    for process, words in expected.items():
-        assert (process.ends(), words in process.text()) == (2, True), process.text()
+    refused = [unknown, wrong_ca, without_tls, with_tls, far, outside]
+    for process, expected in zip(refused, words.values(), strict=True):
+        assert (process.ends(), expected in process.text()) == (2, True), process.text()
     assert "give its operator this site's .pub file" in unknown.text()
     assert "expected one signed by this site's CA (ca.crt in --keys), for this very name" in wrong_ca.text()
     for one in (tls, plain):
         assert one.running() and "joined" not in one.text()
         one.send(signal.SIGINT)
         assert one.ends() == 4 and "resume" in one.text()
-    record_property("an unknown key", f"the site ends with exit code 2: “{expected[unknown]}…”; not counted")
-    record_property("a wrong CA at the site", f"exit code 2: “{expected[wrong_ca]}…”")
-    record_property("TLS at one end only", f"exit code 2: “{expected[without_tls]}…”, “{expected[with_tls]}…”")
+    record_property("an unknown key", f"the site ends with exit code 2: “{words['unknown']}…”; not counted")
+    record_property("a wrong CA at the site", f"exit code 2: “{words['wrong CA']}…”")
+    record_property("TLS at one end only", f"exit code 2: “{words['without TLS']}…”, “{words['with TLS']}…”")
     record_property("--insecure beyond this machine", "refused by server and site, exit code 2")
