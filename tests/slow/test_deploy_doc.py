@@ -1,8 +1,8 @@
 """docs/deploy.md, followed to the letter: its blocks are run in their order, by real processes on loopback.
 
 A ```bash block whose first line is `# on <whom>` is run; `<whom>` is "the server", "site-a" or "each site, here
-site-a", and may be followed by "left running" or "exit code N". Machines are folders, `scp` copies between them, and server.example:8000
-is localhost and a free port. Nothing else is changed but the number of rounds.
+site-a", and may be followed by "left running" or "exit code N". Machines are folders, `scp` copies between them, and
+server.example:8000 is localhost and a free port. Nothing else is changed but the number of rounds.
 """
 
 import csv
