@@ -1,8 +1,8 @@
 """docs/deploy.md, followed to the letter: its blocks are run in their order, by real processes on loopback.
 
-A ```bash block whose first line is `# on <whom>` is run; `<whom>` is "the server" or "each site, here site-a", and may
-be followed by "left running" or "exit code N". Machines are folders, `scp` copies between them, and server.example:8000
-is localhost and a free port. Nothing else is changed but the number of rounds.
+A ```bash block whose first line is `# on <whom>` is run; `<whom>` is "the server", "site-a" or "each site, here
+site-a", and may be followed by "left running" or "exit code N". Machines are folders, `scp` copies between them, and
+server.example:8000 is localhost and a free port. Nothing else is changed but the number of rounds.
 """
 
 import csv
@@ -34,8 +34,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("openssl") is No
 ROOT = Path(__file__).parents[2]
 DOCUMENT, EXAMPLES = ROOT / "docs" / "deploy.md", ROOT / "examples"
 SITES = ("site-a", "site-b", "site-c")
+MACHINES = {"the server": ("server",), "site-a": ("site-a",), "each site, here site-a": SITES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-ON = re.compile(r"# on (the server|each site, here site-a)(?:, (left running)|, exit code (\d))?")
+ON = re.compile(r"# on (the server|site-a|each site, here site-a)(?:, (left running)|, exit code (\d))?")
 WORDS = {
     "cardiac": ("chest pain on exertion", "palpitations at night", "swollen ankles"),
     "respiratory": ("dry cough", "wheezing after cold air", "sore throat"),
@@ -65,7 +66,7 @@ def blocks() -> Iterator[Block]:
             found = ON.fullmatch(first)
             assert found, f"{first!r}: expected {ON.pattern}"
             whom, stays, code = found.groups()
-            yield Block(("server",) if whom == "the server" else SITES, stays is not None, int(code or 0), rest)
+            yield Block(MACHINES[whom], stays is not None, int(code or 0), rest)
 
 
 def files() -> dict[str, str]:
@@ -243,10 +244,11 @@ def test_a_stranger_who_follows_it_ends_with_a_run(loopback: Loopback) -> None:
         assert summary["clients"].keys() == set(SITES) and not summary["excluded"] and not summary["excluded_replies"]
     refusal = "fedit.Up does not leave this site: its policy lets only ce_lora.Up, messages.Reply, remote.Facts leave"
     assert f"site-a: {refusal}" in loopback.said("server")
+    said = loopback.said("site-a")
+    assert "FAILED" not in said and "45 training, 15 validation, 15 test rows" in said  # the check
+    assert "ce_lora.Up" in said and "the chain of lines is whole" in said  # the ledger
     for site in SITES:
-        said = loopback.said(site)
-        assert f"not sent: {refusal}" in said and "FAILED" not in said and "45 training" in said
-        assert "ce_lora.Up" in said and "the chain of lines is whole" in said  # the ledger, as it was shown
+        assert f"not sent: {refusal}" in loopback.said(site)
         ledger = Ledger(root / site / "state" / "ledger.jsonl")
         kinds = Counter(entry.kind for entry in ledger.entries())
         assert (kinds["ce_lora.Up"], kinds["fedit.Up"], kinds["local.Up"], kinds["error"]) == (2, 2, 4, 1)
