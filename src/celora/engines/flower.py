@@ -13,9 +13,11 @@ import contextlib
 import logging
 import os
 import queue
+import shutil
 import socket
 import ssl
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,6 +170,7 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
             f"Ray would listen on {address}, expected this machine's loopback interface: import celora.engines.flower "
             "before ray, and start no Ray in the same process"
         )
+    temporary = tempfile.mkdtemp(prefix="ray-")  # short: there are sockets in it
     grids: queue.Queue[Grid] = queue.Queue()
     failures: list[BaseException] = []
     over = threading.Event()
@@ -180,7 +183,7 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
 
     config: Any = {
         "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
-        "init_args": {"log_to_driver": False, "logging_level": logging.ERROR},
+        "init_args": {"log_to_driver": False, "logging_level": logging.ERROR, "_temp_dir": temporary},
     }
     app = client_app(lambda context: handle(int(context.node_config["partition-id"])))
 
@@ -213,6 +216,7 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
             over.set()
             thread.join()
             ray.shutdown()
+            shutil.rmtree(temporary, ignore_errors=True)
             psutil.wait_procs(started, timeout=10)  # Ray's shutdown does not wait for those that answered messages
 
 
