@@ -10,11 +10,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -37,6 +39,7 @@ from celora.core.learner import (
 )
 from celora.core.messages import Checkpoint, Exchange, Order, Plan, Reply, Round, Shelf, frame_of, opened
 from celora.engines.embedded import Embedded
+from celora.engines.remote import Facts
 from celora.rng import generator
 from celora.tensors import Tensors
 from celora.wire import Schema
@@ -44,6 +47,7 @@ from celora.wire import Schema
 CLIENTS = ("c0", "c1", "c2", "c3")
 D_IN, D_OUT, RANK, CLASSES = 6, 8, 4, 2
 SCALE = 2.0
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 RECIPE = Recipe(lr=4e-2, batch_size=16)
 
 
@@ -321,6 +325,31 @@ class Federation:
             client: {name: frame_of(value, self.schema) for name, value in shelf.items()}
             for client, shelf in self.shelves.items()
         }
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A client's place in a world (`celora.site.site.Seat`)."""
+
+    algorithm: AnyAlgorithm
+    world: World
+    client: str
+
+    @property
+    def facts(self) -> Facts:
+        rows = {split: len(self.world.rows(self.client, split)[1]) for split in SPLITS}
+        return Facts(rows, ("no", "yes"), 0.5, "data of " + self.client, "backbone", "version")
+
+    @property
+    def initial(self) -> Tensors:
+        return self.world.initial
+
+    def learner(self, round: int) -> Toy:
+        return self.world(self.client, round)
+
+    def export(self, folder: Path, weights: Tensors) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(dict(weights), folder / "adapter.safetensors")
 
 
 def newest(shelf: Mapping[str, object]) -> str:

@@ -48,6 +48,8 @@ class Session:
             self.done, self.rounds = event["from_round"], event["rounds"]
         elif event["event"] == "round":
             self.done = min(event["index"], event["rounds"])
+        elif event["event"] == "end":  # the next algorithm has not begun
+            self.done = 0
 
     def remedy(self) -> str:
         """The command that goes on."""

@@ -24,8 +24,8 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     def invoke(script: Script, *words: str) -> Result:
         monkeypatch.setattr(experiment, "read", lambda path, sets: SimpleNamespace(plan=SimpleNamespace(seed=5)))
-        monkeypatch.setattr(experiment, "run", lambda chosen, folder: script())
-        monkeypatch.setattr(experiment, "resume", lambda folder: script())
+        monkeypatch.setattr(experiment, "run", lambda chosen, folder, **where: script())
+        monkeypatch.setattr(experiment, "resume", lambda folder, say: script())
         monkeypatch.setattr(experiment, "compare", lambda chosen, labels, seeds, folder, match: script())
         return CliRunner().invoke(cli.app, list(words))
 
@@ -70,6 +70,22 @@ def test_a_run_prints_its_table_to_stdout_and_plain_lines_to_stderr(play: Callab
     assert "\x1b" not in result.output
     assert "\r" not in result.output
     assert sum("site-z is left out" in text for text in lines) == 1
+
+
+def test_what_is_said_between_events_is_shown_at_once_and_its_notice_is_not(
+    play: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(session, "run", "demo.toml")  # for its monkeypatches
+
+    def resumed(folder: object, say: Callable[[str], None]) -> Iterator[Event]:
+        say("site-z is left out: 3 rows")  # which the session gives as notices too
+        yield from session()
+
+    monkeypatch.setattr(experiment, "resume", resumed)
+    lines = CliRunner().invoke(cli.app, ["resume", "runs/demo"]).stderr.splitlines()
+    assert lines[0].endswith("Z site-z is left out: 3 rows")
+    assert sum("site-z is left out" in text for text in lines) == 1
+    assert CliRunner().invoke(cli.app, ["resume", "runs/demo", "--quiet"]).stderr == ""
 
 
 def test_json_is_one_object_and_nothing_else(play: Callable[..., Result]) -> None:
@@ -143,6 +159,16 @@ def test_errors_become_a_message_and_their_exit_code(
 def test_a_missed_quorum_says_how_to_go_on(play: Callable[..., Result]) -> None:
     result = play(until(3, throw(errors.QuorumError("too few"))), "run", "demo.toml")
     assert "stopped after round 3 of 20; nothing is lost: celora resume 'runs/my demo'" in result.stderr
+
+
+def test_stopped_between_two_algorithms_no_round_of_the_second_is_done(play: Callable[..., Result]) -> None:
+    def script() -> Iterator[Event]:
+        for event in session(folder="runs/my demo"):
+            yield event
+            if event["event"] == "end":
+                raise errors.QuorumError("no site takes part")
+
+    assert "stopped after round 0 of 20" in play(script, "run", "demo.toml").stderr
 
 
 def test_ctrl_c_closes_the_session_and_says_how_to_go_on(play: Callable[..., Result]) -> None:

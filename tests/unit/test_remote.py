@@ -215,6 +215,26 @@ def test_garbage_costs_its_sender_the_round() -> None:
     assert "not a celora frame" in (far({"c0": order(2)})["c0"].error or "")
 
 
+def test_a_node_whose_carrier_fails_again_and_again_is_left_alone_for_the_round() -> None:
+    yard = two()
+    far = joined(yard)
+    answers, tries = yard.collect, list[str]()
+
+    def failing(letters: Sequence[str]) -> Mapping[str, bytes | str]:
+        found = dict(answers(letters))
+        for name in [name for name in found if yard.letters[name][0] == 1]:
+            kind = unpack(Call, yard.letters[name][2]).kind
+            tries.append(kind)
+            if kind == "order":
+                found[name] = "the node crashed"
+        return found
+
+    yard.collect = failing  # type: ignore[method-assign]
+    replies = far({"c0": order(), "c1": order()})
+    assert replies["c1"].error == "c1" and tries == ["order", "begin", "order", "begin", "order"]
+    assert replies["c0"].error == "its node failed 3 times: the node crashed"
+
+
 def test_bytes_on_sockets_are_those_since_the_last_answer_and_a_new_process_counts_from_zero() -> None:
     yard = Yard()
     yard.up(1, site("c0", socket=[(100, 50), (160, 80), (30, 20)]))
@@ -232,6 +252,20 @@ def test_exports_report_what_did_not_work() -> None:
     far = joined(yard)
     yard.handles[2] = lambda call: Answer("c1", b"", "WireError: there is no model", ())
     assert far.export(("c0", "c1"), "personal@3") == {"c1": "WireError: there is no model"}
+
+
+def test_if_all_refuse_their_reasons_are_the_error() -> None:
+    yard = Yard()
+    yard.up(1, lambda call: Answer("c0", b"", "c0.Up does not leave this site", ()))
+    with pytest.raises(QuorumError, match=r"no site takes part \(c0: c0.Up does not leave this site\). Mend that"):
+        remote(yard).muster("f/job", BEGIN, ("c0",), 5)
+
+
+def test_a_site_that_begins_one_job_after_another_joins_once() -> None:
+    said = list[str]()
+    far = joined(two(), say=said.append)
+    far.muster("f/next", BEGIN, ("c0", "c1"), 5)
+    assert sum("c0 has joined" in text for text in said) == 1
 
 
 def test_nobody_at_all_is_an_error_that_says_what_to_do() -> None:

@@ -293,6 +293,11 @@ def test_filters_are_applied_in_turn_and_leave_a_note_each() -> None:
     assert [note.partition(":")[0] for note in notes] == ["clipped by 0.5", "clipped by 0.5"]
 
 
+def test_a_record_without_tensors_leaves_no_note_of_a_filter() -> None:
+    policy = Policy(filters=(Clip(name="clip", norm=1.0),))
+    assert policy.filtered(local.Up(), local.Down(), {})[1] == ()
+
+
 def test_without_filters_the_record_is_what_it_was() -> None:
     up = fedit.Up(CORE, 12)
     assert NO_FILE.filtered(up, fedit.Down({}), {}) == (up, ())

@@ -111,3 +111,5 @@ def test_the_headline_moment_is_said_or_said_to_differ(moments: list[str]) -> No
 def test_next_lines_name_the_folder_the_report_and_the_adapters() -> None:
     text = "\n".join(next_lines("runs/demo", summary()))
     assert all(path in text for path in ("runs/demo", "runs/demo/report.html", "runs/demo/adapters/"))
+    text = "\n".join(next_lines("runs/demo", {**summary(), "adapters": None}))
+    assert "at each site, --state/*/<client>/*/adapter" in text and "runs/demo/adapters" not in text

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from rich.text import Text
 from celora import experiment
 from celora.exits import CODES, Session, explained
 from celora.track import tables
+from celora.track.folder import stamped
 from celora.track.progress import screen
 
 Event = dict[str, Any]
@@ -56,13 +56,17 @@ def read(config: Path, sets: list[str] | None, group: int | None = None) -> expe
     return experiment.read(config, [*(sets or []), *([] if group is None else [f"engine.group={group}"])])
 
 
-def follow(start: Callable[[], Iterator[Event]], as_json: bool, quiet: bool) -> None:
-    """Show a session's events as they come, then what came of it."""
+def follow(start: Callable[[experiment.Say], Iterator[Event]], as_json: bool, quiet: bool) -> None:
+    """Show a session's events as they come, then what came of it.
+
+    Args:
+        start: given whom to tell what happens between two events.
+    """
     session, kind, end = Session(), "run", dict[str, Any]()
     with (
         explained(session, as_json=as_json),
         screen(quiet=quiet or as_json) as show,
-        closing(_events(start())) as events,
+        closing(_events(start(lambda text: show(stamped({"event": "said", "text": text}))))) as events,
     ):
         for event in events:
             session.note(event)
@@ -105,13 +109,3 @@ def show_all(*parts: RenderableType, wrap: bool = False) -> None:
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))  # a path must stay in one piece
-
-
-def said(text: str) -> None:
-    """A line with the time, on stderr."""
-    typer.echo(f"{datetime.now().astimezone():%H:%M:%S}  {text}", err=True)
-
-
-def saying(*, silent: bool) -> Callable[[str], None]:
-    """Who is told what happens between two events."""
-    return (lambda text: None) if silent else said

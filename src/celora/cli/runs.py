@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from celora import catalog, experiment
-from celora.cli.common import Config, Event, Group, Json, Out, Quiet, Sets, examples, follow, read, saying, show_all
+from celora.cli.common import Config, Event, Group, Json, Out, Quiet, Sets, examples, follow, read, show_all
 from celora.errors import ConfigError
 from celora.exits import Session, explained
 
@@ -48,7 +48,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run the experiment in CONFIG.toml, after its local-only twin of equal budget."""
-    follow(lambda: experiment.run(read(config, sets, group), out, where=engine), as_json, quiet)
+    follow(lambda say: experiment.run(read(config, sets, group), out, where=engine), as_json, quiet)
 
 
 def compare(
@@ -73,7 +73,7 @@ def compare(
 ) -> None:
     """Run several algorithms on the clients of CONFIG.toml, with every seed, and put them into one table."""
 
-    def start() -> Iterator[Event]:
+    def start(say: experiment.Say) -> Iterator[Event]:
         labels, numbers, problems = _words(algorithms), _seeds(seeds), list[str]()
         if not labels:
             problems.append(f"--algorithms: found {algorithms!r}, expected names such as fedit,ce-lora")
@@ -94,7 +94,7 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Continue the run or comparison in RUN after its last whole round, as if it had never stopped."""
-    follow(lambda: experiment.resume(folder, saying(silent=as_json or quiet)), as_json, quiet)
+    follow(lambda say: experiment.resume(folder, say), as_json, quiet)
 
 
 def list_(

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from celora import experiment
-from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, read, said, saying, show_all
+from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, read, show_all
 from celora.errors import ConfigError
 from celora.exits import Session, explained
 from celora.site.ledger import Entry, Ledger
@@ -61,7 +62,9 @@ def add(app: typer.Typer) -> None:
     )
     sites.callback()(site)
     sites.command("check", epilog=examples("celora site check --data notes.csv --state state --server …"))(check)
-    sites.command("ledger", epilog=examples("celora site ledger --state state", "celora site ledger --json"))(ledger)
+    sites.command(
+        "ledger", epilog=examples("celora site ledger --state state", "celora site ledger --state state --json")
+    )(ledger)
     app.add_typer(sites, name="site")
     made = typer.Typer(no_args_is_help=True, help="Make keys and certificates.")
     made.command("dev", epilog=examples("celora keys dev --out keys --sites site-a,site-b --host 127.0.0.1"))(dev)
@@ -89,7 +92,7 @@ def server(
 ) -> None:
     """Run the experiment in CONFIG.toml with sites that connect to this server; it needs none of their rows."""
 
-    def start() -> Any:
+    def start(say: experiment.Say) -> Any:
         if (keys is None) != insecure:
             raise ConfigError(["expected either --keys FOLDER (make one with `celora keys dev`), or --insecure"])
         expected: tuple[str, ...] | int | None = None
@@ -99,7 +102,7 @@ def server(
         if insecure and not expected:
             raise ConfigError(["--clients: with --insecure, say whom to wait for (a,b,c), or how many"])
         where = experiment.Listen(listen, None if keys is None else str(keys.resolve()), expected, wait)
-        return experiment.run(read(config, sets), out, where=where, say=saying(silent=as_json or quiet))
+        return experiment.run(read(config, sets), out, where=where, say=say)
 
     follow(start, as_json, quiet)
 
@@ -124,7 +127,9 @@ def site(
     with explained(Session(), as_json=False), _stopping() as stop:
         from celora.experiment.joining import join  # noqa: PLC0415  # an extra
 
-        join(_join(data, state, server, keys, policy, name, test, backbone, insecure=insecure), stop, said, once=once)
+        join(
+            _join(data, state, server, keys, policy, name, test, backbone, insecure=insecure), stop, _stamped, once=once
+        )
 
 
 def check(
@@ -232,7 +237,7 @@ def _stopping() -> Any:
     def end(number: int, frame: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
-        said("stopping after what is in hand; once more to stop at once (nothing is lost)")
+        _stamped("stopping after what is in hand; once more to stop at once (nothing is lost)")
         stop.set()
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -258,3 +263,8 @@ def ledger_table(entries: Sequence[Entry]) -> Table:
         cells = (e.time, e.federation, e.job, e.client, str(e.round), e.kind, f"{e.bytes:,}", e.sha256[:16])
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
+
+
+def _stamped(text: str) -> None:
+    """A line with the time in UTC, as in the ledger and at the server, on stderr."""
+    typer.echo(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {printable(text)}", err=True)

@@ -13,9 +13,11 @@ import contextlib
 import logging
 import os
 import queue
+import shutil
 import socket
 import ssl
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on Linux too: one machine; else Ray listens on all interfaces
 
 try:
     import httpx
@@ -38,7 +41,14 @@ try:
     from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
     from flwr.app.message import remove_content_from_message
     from flwr.clientapp import ClientApp
-    from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
+    from flwr.common.constant import (
+        NOOP_ACCOUNT_NAME,
+        NOOP_FLWR_AID,
+        SUPERLINK_NODE_ID,
+        SYSTEM_TIME_TOLERANCE,
+        TIMESTAMP_TOLERANCE,
+        SubStatus,
+    )
     from flwr.common.serde import message_to_proto
     from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
     from flwr.server.superlink.linkstate import LinkStateFactory
@@ -79,6 +89,7 @@ HEARTBEAT = 10.0
 """Seconds; the least that flwr allows. A node that is silent for two of them counts as gone (stock: two of 30 s)."""
 MARGIN = 3600.0
 """Seconds for which Flower keeps a message after nobody waits for it; it must not vanish while somebody does."""
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def content(frame: bytes) -> RecordDict:
@@ -108,13 +119,18 @@ def client_app(handle: Callable[[Context], Handle]) -> ClientApp:
 
 
 class GridPost(Post):
-    """Letters as messages of Flower's Grid."""
+    """Letters as messages of Flower's Grid.
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+    Args:
+        check: raises a FederationError once the simulation has come to an end.
+    """
+
+    def __init__(self, grid: Grid, check: Callable[[], None]) -> None:
+        self.grid, self.check = grid, check
 
     def nodes(self) -> Mapping[NodeId, str]:
-        """All of them, from the beginning."""
+        """All of them."""
+        self.check()
         return dict.fromkeys(self.grid.get_node_ids(), "")
 
     def send(self, node: NodeId, frame: bytes, seconds: float) -> str:
@@ -134,7 +150,7 @@ class GridPost(Post):
 
 @contextlib.contextmanager
 def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Path) -> Iterator[GridPost]:
-    """Flower's simulation, as long as the context lasts; Ray listens on the loopback interface only.
+    """Flower's simulation, as long as the context lasts; Ray listens on the loopback interface only, and ends with it.
 
     Args:
         handle: position of a node -> what answers there; pickled, and called in Ray's processes.
@@ -142,12 +158,21 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
         log: a file for what Flower has to say.
 
     Raises:
-        FederationError: if it cannot be started.
+        FederationError: if it cannot be started, or ends by itself; also where the post is used.
     """
+    import psutil  # noqa: PLC0415
     import ray  # noqa: PLC0415  # its import costs seconds
     from flwr.simulation import run_simulation  # noqa: PLC0415
 
-    grids: queue.Queue[Grid | BaseException] = queue.Queue()
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call,unused-ignore]
+    if address not in LOOPBACK:
+        raise FederationError(
+            f"Ray would listen on {address}, expected this machine's loopback interface: import celora.engines.flower "
+            "before ray, and start no Ray in the same process"
+        )
+    temporary = tempfile.mkdtemp(prefix="ray-")  # short: there are sockets in it
+    grids: queue.Queue[Grid] = queue.Queue()
+    failures: list[BaseException] = []
     over = threading.Event()
     server = ServerApp()
 
@@ -158,7 +183,7 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
 
     config: Any = {
         "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
-        "init_args": {"_node_ip_address": "127.0.0.1", "log_to_driver": False, "logging_level": logging.ERROR},
+        "init_args": {"log_to_driver": False, "logging_level": logging.ERROR, "_temp_dir": temporary},
     }
     app = client_app(lambda context: handle(int(context.node_config["partition-id"])))
 
@@ -166,35 +191,67 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
         try:
             run_simulation(server, app, num_supernodes=nodes, backend_config=config)
         except BaseException as error:
-            grids.put(error)
+            failures.append(error)
 
-    with logged(log):
-        thread = threading.Thread(target=run, name="flower-simulation", daemon=True)
+    thread = threading.Thread(target=run, name="flower-simulation", daemon=True)
+
+    def check() -> None:
+        if not thread.is_alive():
+            why = first_cause(failures[0]) if failures else "nobody has told why"
+            raise FederationError(f"Flower's simulation has ended: {why}; see {log}")
+
+    before = psutil.Process().children(recursive=True)
+    with logged(log), unchanged("PYTHONPATH"):  # Flower sets it, for Ray's processes
         thread.start()
         try:
-            grid = grids.get()
-            if isinstance(grid, BaseException):
-                raise FederationError(f"Flower's simulation did not start: {grid}; see {log}") from grid
-            yield GridPost(grid)
+            while grids.empty():
+                check()
+                time.sleep(0.05)
+            post = GridPost(grids.get(), check)
+            while len(post.nodes()) < nodes:
+                time.sleep(0.05)
+            yield post
         finally:
+            started = [p for p in psutil.Process().children(recursive=True) if p not in before]
             over.set()
             thread.join()
             ray.shutdown()
+            shutil.rmtree(temporary, ignore_errors=True)
+            psutil.wait_procs(started, timeout=10)  # Ray's shutdown does not wait for those that answered messages
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What an exception comes from in the end."""
+    return first_cause(error.__cause__) if error.__cause__ else error
+
+
+@contextlib.contextmanager
+def unchanged(name: str) -> Iterator[None]:
+    """A variable of the environment is afterwards what it was before."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Flower's messages go to a file instead of the terminal."""
-    logger = logging.getLogger("flwr")
-    before = list(logger.handlers)
+    """What Flower and its web server have to say goes to a file instead of the terminal."""
     handler = logging.FileHandler(path)
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers = [handler]
+    loggers = [logging.getLogger(name) for name in ("flwr", "uvicorn")]
+    before = [(list(logger.handlers), logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
     try:
         yield
     finally:
-        logger.handlers = before
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
         handler.close()
 
 
@@ -211,7 +268,7 @@ class Fleet:
         offer: what a node that wants to join is told (JSON).
 
     Raises:
-        FederationError: on entering, if the address cannot be bound.
+        FederationError: on entering, if the address cannot be bound, or the certificate does not fit its key.
     """
 
     def __init__(
@@ -271,7 +328,7 @@ class Fleet:
         try:
             key, when = bytes.fromhex(request.headers["celora-key"]), request.headers["celora-time"]
             signature = bytes.fromhex(request.headers["celora-signature"])
-            fresh = abs(time.time() - float(when)) < CLOCKS
+            fresh = -AHEAD < time.time() - float(when) < BEHIND
             if fresh and verify_signature(bytes_to_public_key(key), when.encode(), signature):
                 node: NodeId | None = self.state.get_node_id_by_public_key(key)
                 return node
@@ -280,7 +337,32 @@ class Fleet:
         return None
 
     def __enter__(self) -> "FleetPost":
-        self._closing.enter_context(logged(self.log))
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(logged(self.log))
+            listening = closing.enter_context(self._listening())
+            certificate, key = self.tls or (None, None)
+            options: Any = {
+                "log_config": None, "access_log": False, "ws": "none",
+                "timeout_graceful_shutdown": 2, "timeout_keep_alive": 30,
+            }  # fmt: skip
+            config = uvicorn.Config(self.app, ssl_certfile=certificate, ssl_keyfile=key, **options)
+            try:
+                config.load()
+            except OSError as error:
+                raise FederationError(
+                    f"{certificate} and {key} cannot be used for TLS: {error}; expected a certificate (PEM) and its key"
+                ) from error
+            self._server = uvicorn.Server(config)
+            self._thread = threading.Thread(target=self._server.run, args=([listening],), name="fleet-api", daemon=True)
+            self._thread.start()
+            while self._thread.is_alive() and not self._server.started:
+                time.sleep(0.01)
+            threading.Thread(target=self._beat, name="fleet-beat", daemon=True).start()
+            self._closing = closing.pop_all()
+        return FleetPost(self)
+
+    def _listening(self) -> socket.socket:
+        """The socket to listen on; from here on `address` says which port it is."""
         listening = socket.socket(socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -291,15 +373,7 @@ class Fleet:
                 f"cannot listen on {self.address[0]}:{self.address[1]}: {error.strerror}; choose another --listen"
             ) from error
         self.address = listening.getsockname()[:2]
-        certificate, key = self.tls or (None, None)
-        options: Any = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 2}
-        self._server = uvicorn.Server(uvicorn.Config(self.app, ssl_certfile=certificate, ssl_keyfile=key, **options))
-        self._thread = threading.Thread(target=self._server.run, args=([listening],), name="fleet-api", daemon=True)
-        self._thread.start()
-        while self._thread.is_alive() and not self._server.started:
-            time.sleep(0.01)
-        threading.Thread(target=self._beat, name="fleet-beat", daemon=True).start()
-        return FleetPost(self)
+        return listening
 
     def _beat(self) -> None:
         """The run stays alive as long as this process is."""
@@ -375,16 +449,18 @@ class FleetPost(Post):
     def forget(self, letters: Sequence[str]) -> None:
         """Delete messages, their replies and their objects."""
         for name in letters:
-            reply, _ = self._arriving.pop(name, ("", []))
-            self.state.delete_messages({name})
-            for root in filter(None, (name, reply)):
-                self.state.object_store.delete(root)
+            self._arriving.pop(name, None)
+            with self.state.lock:  # a reply that has come and was not looked at has objects too
+                reply = self.state.message_ins_id_to_message_res_id.get(name)
+                self.state.delete_messages({name})
+                for root in filter(None, (name, reply)):
+                    self.state.object_store.delete(root)
 
 
 # --- deployment: a node
 
-CLOCKS = 300.0
-"""Seconds by which the clocks of site and server may differ; flwr's own limit for a signed request."""
+AHEAD, BEHIND = float(SYSTEM_TIME_TOLERANCE), float(TIMESTAMP_TOLERANCE)
+"""Seconds by which a site's clock may be ahead of the server's, or behind: flwr's own limits for a signed request."""
 CLOSE, IDLE = 0.2, 3.0
 """Seconds between looks for messages: right after one, and when there have been none for a while."""
 RETRY = 2.0
@@ -466,8 +542,9 @@ class Line:
             ) from error
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise FederationError(
-                f"the server at {self.address} does not know this site's key, or the clocks differ by more than "
-                f"{CLOCKS:g} s: give its operator this site's .pub file, and run `celora site check`"
+                f"the server at {self.address} does not know this site's key, or this machine's clock is more "
+                f"than {AHEAD:g} s ahead of the server's or {BEHIND:g} s behind: give its operator this site's .pub "
+                "file, or set the clock (NTP)"
             )
         if answer.status_code != httpx.codes.OK:
             raise FederationError(f"{url}: found status {answer.status_code}, expected a celora server")
@@ -514,7 +591,7 @@ def attend(
                 say(f"connected to {line.address}")
                 silent = False
                 _serve(fleet, node, app, stop)
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError, ValueError) as error:
             if not silent:
                 say(f"the server at {line.address} cannot be reached ({error or type(error).__name__}); still trying")
             silent = True

@@ -13,6 +13,7 @@ gives the same reply (`celora.core.client`). Nothing here knows what carries the
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +26,9 @@ from celora.wire import pack, record, unpack
 NodeId = int
 DEADLINE = 3600.0
 """Seconds a round waits where `plan.deadline` says nothing: no reply is waited for without end."""
+
+FAILURES = 3
+"""Times that a node may fail before it is left alone for the round."""
 
 
 @record
@@ -152,6 +156,8 @@ class Remote:
     _home: dict[ClientId, NodeId] = field(default_factory=dict)
     _gone: dict[ClientId, float] = field(default_factory=dict)
     _counted: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
+    _failures: Counter[NodeId] = field(default_factory=Counter)  # of its carrier, in this round
+    _said: dict[ClientId, str] = field(default_factory=dict)
 
     def muster(self, job: str, begin: Begin, expected: Iterable[ClientId] | int, seconds: float) -> None:
         """Begin a job with every node that is there or comes in time; results are in `facts` and `refused`.
@@ -173,8 +179,10 @@ class Remote:
 
         self._work({}, seconds, all_here)
         if not self.facts:
-            why = "".join(f"; {client}: {reason}" for client, reason in sorted(self.refused.items()))
-            raise QuorumError(f"no site has joined within {seconds:g} s{why}. Start the sites, and resume the run")
+            if not self.refused:
+                raise QuorumError(f"no site has joined within {seconds:g} s. Start the sites, and resume the run")
+            why = "; ".join(f"{client}: {reason}" for client, reason in sorted(self.refused.items()))
+            raise QuorumError(f"no site takes part ({why}). Mend that, and resume the run")
 
     def __call__(self, orders: Mapping[ClientId, Order]) -> dict[ClientId, Reply]:
         """Send each client its order and bring back the replies that come within the deadline."""
@@ -202,6 +210,7 @@ class Remote:
         frames = {client: pack(call) for client, call in calls.items()}
         letters: dict[str, _Letter] = {}
         self.sockets.clear()
+        self._failures.clear()
         while time.monotonic() < end:
             online = self.post.nodes()
             for name, found in self.post.collect(list(letters)).items():  # a node may have answered and gone since
@@ -257,7 +266,13 @@ class Remote:
     def _take(self, letter: _Letter, found: bytes | str, done: dict[ClientId, "Answer | str"]) -> None:
         """What came back for a letter."""
         if isinstance(found, str):  # its carrier failed: the node is asked again, an order is not lost
+            self._failures[letter.node] += 1
             self._met.pop(letter.node, None)
+            if self._failures[letter.node] >= FAILURES:
+                self._met[letter.node] = letter.since, self._begin
+                self.say(f"node {letter.node} fails again and again: {found}")
+                if letter.client is not None:
+                    done[letter.client] = f"its node failed {FAILURES} times: {found}"
             return
         try:
             answer = unpack(Answer, found)
@@ -290,8 +305,10 @@ class Remote:
             self.say(f"{answer.client} cannot take part: {answer.error}")
         else:
             self.refused.pop(answer.client, None)
-            if answer.client not in self.facts:
-                self.say(f"{answer.client} has joined: {', '.join(f'{n} {split}' for split, n in facts.rows.items())}")
+            rows = ", ".join(f"{n} {split}" for split, n in facts.rows.items())
+            if self._said.get(answer.client) != rows:  # it is asked anew for each job
+                self._said[answer.client] = rows
+                self.say(f"{answer.client} has joined: {rows}")
             self.facts[answer.client] = facts
 
     def _count(self, answer: Answer) -> None:

@@ -27,7 +27,7 @@ from celora.experiment.world import Workshop, manifest
 from celora.track import report
 from celora.track.folder import Event, RunFolder, stamped
 
-__all__ = ["Experiment", "Listen", "compare", "read", "resolve", "resume", "run"]
+__all__ = ["Experiment", "Listen", "Say", "compare", "read", "resolve", "resume", "run"]
 
 SESSION = "session.json"
 
@@ -194,7 +194,7 @@ def _place(session: Session, experiment: Experiment, workshop: Workshop, root: P
         with serving(where, experiment, workshop, root, session.federation, say) as sites:
             yield sites
     elif where == "flower-sim":
-        with simulated(experiment, workshop, root) as simulation:
+        with simulated(experiment, workshop, root, say) as simulation:
             yield simulation
     else:
         yield Here(workshop)
@@ -290,7 +290,7 @@ def _job(
         raise RunFolderError(f"{job.folder}: no round was run")
     alone = {c: row["score"] for c, row in twin.read_json("summary.json")["clients"].items()} if twin else None
     summary = summarise(experiment, known, team.exchange, best, folder.events(), alone)
-    summary |= {"uplink": sending, "folder": str(job.folder), "adapters": str(job.folder / "adapters")}
+    summary |= {"uplink": sending, "folder": str(job.folder), "adapters": team.adapters}
     yield from notices(team.export(f"{summary['moment']}@{summary['round']}"))
     events = folder.events()
     report.write(job.folder, summary, events, folder.similarity())

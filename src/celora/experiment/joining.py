@@ -213,6 +213,8 @@ def local(config: str, rows: Rows) -> Experiment:
         ConfigError: if it is not one.
     """
     tree = tomllib.loads(config)
+    if "test" in tree["data"] and rows.test is None:
+        raise ConfigError(["--test: the experiment has separate test rows (data.test); give this site's with --test"])
     own = {"source": str(rows.source.resolve()), "partition": "natural", "clients_per_group": 1}
     tree["data"] = {name: value for name, value in tree["data"].items() if name not in ("client", "test")} | own
     if rows.test is not None:

@@ -42,6 +42,7 @@ class Team:
         told: what is to be said of them so far.
         export: a kept model's name -> every client's adapter is written; gives what did not work.
         sockets: bytes each client's sockets sent and received in the last exchange, where they are counted.
+        adapters: the folder that they are written to; None: each client has its own at its site.
     """
 
     known: Known
@@ -50,6 +51,7 @@ class Team:
     told: Callable[[], Sequence[str]]
     export: Callable[[str], Sequence[str]]
     sockets: Callable[[], Sockets]
+    adapters: str | None
 
 
 class Place(Protocol):
@@ -89,7 +91,7 @@ class Here:
                     world.export(adapters(folder, client), client, opened(Model, model, schema).weights)
             return []
 
-        return Team(world.known, engine, kept, told, export, dict)
+        return Team(world.known, engine, kept, told, export, dict, str(folder.path / "adapters"))
 
 
 def adapters(folder: RunFolder, client: ClientId) -> Path:
@@ -162,10 +164,11 @@ class Simulation:
             problems = self.remote.export(clients, name)
             for client in [client for client in clients if client not in problems]:
                 written = site_folder(self.root, client) / job_folder(client, job) / "adapter"
-                shutil.copytree(written, adapters(folder, client))
+                shutil.copytree(written, adapters(folder, client), dirs_exist_ok=True)
             return lost(problems)
 
-        return Team(known, self.remote, nothing(folder, known), list, export, dict)
+        kept = nothing(folder, known)
+        return Team(known, self.remote, kept, list, export, dict, str(folder.path / "adapters"))
 
 
 def nothing(folder: RunFolder, known: Known) -> Shelves:
@@ -184,14 +187,16 @@ def site_folder(root: Path, client: ClientId) -> Path:
 
 
 @contextmanager
-def simulated(experiment: Experiment, workshop: Workshop, root: Path) -> Iterator[Simulation]:
+def simulated(
+    experiment: Experiment, workshop: Workshop, root: Path, say: Callable[[str], None]
+) -> Iterator[Simulation]:
     """Start Flower's simulation with a node for every client of the experiment."""
     from celora.engines.flower import simulation  # noqa: PLC0415  # an extra
 
     clients = list(workshop.federation(experiment).clients)
     where = _Simulated(str(experiment.base.resolve()), str(root.resolve()), tuple(clients))
     with simulation(len(clients), where, 1.0, root / "flower.log") as post:
-        yield Simulation(workshop, Remote(post), root)
+        yield Simulation(workshop, Remote(post, say=say), root)
 
 
 SIMULATED = Policy(**dict[str, Any](floor=1))

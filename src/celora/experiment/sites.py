@@ -83,7 +83,8 @@ class Sites:
         def export(name: str) -> list[str]:
             return lost(self.remote.export(clients, name))
 
-        return Team(known, self.remote, nothing(folder, known), told, export, lambda: self.remote.sockets)
+        kept = nothing(folder, known)
+        return Team(known, self.remote, kept, told, export, lambda: self.remote.sockets, None)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def serving(
         say(text)
 
     with Fleet(address, tls, keys, offer, root / "flower.log") as post:
-        tell(f"listening on {listen.address}" + ("" if tls else ", without TLS and without keys"))
+        whom = f"{expected} sites" if isinstance(expected, int) else ", ".join(expected)
+        tell(f"listening on {listen.address} for {whom}" + ("" if tls else ", without TLS and without keys"))
         remote = Remote(post, names=post.client if tls else None, say=tell)
         yield Sites(remote, workshop, expected, listen.wait, said)
         remote.end()

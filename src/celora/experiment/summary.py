@@ -103,7 +103,7 @@ def summarise(
             "lift": None if score is None or by_itself is None else score - by_itself,
             **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
             "majority": known.majority[client],
-            "up_frame": sum(e["traffic"][client]["up_frame"] for e in done if client in e["traffic"]),
+            **{name: _sum(done, client, name) for name in ("up_frame", *SOCKETS)},
         }
         for client in known.clients
     }
@@ -128,6 +128,13 @@ def summarise(
         "peak_rss_mb": round(peak_mb(), 1),
         "settings": experiment.settings(),
     }
+
+
+def _sum(events: Sequence[Event], client: ClientId, name: str) -> int | None:
+    """Bytes of a client over all rounds; None where they were never counted."""
+    counts = [e["traffic"][client].get(name) for e in events if client in e["traffic"]]
+    found = [count for count in counts if count is not None]
+    return sum(found) if found or name not in SOCKETS else None
 
 
 def _plain(metrics: Metrics) -> dict[str, float | None]:

@@ -95,14 +95,20 @@ def key(path: Path) -> Finding:
     return Finding(what, True, f"an EC key on {curve}, its owner's only")
 
 
-def clock(server_time: float, now: float, allowed: float = 300.0) -> Finding:
-    """Whether the clocks of server and site, in seconds since 1970, are at most `allowed` seconds apart."""
+def clock(server_time: float, now: float, ahead: float = 5.0, behind: float = 300.0) -> Finding:
+    """Whether this site's clock is at most so many seconds ahead of the server's, or behind: what a signed request may.
+
+    Args:
+        server_time, now: at the server and here, in seconds since 1970.
+    """
     apart = now - server_time
     if not math.isfinite(apart):
         return Finding("clock", False, f"the server's time is {server_time}", "ask which version of celora it runs")
     found = f"{duration(abs(apart))} {'ahead of' if apart > 0 else 'behind'} the server's"
-    todo = f"at most {duration(allowed)} are allowed: set this machine's clock (NTP), or have the server's set"
-    return Finding("clock", abs(apart) <= allowed, found, "" if abs(apart) <= allowed else todo)
+    ok = -behind <= apart <= ahead
+    allowed = f"{duration(ahead)} ahead or {duration(behind)} behind"
+    todo = f"at most {allowed} are allowed: set this machine's clock (NTP), or have the server's set"
+    return Finding("clock", ok, found, "" if ok else todo)
 
 
 def versions(server: str, here: str) -> Finding:

@@ -91,7 +91,8 @@ class Policy:
         for required in self.filters:
             done = clip(up, down, initial, required.norm)
             up = done.record
-            notes.append(done.note)
+            if done.tensors != (0, 0):
+                notes.append(done.note)
         return up, tuple(notes)
 
     def admit(self, kind: str, value: object) -> None:

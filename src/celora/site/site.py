@@ -9,6 +9,7 @@ what may leave.
 Nothing in here knows what carries the frames.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -142,8 +143,10 @@ class Site:
         if begin.classes:  # else this was only a question
             folder = self._folder(job)
             with writing(folder):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                put(folder / "begin.bin", body, owners)
+                for place in (folder.parent.parent, folder.parent, folder):
+                    place.mkdir(mode=0o700, exist_ok=True)
+                put(folder / "begin.tmp", body, owners)
+                os.replace(folder / "begin.tmp", folder / "begin.bin")
             self._seats[job] = seat
             self.say(f"{job}: {begin.label}, {seat.facts.rows.get('train', 0)} training rows")
         return name_of(Facts), pack(seat.facts)

@@ -41,7 +41,11 @@ def line(event: Event) -> str | None:
     >>> who = {"time": "2026-11-21T07:12:03+00:00", "algorithm": "ce-lora", "seed": 0}
     >>> line({"event": "notice", **who, "text": "site-c is left out: 3 rows"})
     '2026-11-21T07:12:03Z ce-lora seed 0 notice: site-c is left out: 3 rows'
+    >>> line({"event": "said", "time": "2026-11-21T07:12:03+00:00", "text": "site-c is back"})
+    '2026-11-21T07:12:03Z site-c is back'
     """
+    if event["event"] == "said":  # between two events of the journal
+        return printable(f"{event['time'].replace('+00:00', 'Z')} {event['text']}")
     if event["event"] not in ("start", "notice", "round", "end"):
         return None
     words = [event["time"].replace("+00:00", "Z"), *_who(event)]
@@ -59,7 +63,7 @@ def line(event: Event) -> str | None:
 
 
 class _Lines:
-    """The log; a notice that every algorithm repeats is written once."""
+    """The log; a notice that every algorithm repeats, or that was said before, is written once."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -90,7 +94,7 @@ class _Bars:
                 "now": f"{event['clients']} clients",
             }
             self._task, self._seconds = self._progress.add_task(name, **fields), []
-        elif event["event"] == "notice" and event["text"] not in self._told:
+        elif event["event"] == "said" or (event["event"] == "notice" and event["text"] not in self._told):
             self._told.add(event["text"])
             self._progress.console.print(Text(printable(event["text"]), style="yellow"))
         elif event["event"] == "round" and self._task is not None:

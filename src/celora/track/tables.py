@@ -76,12 +76,22 @@ def client_lines(summary: Summary) -> list[Text]:
         **{f"last {name}": _last(summary["rounds"], at["metrics"]) for name, at in summary["last"].items()},
         "bytes up": f"{size(each['up_payload'])} adapter, {size(each['up_frame'])} frame, per client and round",
         "bytes down": f"{size(each['down_payload'])} adapter, {size(each['down_frame'])} frame, the same",
+        **_sockets(each),
         "bytes of head": f"{size(each['head'])} up per client and round, not counted in the adapter's",
         "bytes of data": f"{size(each['summary'])} of data summary up per client, each time, not in the adapter's",
     }
     return [
         Text(f"  {name:<15}{text}", style=HARM if name == "harmed" and harmed else "") for name, text in lines.items()
     ]
+
+
+def _sockets(each: Mapping[str, Any]) -> dict[str, str]:
+    """Where there are sockets: what crossed them, TLS, HTTP and polling included."""
+    if each.get("up_socket") is None:
+        return {}
+    return {
+        "on sockets": f"{size(each['up_socket'])} up, {size(each['down_socket'])} down, the same, with all overhead"
+    }
 
 
 def _last(rounds: int, m: Mapping[str, float | None]) -> str:
@@ -140,7 +150,10 @@ def next_lines(folder: str, summary: Summary | None = None) -> list[str]:
     lines = [f"run folder   {folder}"]
     if summary is not None:
         lines += [f"report       {summary['folder']}/report.html"]
-        lines += [f"adapters     {summary['adapters']}/<client> (the README.md in each says how to load it)"]
+        there = (
+            f"{summary['adapters']}/<client>" if summary["adapters"] else "at each site, --state/*/<client>/*/adapter"
+        )
+        lines += [f"adapters     {there} (the README.md in each says how to load it)"]
     return lines
 
 

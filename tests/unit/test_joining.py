@@ -1,0 +1,114 @@
+"""A site's end: what it takes from the server's experiment, and what it decides itself."""
+
+import csv
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from celora.engines.remote import Begin
+from celora.errors import ConfigError, DataError, FederationError
+from celora.experiment.config import dump, resolve
+from celora.experiment.joining import Join, Rows, enter, hold, local, own_secret
+from celora.experiment.world import Workshop
+from celora.models.backbone import Backbone
+
+TREE = {
+    "data": {"source": "sites/*.csv", "client": "hospital", "text": "note", "rows": 8, "max_test": 4},
+    "model": {"backbone": "minilm", "allow_download": True},
+    "adapter": {"layers": "last:1"},
+    "engine": {"group": 7},
+    "algorithm": {"name": "fedit"},
+}
+
+
+def config(**data: object) -> str:
+    return dump(resolve({**TREE, "data": {**TREE["data"], **data}}, Path()))
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["note", "label"])
+        writer.writerows([f"text {number}", "ab"[number % 2]] for number in range(40))
+    return path
+
+
+def joining(shard: Path, name: str | None = None) -> Join:
+    return Join(Rows(shard), "127.0.0.1:1", shard.parent / "state", None, None, name)
+
+
+def test_rows_downloads_and_machine_are_the_sites_to_decide(shard: Path) -> None:
+    here = local(config(), Rows(shard))
+    assert here.data.source == str(shard) and here.data.client is None and here.data.partition == "natural"
+    assert (here.data.text, here.data.rows, here.data.max_test) == ("note", 8, 4)
+    assert not here.model.allow_download and here.engine.group is None
+    assert local(config(), Rows(shard, backbone="elsewhere")).model.backbone == "elsewhere"
+
+
+def test_separate_test_rows_must_be_given(shard: Path) -> None:
+    asked = config(client=None, test="tests/*.csv")
+    with pytest.raises(ConfigError, match="give this site's with --test"):
+        local(asked, Rows(shard))
+    assert local(asked, Rows(shard, test=shard)).data.test == str(shard)
+
+
+def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("note,label\n" + "\n".join(f"other {n},{'abc'[n % 3]}" for n in range(30)))
+    together = resolve({**TREE, "data": {"source": "*.csv", "text": "note", "rows": 8}}, tmp_path)
+    world = Workshop().world(together)
+    begin = Begin(dump(together), "fedit", world.known.backbone["sha256"], ("a", "b", "c"), ("mine", "other"))
+    seat = enter("mine", joining(shard))(begin)
+    assert seat.facts.rows == world.known.rows["mine"] and seat.facts.labels == ()
+    theirs, ours = world.learner("mine", 1), seat.learner(1)
+    for mine, his in zip(ours.batches(), theirs.batches(), strict=True):
+        assert {name: t.tolist() for name, t in mine.items() if name != "row"} == {
+            name: t.tolist() for name, t in his.items() if name != "row"
+        }
+
+
+def test_labels_are_told_only_where_nobody_has_listed_them(shard: Path) -> None:
+    sha = Workshop().fingerprint(resolve(TREE, Path()))
+    asked = enter("mine", joining(shard))
+    assert asked(Begin(config(), "fedit", sha, (), ())).facts.labels == ("a", "b")
+    assert asked(Begin(config(classes=["a", "b"]), "fedit", sha, (), ())).facts.labels == ()
+    with pytest.raises(DataError, match=r"found the label 'b', which data\.classes does not list"):
+        asked(Begin(config(classes=["a"]), "fedit", sha, (), ()))
+
+
+def test_another_backbone_is_refused(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backbone, "fingerprint", lambda self: "0123456789abcdef" * 4)
+    with pytest.raises(FederationError, match=r"has SHA-256 0123456789abcdef… here, .* ffff.*same weights"):
+        enter("mine", joining(shard))(Begin(config(), "fedit", "f" * 64, (), ()))
+
+
+def test_the_secret_of_secret_bases_is_made_once_and_is_its_owners(tmp_path: Path) -> None:
+    first = own_secret(tmp_path)
+    assert own_secret(tmp_path) == first and 0 <= first < 2**62
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+    (tmp_path / "other").mkdir()
+    assert own_secret(tmp_path / "other") != first
+
+
+def test_a_state_folder_is_for_one_process_and_its_owner(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o755)
+    with hold(state):
+        assert stat.S_IMODE(state.stat().st_mode) == 0o700
+        with pytest.raises(FederationError, match="in use by another process of this site"), hold(state):
+            pass
+    with hold(state):
+        assert os.listdir(state) == [".lock"]
+
+
+def test_without_keys_only_this_machine_is_a_server(shard: Path) -> None:
+    far = Join(Rows(shard), "server.example:8000", shard.parent, None, None, "mine")
+    with pytest.raises(ConfigError, match=r"--insecure: found the server server\.example:8000, expected one of"):
+        far.line()
+    with pytest.raises(ConfigError, match=r"found the address 'server', expected host:port"):
+        Join(Rows(shard), "server", shard.parent, None, None, "mine").line()
+    with pytest.raises(ConfigError, match=r"ca\.crt: cannot be read .*ask the server's operator for it"):
+        Join(Rows(shard), "server.example:8000", shard.parent, shard.parent, None, None).line()
