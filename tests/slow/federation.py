@@ -2,6 +2,7 @@
 keys, through the command line; and what is read of it from outside: journals, ledgers, logs, who is in its turn."""
 
 import csv
+import ctypes
 import json
 import os
 import signal
@@ -55,8 +56,9 @@ def celora(*words: object) -> list[str]:
 
 
 def heed() -> None:
-    """A shell that runs the tests in the background would have them, and what they start, ignore Ctrl-C."""
+    """Heed Ctrl-C, whatever a shell has told the tests, and end when the tests are killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def until(happened: Callable[[], object], seconds: float, what: Callable[[], str]) -> None:
