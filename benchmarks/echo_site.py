@@ -1,13 +1,23 @@
-"""A node of celora's that sends back what it got: `python benchmarks/echo_site.py ADDRESS KEYS`."""
+"""A node of celora's that sends back as many other bytes: `python benchmarks/echo_site.py ADDRESS KEYS`.
 
+Other ones, because Flower does not send an object that the other end has already.
+"""
+
+import os
 import sys
 import threading
 from pathlib import Path
 
-from celora.engines.flower import Line, attend
+from celora.engines.flower import Handle, Line, attend
 from celora.site.certificates import private_key
+
+
+def echo(position: int) -> Handle:
+    """For `simulation`, whose processes import it."""
+    return lambda frame: os.urandom(len(frame))
+
 
 if __name__ == "__main__":
     address, keys = sys.argv[1], Path(sys.argv[2])
     line = Line(address, (keys / "ca.crt").read_bytes(), private_key(keys / "site.key"))
-    attend(line, lambda offer: lambda frame: frame, threading.Event(), lambda text: None)
+    attend(line, lambda offer: echo(0), threading.Event(), lambda text: None)

@@ -1,10 +1,11 @@
 """What it costs to have clients at sites: an empty round, bytes on the wire, memory; against a stock Flower deployment.
 
-    python benchmarks/sites.py [--only transport,memory] [--rounds 12] [--tiny]
+    python benchmarks/sites.py [--only transport,memory,simulated] [--rounds 12] [--tiny]
 
-transport  three nodes over TLS with keys on loopback; a frame goes to each and comes back. Ours: Fleet and `attend`.
-           Stock: flower-superlink, flower-supernode, `flwr run` of benchmarks/flower-echo, one packed array a message.
+transport  three nodes over TLS with keys on loopback; a frame goes to each, as many bytes come back. Ours: Fleet and
+           `attend`. Stock: flower-superlink, flower-supernode, `flwr run` of benchmarks/flower-echo, one packed array a message.
            Bytes are counted by a TCP relay between each node and the server, the same for both: TCP payload, with TLS.
+simulated  an empty round of Flower's simulation through `celora.engines.flower.simulation`
 memory     proportional set size (PSS) of each process: stock as above; ours in a real run of CE-LoRA on MiniLM
 
 Results: a table, and benchmarks/results/sites.json.
@@ -106,10 +107,10 @@ def processes(commands: Sequence[Sequence[str]], env: Mapping[str, str] | None =
 
 def family(pid: int) -> list[int]:
     """A process and all that descend from it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
     found = [pid]
-    for child in children.read_text().split() if children.exists() else ():
-        found += family(int(child))
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            found += family(int(child))
     return found
 
 
@@ -304,7 +305,33 @@ def memory(rounds: int, tiny: bool) -> Result:
     return result
 
 
-SECTIONS = {"transport": transport, "memory": memory}
+def simulated(rounds: int, tiny: bool) -> Result:
+    """An empty round of `--engine flower-sim`, and PSS of what Ray starts."""
+    from celora.engines.flower import simulation
+    from echo_site import echo
+
+    with tempfile.TemporaryDirectory(prefix="sites-") as name:
+        began = time.perf_counter()
+        with simulation(len(NODES), echo, 1.0, Path(name) / "flower.log") as post:
+            start, times = time.perf_counter() - began, []
+            for _ in range(rounds):
+                at = time.perf_counter()
+                waiting = {post.send(node, os.urandom(6144), 60) for node in post.nodes()}
+                while waiting:
+                    waiting -= post.collect(list(waiting)).keys()
+                    time.sleep(0.02)
+                times.append(time.perf_counter() - at)
+            start += times[0]  # Ray is still starting in the first round
+            found = {"start": start, "round": statistics.median(times[1:]), "pss": pss(os.getpid())}
+    row = {
+        "start-up (s)": f"{found['start']:.1f}", "empty round (s)": f"{found['round']:.2f}",
+        "this process and Ray's (MB)": f"{found['pss']:.0f}",
+    }  # fmt: skip
+    show("Flower's simulation, three nodes", [row])
+    return found
+
+
+SECTIONS = {"transport": transport, "memory": memory, "simulated": simulated}
 
 
 def main() -> None:
