@@ -2,9 +2,10 @@
 
     python benchmarks/sites.py [--only transport,memory,simulated] [--rounds 12] [--tiny]
 
-transport  three nodes over TLS with keys on loopback; a frame goes to each, as many bytes come back. Ours: Fleet and
-           `attend`. Stock: flower-superlink, flower-supernode, `flwr run` of benchmarks/flower-echo, one packed array a message.
-           Bytes are counted by a TCP relay between each node and the server, the same for both: TCP payload, with TLS.
+transport  three nodes over TLS with keys on loopback; a frame goes to each, as many bytes come back.
+           Ours: Fleet and `attend`. Stock: flower-superlink, flower-supernode, `flwr run` of benchmarks/flower-echo,
+           one packed array a message. Bytes are counted by a TCP relay between each node and the server, the same for
+           both: TCP payload, with TLS.
 simulated  an empty round of Flower's simulation through `celora.engines.flower.simulation`
 memory     proportional set size (PSS) of each process: stock as above; ours in a real run of CE-LoRA on MiniLM
 

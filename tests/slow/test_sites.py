@@ -318,8 +318,8 @@ def test_a_full_disk_at_a_site_costs_it_the_round_and_nothing_that_it_had(
     found = run.excluded()
     assert list(found) == [2] and list(found[2]) == ["full"]
     why = found[2]["full"]
-    assert "No space left on device. Nothing written so far is lost; free some space" in why
-    assert f"failed: {why}" in fed.sites["full"].text()
+    assert why == "this site cannot keep its state: No space left on device"
+    assert "No space left on device. Nothing written so far is lost; free some space" in fed.sites["full"].text()
     assert "full" in run.round(3)["heard"] and run.summary()["clients"]["full"]["score"] is not None
     record_property("a full disk at a site", f"excluded for the round: “{why}”; what it had is whole; the next works")
 

@@ -1,5 +1,6 @@
 """celora.site.site: what a site answers, what it keeps, and what does not leave it. One client of the toy world."""
 
+import errno
 import hashlib
 import stat
 from collections.abc import Iterator
@@ -16,13 +17,13 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm
 from celora.core.messages import Order, Plan, Reply
 from celora.engines.remote import Answer, Begin, Call, Facts
-from celora.errors import RunFolderError
 from celora.site.filters import Clip
 from celora.site.ledger import Ledger
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
 from celora.site.store import SiteShelf
 from celora.tensors import Tensors
+from celora.track.disk import writing
 from celora.wire import Schema, pack, unpack
 from tests.toy import CLIENTS, Federation, Seat, Tape, World, image, tensors_in, world_of
 
@@ -278,11 +279,13 @@ def test_what_the_ledger_cannot_record_does_not_leave(state: Path, monkeypatch: 
     bench.begin()
 
     def full(**entry: object) -> None:
-        raise RunFolderError("cannot write ledger.jsonl: No space left on device; free some space")
+        with writing(Path("/secret/place/ledger.jsonl")):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(bench.ledger, "append", full)
     answer = bench.order(order)
-    assert answer.body == b"" and "No space left on device" in (answer.error or "")
+    assert answer.body == b"" and answer.error == "this site cannot keep its state: No space left on device"
+    assert "/secret/place" in "".join(bench.said), "where it is, is for the site to know"
 
 
 # --- what is written down

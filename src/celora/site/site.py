@@ -31,8 +31,8 @@ from celora.tensors import Tensors
 from celora.track.disk import folder_name, owners, put, writing
 from celora.wire import Schema, name_of, pack, unpack
 
-FREE = (PolicyError, FederationError, WireError, RunFolderError)
-"""Errors whose words tell nothing of the rows; of all others the server is told the kind alone."""
+FREE = (PolicyError, FederationError, WireError)
+"""Errors whose words tell nothing of the rows and folders here; of all others the server is told the kind alone."""
 JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """federation/job; part of a path, so it must not lead anywhere else."""
 
@@ -116,7 +116,7 @@ class Site:
             found = self._left(job, round, kind, Answer(self.client, body, None, self.socket()))
         except Exception as problem:
             self.say(f"not sent: {problem}" if isinstance(problem, PolicyError) else f"failed: {_words(problem)}")
-            error = _words(problem) if isinstance(problem, FREE) else f"{type(problem).__name__}: see this site's log"
+            error = _told(problem)
             found = pack(Answer(self.client, b"", error.encode(errors="replace").decode(), self.socket()))
             with suppress(RunFolderError):  # a full disk; the notice has no content, and the server must know of it
                 self._note(job, round, "error", found)
@@ -209,6 +209,15 @@ class Site:
 
 def _words(problem: Exception) -> str:
     return str(problem) if isinstance(problem, CeloraError) else f"{type(problem).__name__}: {problem}"
+
+
+def _told(problem: Exception) -> str:
+    """What the server is told of a problem."""
+    if isinstance(problem, FREE):
+        return str(problem)
+    if isinstance(problem, RunFolderError) and isinstance(problem.__cause__, OSError):
+        return f"this site cannot keep its state: {problem.__cause__.strerror}"
+    return f"{type(problem).__name__}: see this site's log"
 
 
 def job_folder(client: ClientId, job: str) -> Path:
