@@ -247,6 +247,11 @@ def test_an_absurd_tensor_is_refused(tensor: bytes) -> None:
         unpack(Point, sealed(POINT, b"\0" + tensor), NOTHING)
 
 
+def test_a_number_without_end_is_refused_before_it_takes_minutes() -> None:
+    with pytest.raises(WireError, match="found a number of more than 32768 bits"):
+        unpack(Point, sealed(POINT, b"\xff" * 5_000_000 + b"\1"), NOTHING)
+
+
 def test_a_text_of_absurd_length_is_refused() -> None:
     with pytest.raises(WireError):
         unpack(Point, sealed(POINT, ENDLESS), NOTHING)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ import pytest
 from celora.errors import FederationError
 
 pytest.importorskip("flwr")
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import HEAD_BODY_DIVIDER
+
+from celora.engines import flower
 from celora.engines.flower import Fleet, FleetPost, Handle, Line, _enter, attend
 from celora.site.certificates import development, private_key, public_keys, site_key
 
@@ -180,6 +185,50 @@ def test_a_letter_that_is_given_up_while_its_answer_is_on_its_way_costs_nothing(
         assert asked(post, name, b"b") == 4_000_000 * b"b"
         assert len(state.object_store) == 0 and not state.message_res_store
         assert there.errors == [] and len(there.said) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "why"),
+    [
+        ("ConfigRecord", b"\xff\xff\xff\xff", "DecodeError"),
+        ("RecordDict", b"[]", "AttributeError"),
+        ("RecordDict", 200_000 * b"[", "RecursionError"),
+        ("Message", b"\xff\xff", "DecodeError"),
+        ("", b"", "its objects are another message's"),
+    ],
+)
+def test_a_reply_that_is_no_message_costs_its_sender_the_letter_and_not_the_server(
+    kind: str, body: bytes, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tampered(fleet: Any, node: Any, reply: Any) -> None:
+        with flower.no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            parts = {part.deflate() for part in flower.get_all_nested_objects(reply).values()}
+            head, run = flower.message_to_proto(flower.remove_content_from_message(reply)), reply.metadata.run_id
+        contents, tree, child = dict[str, bytes](), None, (b"", b"")
+        for name in ("ConfigRecord", "RecordDict", "Message"):  # from the inside out: ids are hashes of contents
+            [found] = [part for part in parts if part.startswith(name.encode())]
+            was, found = sha256(found).hexdigest().encode(), found.replace(*child)
+            if name == kind:
+                before, _, _ = found.partition(HEAD_BODY_DIVIDER)
+                found = b" ".join([*before.split(b" ")[:2], str(len(body)).encode()]) + HEAD_BODY_DIVIDER + body
+            child = was, sha256(found).hexdigest().encode()
+            contents[child[1].decode()] = found
+            tree = ObjectTree(object_id=child[1].decode(), children=[tree] if tree else [])
+        head.metadata.message_id = child[1].decode() if kind else 64 * "0"
+        trees = {"messages_list": [head], "message_object_trees": [tree], "clientapp_runtime_list": [0.0]}
+        asked = fleet.PushMessages(flower.fleet_pb2.PushMessagesRequest(node=node, **trees))
+        for part in asked.objects_to_push:
+            one = {"object_id": part, "object_content": contents[part], "session_id": asked.session_id}
+            fleet.PushObject(flower.message_pb2.PushObjectRequest(node=node, run_id=run, **one))
+
+    with fleet(tmp_path) as post, node(line(post)):
+        name = online(post)
+        with monkeypatch.context() as rogue:
+            rogue.setattr(flower, "_reply", tampered)
+            answer = asked(post, name, b"abc")
+        assert isinstance(answer, str) and answer.startswith("the reply is no message of celora's: ") and why in answer
+        assert asked(post, name, b"abc") == b"cba"
 
 
 def _objects(post: FleetPost) -> list[str]:

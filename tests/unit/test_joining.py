@@ -1,6 +1,7 @@
 """A site's end: what it takes from the server's experiment, and what it decides itself."""
 
 import csv
+import errno
 import os
 import stat
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from celora.engines.remote import Begin
-from celora.errors import ConfigError, DataError, FederationError
+from celora.errors import ConfigError, DataError, FederationError, RunFolderError
+from celora.experiment import joining
 from celora.experiment.config import dump, resolve
 from celora.experiment.joining import Join, Rows, enter, hold, local, own_secret
 from celora.experiment.world import Workshop
@@ -37,7 +39,7 @@ def shard(tmp_path: Path) -> Path:
     return path
 
 
-def joining(shard: Path, name: str | None = None) -> Join:
+def taking_part(shard: Path, name: str | None = None) -> Join:
     return Join(Rows(shard), "127.0.0.1:1", shard.parent / "state", None, None, name)
 
 
@@ -47,6 +49,19 @@ def test_rows_downloads_and_machine_are_the_sites_to_decide(shard: Path) -> None
     assert (here.data.text, here.data.rows, here.data.max_test) == ("note", 8, 4)
     assert not here.model.allow_download and here.engine.group is None
     assert local(config(), Rows(shard, backbone="elsewhere")).model.backbone == "elsewhere"
+
+
+def test_no_override_of_the_server_is_put_over_what_the_site_decides(shard: Path) -> None:
+    override = """
+[overrides.fedit.data]
+source = "others.csv"
+[overrides.fedit.model]
+allow_download = true
+backbone = "somebody/model"
+"""
+    here = local(config() + override, Rows(shard))
+    assert here.data.source == str(shard)
+    assert not here.model.allow_download and here.model.backbone == "minilm"
 
 
 def test_separate_test_rows_must_be_given(shard: Path) -> None:
@@ -61,7 +76,7 @@ def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -
     together = resolve({**TREE, "data": {"source": "*.csv", "text": "note", "rows": 8}}, tmp_path)
     world = Workshop().world(together)
     begin = Begin(dump(together), "fedit", world.known.backbone["sha256"], ("a", "b", "c"), ("mine", "other"))
-    seat = enter("mine", joining(shard))(begin)
+    seat = enter("mine", taking_part(shard))(begin)
     assert seat.facts.rows == world.known.rows["mine"] and seat.facts.labels == ()
     theirs, ours = world.learner("mine", 1), seat.learner(1)
     for mine, his in zip(ours.batches(), theirs.batches(), strict=True):
@@ -72,7 +87,7 @@ def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -
 
 def test_labels_are_told_only_where_nobody_has_listed_them(shard: Path) -> None:
     sha = Workshop().fingerprint(resolve(TREE, Path()))
-    asked = enter("mine", joining(shard))
+    asked = enter("mine", taking_part(shard))
     assert asked(Begin(config(), "fedit", sha, (), ())).facts.labels == ("a", "b")
     assert asked(Begin(config(classes=["a", "b"]), "fedit", sha, (), ())).facts.labels == ()
     with pytest.raises(DataError, match=r"found the label 'b', which data\.classes does not list"):
@@ -82,7 +97,7 @@ def test_labels_are_told_only_where_nobody_has_listed_them(shard: Path) -> None:
 def test_another_backbone_is_refused(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backbone, "fingerprint", lambda self: "0123456789abcdef" * 4)
     with pytest.raises(FederationError, match=r"has SHA-256 0123456789abcdef… here, .* ffff.*same weights"):
-        enter("mine", joining(shard))(Begin(config(), "fedit", "f" * 64, (), ()))
+        enter("mine", taking_part(shard))(Begin(config(), "fedit", "f" * 64, (), ()))
 
 
 def test_the_secret_of_secret_bases_is_made_once_and_is_its_owners(tmp_path: Path) -> None:
@@ -91,6 +106,21 @@ def test_the_secret_of_secret_bases_is_made_once_and_is_its_owners(tmp_path: Pat
     assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
     (tmp_path / "other").mkdir()
     assert own_secret(tmp_path / "other") != first
+
+
+def test_no_half_of_a_secret_is_ever_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes, opener: object) -> None:
+        path.write_bytes(b"")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(joining, "put", full)
+        with pytest.raises(RunFolderError, match="No space left on device"):
+            own_secret(tmp_path)
+    assert own_secret(tmp_path) > 0
+    (tmp_path / "secret").write_bytes(b"")
+    with pytest.raises(RunFolderError, match="found 0 bytes, expected 8: it is damaged; restore it from a backup"):
+        own_secret(tmp_path)
 
 
 def test_a_state_folder_is_for_one_process_and_its_owner(tmp_path: Path) -> None:

@@ -129,6 +129,26 @@ def test_a_question_for_facts_begins_nothing(state: Path) -> None:
     assert bench.order(order).error == "the job fed/job has not begun at this site"
 
 
+@pytest.mark.parametrize("round", [0, -1, 10**5000], ids=["0", "-1", "10^5000"])
+def test_an_order_for_no_round_is_refused_for_the_ledger_could_not_count_it(round: int, state: Path) -> None:
+    [order, *_], _, _ = embedded(FedSALoRA())
+    bench = Bench(state)
+    bench.begin()
+    for task in ("train", "evaluate", "close", "test"):
+        refused = bench.order(replace(order, round=round, task=task))
+        assert refused.error == "found an order for no round, expected one of 1 to 1000000000" and not refused.body
+    assert bench.ledger.verify() == [] and len(list(bench.ledger.entries())) == 5
+    assert bench.shelf() == {}
+
+
+def test_a_restarted_site_takes_part_only_if_its_policy_accepts_the_job_as_it_is_now(state: Path) -> None:
+    [order, *_], _, _ = embedded(FedSALoRA())
+    Bench(state).begin()
+    stricter = Bench(state, policy=Policy(floor=1000))
+    error = stricter.order(order).error
+    assert error is not None and "fewer training rows than its policy's disclosure.floor" in error
+
+
 def test_a_restarted_site_goes_on_with_what_the_first_one_kept(state: Path) -> None:
     orders, replies, shelf = embedded(FedSALoRA())
     first = Bench(state)

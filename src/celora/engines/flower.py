@@ -63,7 +63,7 @@ try:
     )
     from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
     from flwr.supercore.primitives.asymmetric import (
         bytes_to_public_key,
         generate_key_pairs,
@@ -428,7 +428,11 @@ class FleetPost(Post):
             if reply.has_error():
                 found[asked] = reply.error.reason or f"error {reply.error.code}"
             else:
-                tree = self.state.object_store.get_object_tree(name)
+                try:
+                    tree = self.state.object_store.get_object_tree(name)
+                except NoObjectInStoreError:
+                    found[asked] = "the reply is no message of celora's: its objects are another message's"
+                    continue
                 self._arriving[asked] = name, [part.object_id for part in iterate_object_tree(tree)]
         for asked in [asked for asked in self._arriving if asked in letters]:
             name, parts = self._arriving[asked]
@@ -441,8 +445,8 @@ class FleetPost(Post):
                 try:
                     message = inflate_object_from_contents(name, contents)
                     found[asked] = frame_in(message)
-                except (ValueError, KeyError, AssertionError) as error:
-                    found[asked] = f"the reply is no message of celora's: {error}"
+                except Exception as error:  # a site chose the bytes, and Flower's reader may raise anything
+                    found[asked] = f"the reply is no message of celora's: {type(error).__name__}: {error}"
         self.forget(list(found))
         return found
 

@@ -3,6 +3,7 @@
 The server's experiment says what is trained; which rows, which weights and which folder are the site's to say.
 """
 
+import os
 import secrets
 import threading
 import time
@@ -20,7 +21,7 @@ from celora import data
 from celora.core.algorithm import ClientId
 from celora.engines.flower import Line, attend
 from celora.engines.remote import Begin
-from celora.errors import CeloraError, ConfigError, DataError, FederationError
+from celora.errors import CeloraError, ConfigError, DataError, FederationError, RunFolderError
 from celora.experiment.config import Experiment, resolve
 from celora.experiment.places import Seat, seat
 from celora.experiment.sites import loopback, parsed
@@ -30,7 +31,7 @@ from celora.site.check import Finding, backbone, certificate, clock, disk, key, 
 from celora.site.ledger import Ledger
 from celora.site.policy import NO_FILE, read
 from celora.site.site import Site
-from celora.track.disk import owners, put, writing
+from celora.track.disk import owners, put, sync, writing
 
 NEEDED = 1 << 30
 """Bytes that a site's folder should have room for."""
@@ -222,13 +223,24 @@ def local(config: str, rows: Rows) -> Experiment:
     tree["model"]["allow_download"] = False
     if rows.backbone is not None:
         tree["model"]["backbone"] = rows.backbone
-    tree.pop("engine", None)
+    for section in ("engine", "overrides"):  # an override would be put over all of this
+        tree.pop(section, None)
     return resolve(tree, Path.cwd())
 
 
 def own_secret(state: Path) -> int:
-    """What this site draws secret bases from: made once, kept in its folder, told to nobody."""
-    path = state / "secret"
-    if not path.exists():
-        put(path, secrets.token_bytes(8), owners)
-    return int.from_bytes(path.read_bytes(), "little") >> 2
+    """What this site draws secret bases from: made once, kept in its folder, told to nobody.
+
+    Raises:
+        RunFolderError: if it cannot be written or read, or is damaged.
+    """
+    path, new = state / "secret", state / "secret.tmp"
+    with writing(path):
+        if not path.exists():
+            put(new, secrets.token_bytes(8), owners)
+            os.replace(new, path)  # a process that is killed, or a full disk, leaves no half of a secret
+            sync(state)
+        found = path.read_bytes()
+    if len(found) != 8:
+        raise RunFolderError(f"{path}: found {len(found)} bytes, expected 8: it is damaged; restore it from a backup")
+    return int.from_bytes(found, "little") >> 2

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from celora.core.algorithm import ClientId
-from celora.data.table import natural_key
+from celora.data.table import SPLITS, natural_key
 from celora.engines.remote import Begin, Remote
 from celora.errors import ConfigError, DataError, QuorumError
 from celora.experiment.config import Experiment, dump
@@ -47,7 +47,7 @@ class Sites:
         begin = Begin(dump(experiment), experiment.label, fingerprint, (), ())
         self.remote.muster(job, begin, self.expected, self.wait)
         facts = dict(self.remote.facts)
-        clients = sorted((c for c, fact in facts.items() if fact.rows.get("train", 0)), key=natural_key)
+        clients = sorted((c for c, fact in facts.items() if fact.rows.get("train", 0) > 0), key=natural_key)
         excluded = {**self.remote.refused, **{c: "has no training rows" for c in facts if c not in clients}}
         if not isinstance(self.expected, int):
             absent = [client for client in self.expected if client not in facts and client not in excluded]
@@ -67,7 +67,7 @@ class Sites:
         known = Known(
             clients=clients,
             classes=classes,
-            rows={client: facts[client].rows for client in clients},
+            rows={client: {split: facts[client].rows.get(split, 0) for split in SPLITS} for client in clients},
             majority={client: facts[client].majority for client in clients},
             excluded=excluded,
             notices=[f"{client} is left out: {why}" for client, why in sorted(excluded.items())],

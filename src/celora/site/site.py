@@ -35,6 +35,8 @@ FREE = (PolicyError, FederationError, WireError)
 """Errors whose words tell nothing of the rows and folders here; of all others the server is told the kind alone."""
 JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """federation/job; part of a path, so it must not lead anywhere else."""
+LAST = 10**9
+"""No run has more rounds."""
 
 
 class Seat(Protocol):
@@ -104,6 +106,8 @@ class Site:
                     kind, body = self._begin(job, call.body)
                 case "order":
                     order = unpack(Order, call.body)
+                    if not 1 <= order.round <= LAST:  # the ledger counts by it
+                        raise FederationError(f"found an order for no round, expected one of 1 to {LAST}")
                     round = order.round
                     kind, body = self._order(job, order)
                 case "export":
@@ -137,8 +141,7 @@ class Site:
 
     def _begin(self, job: str, body: bytes) -> tuple[str, bytes]:
         begin = unpack(Begin, body)
-        seat = self.enter(begin)
-        self.policy.accept(seat.algorithm, seat.facts.rows.get("train", 0))
+        seat = self._entered(begin)
         self.policy.admit(name_of(Facts), seat.facts)
         if begin.classes:  # else this was only a question
             folder = self._folder(job)
@@ -151,13 +154,19 @@ class Site:
             self.say(f"{job}: {begin.label}, {seat.facts.rows.get('train', 0)} training rows")
         return name_of(Facts), pack(seat.facts)
 
+    def _entered(self, begin: Begin) -> Seat:
+        """The rows and the backbone for a job that the policy accepts, as it is now."""
+        seat = self.enter(begin)
+        self.policy.accept(seat.algorithm, seat.facts.rows.get("train", 0))
+        return seat
+
     def _seat(self, job: str) -> Seat:
         """The seat of a job that has begun, here or in an earlier process."""
         if job not in self._seats:
             kept = self._folder(job) / "begin.bin"
             if not kept.exists():
                 raise FederationError(f"the job {job} has not begun at this site")
-            self._seats[job] = self.enter(unpack(Begin, kept.read_bytes()))
+            self._seats[job] = self._entered(unpack(Begin, kept.read_bytes()))
         return self._seats[job]
 
     def _shelf(self, job: str, seat: Seat) -> SiteShelf:

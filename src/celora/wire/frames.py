@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 _MAGIC = b"celo"
 _VERSION = 1
+_LONGEST = 1 << 15
+"""Bits of a number, at most."""
 _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
@@ -192,6 +194,8 @@ class _Reader:
             if byte < 0x80:
                 return number
             shift += 7
+            if shift > _LONGEST:  # the time it takes grows by the square
+                raise WireError(f"{what}: found a number of more than {_LONGEST} bits, expected a shorter one")
 
     def size(self, what: str) -> int:
         """A varint that counts something, and so is no larger than any memory."""
