@@ -1,6 +1,7 @@
 """celora.core.federation: who is drawn, what is scored, which round is best, what is weighed, what is kept."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import nan
 from typing import Any
 
@@ -12,6 +13,7 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core import federation as loop
 from celora.core.federation import improved, run
 from celora.core.messages import Best, Exchange, Model, Notes, Order, Plan, Reply, Round, opened
+from celora.errors import QuorumError
 from celora.wire import Schema, contents, pack, unpack
 from tests.toy import CLIENTS, Federation, Tape, image
 
@@ -367,3 +369,34 @@ def test_the_schema_is_that_of_the_initial_weights() -> None:
     federation = Federation(FedIT())
     assert Schema.of(federation.world.initial).fingerprint == federation.schema.fingerprint
     assert next(federation.run(Plan(rounds=1))).heard == CLIENTS
+
+
+def test_a_test_that_too_few_clients_answer_stops_the_run_instead_of_ending_it() -> None:
+    plan = Plan(quorum=3)
+
+    def far(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        scored = Reply(b"", {"personal@3": {"score": 0.5}}, None)
+        return {"c0": scored, "c1": Reply(b"", {}, "gone"), "c2": Reply(b"", {"personal@3": {"score": 2.0}}, None)}
+
+    said = (
+        r"1 clients were scored on test, the quorum is 3 \(c1: gone; c2: scores\[personal@3\]: found 2.*c3: no reply\)"
+    )
+    with pytest.raises(QuorumError, match=said):
+        loop.test(far, plan, CLIENTS, ["personal@3"])
+    assert loop.test(far, Plan(), CLIENTS, ["personal@3"]).keys() == {"c0"}
+
+
+def test_a_score_that_is_none_costs_its_sender_the_round_and_chooses_nothing() -> None:
+    def around(exchange: Exchange) -> Exchange:
+        def boasting(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+            replies = dict(exchange(orders))
+            replies["c1"] = replace(replies["c1"], scores={"personal": {"score": 1e9}})
+            return replies
+
+        return boasting
+
+    [done, *_] = Federation(FedIT()).run(Plan(rounds=1), around)
+    assert done.heard == ("c0", "c2", "c3") and done.excluded == {
+        "c1": "scores[personal]: found 1e+09, expected 0 to 1"
+    }
+    assert "c1" not in done.scores and done.checkpoint.best["personal"].score <= 1

@@ -5,6 +5,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,14 @@ def test_separate_test_rows_must_be_given(shard: Path) -> None:
     with pytest.raises(ConfigError, match="give this site's with --test"):
         local(asked, Rows(shard))
     assert local(asked, Rows(shard, test=shard)).data.test == str(shard)
+
+
+def test_a_key_is_never_the_servers_to_choose(shard: Path) -> None:
+    asked = dump(resolve({**TREE, "algorithm": {"name": "she-lora", "key": "/dev/zero"}}, Path()))
+    with pytest.raises(ConfigError, match=r"--secret: she-lora encrypts; give the file of the sites' key"):
+        local(asked, Rows(shard))
+    chosen: Any = local(asked, Rows(shard, secret=shard)).algorithm
+    assert chosen.key == str(shard)
 
 
 def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from celora.algorithms import ce_lora
 from celora.algorithms.ce_lora import CELoRA
 from celora.core.messages import Exchange, Order, Plan, Reply
-from celora.core.screen import screen
+from celora.core.screen import odd_score, screen
 from celora.errors import WireError
 from celora.maths.mixtures import Mixture
 from celora.tensors import Tensors, only
@@ -182,3 +182,10 @@ def test_a_summary_that_contradicts_itself_is_refused_when_it_is_read() -> None:
 def test_an_absurd_number_of_examples_costs_its_sender_one_round() -> None:
     first, _, _ = forged(lambda up: changed(up, examples=1 << 62))
     assert list(first.excluded) == ["c1"]
+
+
+@pytest.mark.parametrize("score", [1e9, -0.5, float("nan"), float("inf")])
+def test_a_score_that_is_none_is_named(score: float) -> None:
+    assert odd_score({"received": {"score": 0.5, "loss": 9.0}, "personal": {"loss": float("nan"), "rows": 3.0}}) is None
+    found = odd_score({"received": {"score": 0.5}, "personal": {"score": score}})
+    assert found is not None and found.startswith("scores[personal]: found ") and found.endswith("expected 0 to 1")

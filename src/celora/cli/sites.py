@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ from celora.track.text import printable
 if TYPE_CHECKING:
     from celora.experiment.joining import Join
 
+Secret = Annotated[
+    Path | None,
+    typer.Option("--secret", metavar="FILE", help="The sites' own key, where the algorithm encrypts."),
+]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Without TLS and keys; only on this machine (127.0.0.1), to try things out.")
 ]
@@ -118,6 +123,7 @@ def site(
     name: Name = None,
     test: Test = None,
     backbone: Backbone = None,
+    secret: Secret = None,
     once: Annotated[bool, typer.Option("--once", help="End when the server has finished.")] = False,
     insecure: Insecure = False,
 ) -> None:
@@ -127,9 +133,9 @@ def site(
     with explained(Session(), as_json=False), _stopping() as stop:
         from celora.experiment.joining import join  # noqa: PLC0415  # an extra
 
-        join(
-            _join(data, state, server, keys, policy, name, test, backbone, insecure=insecure), stop, _stamped, once=once
-        )
+        os.umask(0o077)  # what this process writes is its owner's
+        taking = _join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure)
+        join(taking, stop, _stamped, once=once)
 
 
 def check(
@@ -142,6 +148,7 @@ def check(
     name: Name = None,
     test: Test = None,
     backbone: Backbone = None,
+    secret: Secret = None,
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
@@ -150,7 +157,7 @@ def check(
         from celora.experiment.joining import check as look  # noqa: PLC0415  # an extra
         from celora.site.check import passed, report  # noqa: PLC0415
 
-        findings = look(_join(data, state, server, keys, policy, name, test, backbone, insecure=insecure))
+        findings = look(_join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure))
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
@@ -164,7 +171,9 @@ def ledger(*, state: State = None, as_json: Json = False) -> None:
     with explained(Session(), as_json=as_json):
         if state is None or not (state / "ledger.jsonl").is_file():
             raise ConfigError(
-                [f"--state: found no ledger in {state}, expected the folder that `celora site` was given"]
+                [
+                    f"--state: found no ledger in {state or 'no folder'}, expected the folder that `celora site` was given"
+                ]
             )
         book = Ledger(state / "ledger.jsonl")
         entries, problems = list(book.entries()), book.verify()
@@ -213,6 +222,7 @@ def _join(
     name: str | None,
     test: Path | None,
     backbone: str | None,
+    secret: Path | None,
     *,
     insecure: bool,
 ) -> "Join":
@@ -226,7 +236,7 @@ def _join(
         raise ConfigError(problems)
     from celora.experiment.joining import Join, Rows  # noqa: PLC0415  # an extra
 
-    return Join(Rows(data, test, backbone), server, state, keys, policy, name)
+    return Join(Rows(data, test, backbone, secret), server, state, keys, policy, name)
 
 
 @contextmanager

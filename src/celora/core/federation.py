@@ -17,7 +17,7 @@ import torch
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Checkpoint, Exchange, Order, Plan, Reply, Round, Task, Traffic
-from celora.core.screen import screen
+from celora.core.screen import odd_score, screen
 from celora.errors import QuorumError, WireError
 from celora.rng import generator
 from celora.tensors import Tensors
@@ -78,7 +78,7 @@ def run(
                 heard.append(client)
             if reply is not None:
                 traffic[client] = _uplink(traffic[client], reply, up)
-                if reply.scores:
+                if reply.scores and not odd_score(reply.scores):
                     scores[client] = reply.scores
         if len(heard) < (0 if closing else plan.quorum):
             reasons = "; ".join(f"{client}: {why}" for client, why in excluded.items())
@@ -114,8 +114,8 @@ def _hear(
     """What a client sent, if it can be read, and why it cannot be aggregated."""
     if reply is None:
         return None, "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
-    if reply.error is not None or order.task != "train":
-        return None, reply.error
+    if (problem := reply.error or odd_score(reply.scores)) is not None or order.task != "train":
+        return None, problem
     try:
         up: object = unpack(algorithm.card.up, reply.frame, schema)
     except WireError as error:
@@ -195,7 +195,16 @@ def test(
 
     Returns:
         client -> name -> metrics; a client that does not answer is missing.
+
+    Raises:
+        QuorumError: if fewer than `plan.quorum` answer; running again from the last checkpoint repeats only this.
     """
     order = Order(plan.rounds + 2, "test", b"", evaluate=False, keep=tuple(names), deadline=None)
     replies = exchange(dict.fromkeys(clients, order))
-    return {client: replies[client].scores for client in clients if client in replies}
+    found = {client: replies[client] for client in clients if client in replies}
+    problems = {client: reply.error or odd_score(reply.scores) for client, reply in found.items()}
+    scores = {client: reply.scores for client, reply in found.items() if problems[client] is None}
+    if len(scores) < min(plan.quorum, len(clients)):
+        why = "; ".join(f"{client}: {problems.get(client) or 'no reply'}" for client in clients if client not in scores)
+        raise QuorumError(f"{len(scores)} clients were scored on test, the quorum is {plan.quorum} ({why})")
+    return scores

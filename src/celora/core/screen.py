@@ -73,3 +73,11 @@ def not_finite(value: object, where: str) -> str | None:
     elif dataclasses.is_dataclass(value):
         items = {f"{where}.{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
     return next((found for name, item in items.items() if (found := not_finite(item, name))), None)
+
+
+def odd_score(scores: Mapping[str, Mapping[str, float]]) -> str | None:
+    """Which score is none, or None: the best round is chosen by them, so one site must not choose it for all."""
+    for moment, metrics in scores.items():
+        if not 0 <= metrics.get("score", 0.0) <= 1:
+            return f"scores[{moment}]: found {metrics['score']:g}, expected 0 to 1"
+    return None

@@ -98,9 +98,15 @@ def content(frame: bytes) -> RecordDict:
 
 
 def frame_in(message: Message) -> bytes:
-    """The frame in a message."""
-    frame = message.content.config_records["celora"]["frame"]
-    assert isinstance(frame, bytes)
+    """The frame in a message.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    record = message.content.config_records.get("celora") if message.has_content() else None
+    frame = record.get("frame") if record else None
+    if not isinstance(frame, bytes):
+        raise ValueError("found a message without a frame of celora's")
     return frame
 
 
@@ -332,7 +338,7 @@ class Fleet:
             if fresh and verify_signature(bytes_to_public_key(key), when.encode(), signature):
                 node: NodeId | None = self.state.get_node_id_by_public_key(key)
                 return node
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):  # TypeError: a key of another kind
             pass
         return None
 
@@ -659,7 +665,8 @@ def _receive(fleet: FleetHttpClient, node: node_pb2.Node, pulled: fleet_pb2.Pull
         message_pb2.ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=name)
     )
     message = inflate_object_from_contents(name, contents)
-    assert isinstance(message, Message)
+    if not isinstance(message, Message):
+        raise ValueError(f"found a {type(message).__name__}, expected a message")
     message.metadata.__dict__["_message_id"] = name
     return message
 

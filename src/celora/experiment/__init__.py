@@ -143,10 +143,15 @@ def resume(root: Path, say: Say = print_nothing) -> Iterator[Event]:
         kind=session["kind"],
         match=session.get("match", "rank"),
         federation=session.get("federation", "local"),
-        where=where if isinstance(where, str) else Listen(**where),
+        where=where if isinstance(where, str) else Listen(**{**where, "clients": _frozen(where["clients"])}),
     )
     with folder.lock():
         yield from _session(experiment, root, jobs, plan, Workshop(), say)
+
+
+def _frozen(clients: list[str] | int | None) -> tuple[str, ...] | int | None:
+    """As JSON gives them, and as they were."""
+    return tuple(clients) if isinstance(clients, list) else clients
 
 
 def _start(
@@ -181,7 +186,7 @@ def _start(
 def _check(variant: Experiment, workshop: Workshop, where: Where) -> None:
     """Whether an algorithm can be run there, as far as it can be known now."""
     if isinstance(where, Listen):
-        check_server(variant, workshop)
+        check_server(variant, workshop, where)
     else:
         world = workshop.world(variant)
         variant.algorithm.client_init(world.learner(world.clients[0], 1))

@@ -10,7 +10,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from celora import data
+from celora.algorithms import ALGORITHMS
 from celora.core.algorithm import ClientId
 from celora.engines.flower import Line, attend
 from celora.engines.remote import Begin
@@ -44,11 +45,13 @@ class Rows:
     Attributes:
         source, test: paths or patterns, as `data.source` and `data.test`.
         backbone: instead of the experiment's `model.backbone`; its weights must be equal.
+        secret: the key that the sites share where the algorithm encrypts (SHE-LoRA); the server never names it.
     """
 
     source: Path
     test: Path | None = None
     backbone: str | None = None
+    secret: Path | None = None
 
 
 def enter(name: ClientId, site: "Join") -> Callable[[Begin], Seat]:
@@ -223,6 +226,10 @@ def local(config: str, rows: Rows) -> Experiment:
     tree["model"]["allow_download"] = False
     if rows.backbone is not None:
         tree["model"]["backbone"] = rows.backbone
+    if "key" in {field.name for field in fields(ALGORITHMS[tree["algorithm"]["name"]])}:
+        if rows.secret is None:
+            raise ConfigError([f"--secret: {tree['algorithm']['name']} encrypts; give the file of the sites' key"])
+        tree["algorithm"]["key"] = str(rows.secret.resolve())
     for section in ("engine", "overrides"):  # an override would be put over all of this
         tree.pop(section, None)
     return resolve(tree, Path.cwd())

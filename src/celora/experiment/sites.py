@@ -6,18 +6,35 @@ The server has no rows. What it must know it asks for: how many rows each site h
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from celora.core.algorithm import ClientId
 from celora.data.table import SPLITS, natural_key
-from celora.engines.remote import Begin, Remote
+from celora.engines.remote import Begin, Facts, Remote
 from celora.errors import ConfigError, DataError, QuorumError
 from celora.experiment.config import Experiment, dump
 from celora.experiment.places import Team, lost, nothing
 from celora.experiment.world import Known, Workshop, check_quorum
 from celora.track.folder import RunFolder
+
+ROSTER = "sites.json"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who takes part in a job, from its beginning to its end, however often it is resumed.
+
+    Attributes:
+        clients: name, in order -> its "rows" by split, "majority" and "data", the SHA-256 of its rows.
+        excluded: client -> why it was left out at the beginning.
+    """
+
+    clients: dict[ClientId, dict[str, Any]]
+    classes: list[str]
+    excluded: dict[ClientId, str]
 
 
 @dataclass
@@ -45,6 +62,39 @@ class Sites:
         """
         fingerprint = self.workshop.fingerprint(experiment)
         begin = Begin(dump(experiment), experiment.label, fingerprint, (), ())
+        kept = folder.read_json(ROSTER) if folder.latest() else None
+        roster = self._call_the_roll(experiment, job, begin) if kept is None else Roster(**kept)
+        folder.write_json(ROSTER, asdict(roster))
+        clients, classes = list(roster.clients), roster.classes
+        here = set(self.expected) if not isinstance(self.expected, int) else set(clients)
+        begin = replace(begin, classes=tuple(classes), clients=tuple(clients))
+        self.remote.muster(job, begin, [client for client in clients if client in here], self.wait)
+        for client, facts in self.remote.facts.items():
+            if client in clients and facts.data != roster.clients[client]["data"]:
+                self.remote.refused[client] = "its rows are others than when the run began; give it those rows again"
+        known = Known(
+            clients=clients,
+            classes=classes,
+            rows={client: facts["rows"] for client, facts in roster.clients.items()},
+            majority={client: facts["majority"] for client, facts in roster.clients.items()},
+            excluded=roster.excluded,
+            notices=[f"{client} is left out: {why}" for client, why in sorted(roster.excluded.items())],
+            initial=self.workshop.start(experiment, len(classes)),
+            device="sites",
+            data={"source": "sites", "sha256": {client: facts["data"] for client, facts in roster.clients.items()}},
+            backbone={"name": experiment.model.backbone, "sha256": fingerprint},
+        )
+
+        def told() -> list[str]:
+            return list(self.said)
+
+        def export(name: str) -> list[str]:
+            return lost(self.remote.export(clients, name))
+
+        return Team(known, self.remote, nothing(folder, known), told, export, lambda: self.remote.sockets, None)
+
+    def _call_the_roll(self, experiment: Experiment, job: str, begin: Begin) -> Roster:
+        """Who takes part in a job that has not begun yet."""
         self.remote.muster(job, begin, self.expected, self.wait)
         facts = dict(self.remote.facts)
         clients = sorted((c for c, fact in facts.items() if fact.rows.get("train", 0) > 0), key=natural_key)
@@ -63,28 +113,13 @@ class Sites:
             why = "; ".join(f"{client}: {reason}" for client, reason in sorted(excluded.items()))
             raise QuorumError(f"{len(clients)} sites have come, plan.quorum is {experiment.plan.quorum} ({why})")
         check_quorum(experiment, len(clients))
-        self.remote.muster(job, replace(begin, classes=tuple(classes), clients=tuple(clients)), clients, self.wait)
-        known = Known(
-            clients=clients,
-            classes=classes,
-            rows={client: {split: facts[client].rows.get(split, 0) for split in SPLITS} for client in clients},
-            majority={client: facts[client].majority for client in clients},
-            excluded=excluded,
-            notices=[f"{client} is left out: {why}" for client, why in sorted(excluded.items())],
-            initial=self.workshop.start(experiment, len(classes)),
-            device="sites",
-            data={"source": "sites", "sha256": {client: facts[client].data for client in clients}},
-            backbone={"name": experiment.model.backbone, "sha256": fingerprint},
-        )
+        return Roster({client: _row(facts[client]) for client in clients}, classes, excluded)
 
-        def told() -> list[str]:
-            return list(self.said)
 
-        def export(name: str) -> list[str]:
-            return lost(self.remote.export(clients, name))
-
-        kept = nothing(folder, known)
-        return Team(known, self.remote, kept, told, export, lambda: self.remote.sockets, None)
+def _row(facts: Facts) -> dict[str, Any]:
+    """What is kept of a client; a score that is none counts as not told."""
+    majority = facts.majority if facts.majority is not None and 0 <= facts.majority <= 1 else None
+    return {"rows": {split: facts.rows.get(split, 0) for split in SPLITS}, "majority": majority, "data": facts.data}
 
 
 @dataclass(frozen=True)
@@ -104,6 +139,42 @@ class Listen:
     wait: float
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A `Listen` whose address and files have been looked at."""
+
+    address: tuple[str, int]
+    tls: tuple[Path, Path] | None
+    keys: Mapping[ClientId, bytes]
+    expected: tuple[ClientId, ...] | int
+
+
+def opened(listen: Listen) -> Opened:
+    """
+    Raises:
+        ConfigError: for an address, keys or clients that cannot be used.
+    """
+    from celora.site.certificates import public_keys  # noqa: PLC0415  # an extra
+
+    address, keys, tls = parsed(listen.address), dict[ClientId, bytes](), None
+    if listen.keys is None and not loopback(address[0]):
+        raise ConfigError([f"--insecure: found the address {listen.address}, expected one of this machine (127.0.0.1)"])
+    if listen.keys is not None:
+        tls = Path(listen.keys) / "server.crt", Path(listen.keys) / "server.key"
+        if missing := [str(path) for path in tls if not path.is_file()]:
+            raise ConfigError([f"--keys: found no {missing[0]}; make one with `celora keys`, or bring your own"])
+        keys = public_keys(Path(listen.keys) / "sites")
+        if not keys:
+            raise ConfigError(
+                [f"--keys: found no key in {Path(listen.keys) / 'sites'}, expected <site>.pub of each site"]
+            )
+    expected = listen.clients if listen.clients is not None else tuple(keys)
+    if isinstance(expected, int) and not 0 < expected <= (len(keys) or expected):
+        most = f"1 to {len(keys)}, as many as have a key" if keys else "at least 1"
+        raise ConfigError([f"--clients: found {expected}, expected {most}"])
+    return Opened(address, tls, keys, expected)
+
+
 @contextmanager
 def serving(
     listen: Listen, experiment: Experiment, workshop: Workshop, root: Path, federation: str, say: Callable[[str], None]
@@ -115,19 +186,11 @@ def serving(
         FederationError: if nobody can listen there.
     """
     from celora.engines.flower import Fleet  # noqa: PLC0415  # an extra
-    from celora.site.certificates import public_keys  # noqa: PLC0415  # the same
 
-    address, keys, tls = parsed(listen.address), dict[ClientId, bytes](), None
-    if listen.keys is None and not loopback(address[0]):
-        raise ConfigError([f"--insecure: found the address {listen.address}, expected one of this machine (127.0.0.1)"])
-    if listen.keys is not None:
-        tls = Path(listen.keys) / "server.crt", Path(listen.keys) / "server.key"
-        if missing := [str(path) for path in tls if not path.is_file()]:
-            raise ConfigError([f"--keys: found no {missing[0]}; make one with `celora keys`, or bring your own"])
-        keys = public_keys(Path(listen.keys) / "sites")
-    expected = listen.clients if listen.clients is not None else tuple(keys)
-    if isinstance(expected, tuple) and keys and (unknown := [name for name in expected if name not in keys]):
-        raise ConfigError([f"--clients: found {unknown[0]!r}, expected some of {', '.join(keys)}: those with a key"])
+    at = opened(listen)
+    keys, tls, expected = at.keys, at.tls, at.expected
+    if isinstance(expected, tuple) and tls:
+        expected = tuple(client for client in expected if client in keys)  # a key may have been revoked since
     offer = {
         "celora": version("celora"),
         "federation": federation,
@@ -141,7 +204,7 @@ def serving(
         said.append(text)
         say(text)
 
-    with Fleet(address, tls, keys, offer, root / "flower.log") as post:
+    with Fleet(at.address, tls, keys, offer, root / "flower.log") as post:
         whom = f"{expected} sites" if isinstance(expected, int) else ", ".join(expected)
         tell(f"listening on {listen.address} for {whom}" + ("" if tls else ", without TLS and without keys"))
         remote = Remote(post, names=post.client if tls else None, say=tell)
@@ -166,12 +229,15 @@ def loopback(host: str) -> bool:
     return host in ("127.0.0.1", "::1", "localhost")
 
 
-def check_server(experiment: Experiment, workshop: Workshop) -> None:
-    """Whether a server without rows can run this.
+def check_server(experiment: Experiment, workshop: Workshop, listen: Listen) -> None:
+    """Whether a server without rows can run this there.
 
     Raises:
         CeloraError: if not, as far as it can be known.
     """
+    at = opened(listen)
+    if isinstance(at.expected, tuple) and (unknown := [name for name in at.expected if at.tls and name not in at.keys]):
+        raise ConfigError([f"--clients: found {unknown[0]!r}, expected some of {', '.join(at.keys)}: those with a key"])
     if experiment.model.own is not None and experiment.data.classes is None:
         raise ConfigError(["data.classes: with model.own the server must know all labels; list them"])
     workshop.start(experiment, len(experiment.data.classes or "ab"))

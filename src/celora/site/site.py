@@ -150,7 +150,7 @@ class Site:
                     place.mkdir(mode=0o700, exist_ok=True)
                 put(folder / "begin.tmp", body, owners)
                 os.replace(folder / "begin.tmp", folder / "begin.bin")
-            self._seats[job] = seat
+            self._seats = {job: seat}  # of other jobs what it takes to take part again is on disk
             self.say(f"{job}: {begin.label}, {seat.facts.rows.get('train', 0)} training rows")
         return name_of(Facts), pack(seat.facts)
 
