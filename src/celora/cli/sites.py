@@ -171,9 +171,7 @@ def ledger(*, state: State = None, as_json: Json = False) -> None:
     with explained(Session(), as_json=as_json):
         if state is None or not (state / "ledger.jsonl").is_file():
             raise ConfigError(
-                [
-                    f"--state: found no ledger in {state or 'no folder'}, expected the folder that `celora site` was given"
-                ]
+                [f"--state: found no ledger in {state or 'no folder'}, expected the one of `celora site`"]
             )
         book = Ledger(state / "ledger.jsonl")
         entries, problems = list(book.entries()), book.verify()

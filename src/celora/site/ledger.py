@@ -1,10 +1,12 @@
 """The ledger: one line for each frame that left the site, in a file that is only appended to.
 
 A line is on the disk before its frame is handed to the network. So a process that is killed may leave a line for a
-frame that did not make it, and never a frame without a line. (One exception: where a full disk allows no line, the notice
-that says so leaves without one; it has no content.) Each line holds the SHA-256 of the one before it: a line
-that was changed, removed or put in between is noticed by the next. Not noticed is what happens to the very last line,
-nor a chain that was computed anew; against those, keep a copy of the file, or of its last hash, elsewhere.
+frame that did not make it, and never a frame without a line. (One exception: where a full disk allows no line, the
+notice that says so leaves without one; it has no content.)
+
+Each line holds the SHA-256 of the one before it: a line that was changed, removed or put in between is noticed by the
+next. Not noticed is what happens to the very last line, nor a chain that was computed anew; against those, keep a copy
+of the file, or of its last hash, elsewhere.
 
 A line that was cut off, by a killed process or a full disk, stays where it is. It gets its line end and a note after
 it, and the chain goes on over both.
