@@ -205,7 +205,7 @@ def check(site: Join) -> list[Finding]:
             Finding(f"rows of {site.rows.source}", train >= policy.floor, found, todo if train < policy.floor else "")
         )
         findings.append(backbone(offer["backbone"], workshop.fingerprint(experiment)))
-    except CeloraError as error:
+    except (CeloraError, ValueError, KeyError) as error:  # what the server sends may be no experiment at all
         findings.append(Finding("rows and backbone", False, str(error), "mend that, and check again"))
     return findings
 
