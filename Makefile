@@ -13,10 +13,10 @@ demo: .venv/installed
 	$(BIN)/celora compare examples/demo.toml --algorithms local,fedit,ffa-lora,fedsa-lora,ce-lora --out $(RUNS)/demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow" --durations=5
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=5
 
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow --durations=12
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=12
 
 check: .venv/installed-test
 	$(BIN)/ruff check .
