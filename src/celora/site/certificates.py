@@ -19,7 +19,7 @@ from celora.site.files import closing, open_to_others, write_new
 
 try:
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import (
@@ -27,7 +27,6 @@ try:
         NoEncryption,
         PrivateFormat,
         PublicFormat,
-        load_pem_public_key,
         load_ssh_private_key,
         load_ssh_public_key,
     )
@@ -172,27 +171,6 @@ def expires(path: Path) -> datetime:
         return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
     except (OSError, ValueError) as error:
         raise ConfigError([f"{path}: cannot be read as a certificate ({error}), expected PEM"]) from error
-
-
-def sign(key: Key, text: bytes) -> bytes:
-    """A signature by ECDSA with SHA-256, as Flower signs."""
-    return key.sign(text, ec.ECDSA(hashes.SHA256()))
-
-
-def verified(public_pem: bytes, text: bytes, signature: bytes) -> bool:
-    """Whether the owner of a public key, one of `public_keys`, signed this text.
-
-    Raises:
-        ValueError: if `public_pem` holds no EC key.
-    """
-    key = load_pem_public_key(public_pem)
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ValueError(f"found {type(key).__name__}, expected an EC key")
-    try:
-        key.verify(signature, text, ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature:
-        return False
-    return True
 
 
 def _misnamed(name: str) -> list[str]:
