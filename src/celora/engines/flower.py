@@ -330,7 +330,7 @@ class Fleet:
         return app
 
     def _known(self, request: Request) -> NodeId | None:
-        """Whose registered key has signed a request: headers celora-key, -time, -signature, as `Line.offer` sends them."""
+        """Whose registered key has signed a request, by the headers that `Line.offer` sends."""
         try:
             key, when = bytes.fromhex(request.headers["celora-key"]), request.headers["celora-time"]
             signature = bytes.fromhex(request.headers["celora-signature"])
