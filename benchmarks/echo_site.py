@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from celora.engines.flower import Handle, Line, attend
+from celora.engines.flower import Handle, NodeConnection, run_node
 from celora.site.certificates import private_key
 
 
@@ -19,5 +19,5 @@ def echo(position: int) -> Handle:
 
 if __name__ == "__main__":
     address, keys = sys.argv[1], Path(sys.argv[2])
-    line = Line(address, (keys / "ca.crt").read_bytes(), private_key(keys / "site.key"))
-    attend(line, lambda offer: echo(0), threading.Event(), lambda text: None)
+    line = NodeConnection(address, (keys / "ca.crt").read_bytes(), private_key(keys / "site.key"))
+    run_node(line, lambda offer: echo(0), threading.Event(), lambda text: None)

@@ -39,11 +39,11 @@ from transformers import AutoConfig, AutoModel
 import flower_job
 import job
 from celora import experiment
-from celora.core import federation
 from celora.core.learner import Batch, Fit, Learner
+from celora.core.rounds import run_rounds
 from celora.core.solve import solve, solve_together
 from celora.engines import embedded
-from celora.experiment.world import Workshop, World
+from celora.experiment.population import Population, ResourceCache
 from celora.models import Rows, sources
 from celora.tensors import Tensors, but, mean, nbytes
 from celora.wire import Schema
@@ -100,23 +100,23 @@ class Skipped(Exception):
     """Why a section cannot run here."""
 
 
-def world_of(*trees: Tree) -> World:
-    return Workshop().world(experiment.resolve(merged(COMMON, *trees), Path()))
+def population_of(*trees: Tree) -> Population:
+    return ResourceCache().population(experiment.resolve(merged(COMMON, *trees), Path()))
 
 
-def federate(world: World, group: int | None) -> None:
+def federate(population: Population, group: int | None) -> None:
     """All rounds of a world, frames, screening, averages and the closing download included; no run folder."""
-    of, shelves = world.experiment, dict[str, Any]()
-    ways = dataclasses.replace(world.experiment.engine, group=group).solver(world.models.device)
-    exchange = embedded.Embedded(of.algorithm, world.learner, shelves, Schema.of(world.initial), *ways)
-    for done in federation.run(of.algorithm, exchange, of.plan, world.clients, world.initial):
+    of, stores = population.experiment, dict[str, Any]()
+    ways = dataclasses.replace(population.experiment.engine, group=group).solver(population.models.device)
+    exchange = embedded.Embedded(of.algorithm, population.learner, stores, Schema.of(population.initial), *ways)
+    for done in run_rounds(of.algorithm, exchange, of.plan, population.clients, population.initial):
         if done.excluded:
             raise RuntimeError(f"a client failed: {done.excluded}")
 
 
-def fit(world: World, client: str) -> Tensors:
+def fit(population: Population, client: str) -> Tensors:
     """One local training problem, as an algorithm hands it over."""
-    learner = world.learner(client, 1)
+    learner = population.learner(client, 1)
 
     def turn() -> Generator[Any, Any, Tensors]:
         weights: Tensors = (yield Fit({}, train=but("C"))).weights
@@ -132,15 +132,18 @@ def fit(world: World, client: str) -> Tensors:
 # --- plain PEFT
 
 
-def lora_of(world: World) -> dict[str, Any]:
-    adapter, targets = world.experiment.adapter, world.experiment.adapter.targets
+def lora_of(population: Population) -> dict[str, Any]:
+    adapter, targets = population.experiment.adapter, population.experiment.adapter.targets
     return {
-        "rank": adapter.rank, "alpha": adapter.lora_alpha, "targets": targets, "classes": len(world.federation.classes)
-    }  # fmt: skip
+        "rank": adapter.rank,
+        "alpha": adapter.lora_alpha,
+        "targets": targets,
+        "classes": len(population.federation.classes),
+    }
 
 
-def plain_of(world: World) -> Plain:
-    return Plain(encoder(), **lora_of(world))
+def plain_of(population: Population) -> Plain:
+    return Plain(encoder(), **lora_of(population))
 
 
 def batches_of(learner: Learner) -> list[Batch]:
@@ -168,22 +171,22 @@ SAME, USUAL, WIDEST = "plain, the same tensors", "plain, padded to the longest o
 
 def central(size: Size) -> Result:
     """One learner, then a whole round, against plain PEFT on the same tensors and with usual padding."""
-    world = world_of({"data": {"clients": 1, "rows": size.rows}, "plan": {"rounds": 1}})
-    (client,) = world.clients
-    recipe, model, rows = world.experiment.train, plain_of(world), world.rows[client]["train"]
+    population = population_of({"data": {"clients": 1, "rows": size.rows}, "plan": {"rounds": 1}})
+    (client,) = population.clients
+    recipe, model, rows = population.experiment.train, plain_of(population), population.rows[client]["train"]
     inputs: Any = rows.inputs
-    batches = batches_of(world.learner(client, 1))
+    batches = batches_of(population.learner(client, 1))
     shuffled = partial(padded, inputs, rows.labels, recipe.batch_size, SEED)
 
     def by_hand(make: Callable[[], Iterable[Batch]]) -> None:
-        model.start_from(world.initial)
+        model.start_from(population.initial)
         train(model, make(), recipe)
 
     by_hand(lambda: batches)
-    difference = apart(fit(world, client), model.named())
+    difference = apart(fit(population, client), model.named())
     times = in_turns(
         {
-            "celora": lambda: fit(world, client),
+            "celora": lambda: fit(population, client),
             SAME: lambda: by_hand(lambda: batches),
             USUAL: lambda: by_hand(lambda: shuffled(None)),
             WIDEST: lambda: by_hand(lambda: shuffled(128)),
@@ -208,28 +211,30 @@ def central(size: Size) -> Result:
 
 def central_round(size: Size) -> Result:
     """A whole round of FedIT against one model trained on the mini-batches of all clients."""
-    world = world_of({"data": {"clients": size.clients, "rows": size.each, "validation": 0.0}, "plan": {"rounds": 1}})
-    model = plain_of(world)
-    union = [batch for client in world.clients for batch in batches_of(world.learner(client, 1))]
+    population = population_of(
+        {"data": {"clients": size.clients, "rows": size.each, "validation": 0.0}, "plan": {"rounds": 1}}
+    )
+    model = plain_of(population)
+    union = [batch for client in population.clients for batch in batches_of(population.learner(client, 1))]
 
     def by_hand() -> None:
-        model.start_from(world.initial)
-        train(model, union, world.experiment.train)
+        model.start_from(population.initial)
+        train(model, union, population.experiment.train)
 
-    times = in_turns({SAME: by_hand, **rounds_of(world)}, size.repetitions, size.time)
+    times = in_turns({SAME: by_hand, **rounds_of(population)}, size.repetitions, size.time)
     real, filled = tokens_in(union)
-    title = f"A whole round of FedIT, {len(world.clients)} clients × {size.each} rows, against central training"
+    title = f"A whole round of FedIT, {len(population.clients)} clients × {size.each} rows, against central training"
     show(title, compared(times, real, dict.fromkeys(times, filled)))
     over = {name: spread.over(times[SAME]) for name, spread in times.items() if name != SAME}
     return {
-        "clients": len(world.clients), "seconds": as_json(times), "real_tokens": real, "padded_tokens": filled,
+        "clients": len(population.clients), "seconds": as_json(times), "real_tokens": real, "padded_tokens": filled,
         "over_same_tensors": as_json(over),
     }  # fmt: skip
 
 
-def rounds_of(world: World) -> dict[str, Callable[[], object]]:
+def rounds_of(population: Population) -> dict[str, Callable[[], object]]:
     """The embedded engine's ways to run this world."""
-    return {"celora, alone": partial(federate, world, 1), "celora, grouped": partial(federate, world, None)}
+    return {"celora, alone": partial(federate, population, 1), "celora, grouped": partial(federate, population, None)}
 
 
 def compared(times: Mapping[str, Spread], tokens: int, filled: Mapping[str, int]) -> list[Result]:
@@ -249,13 +254,13 @@ def as_json(times: Mapping[str, Spread]) -> Result:
 
 def grouping(size: Size) -> Result:
     """Clients with 4 rows of 32 tokens a step: alone, and K in one pass."""
-    world = world_of(
+    population = population_of(
         {"data": {"clients": size.group_clients, "rows": 8}, "train": {"batch_size": 4, "steps": size.group_steps}}
     )
-    classes, draw = len(world.federation.classes), torch.Generator().manual_seed(SEED)
-    for client in world.clients:
+    classes, draw = len(population.federation.classes), torch.Generator().manual_seed(SEED)
+    for client in population.clients:
         ids: list[list[int]] = torch.randint(1000, 30000, (4 * size.group_steps, 32), generator=draw).tolist()
-        world.rows[client] = {"train": Rows(ids, torch.randint(classes, (len(ids),), generator=draw))}
+        population.rows[client] = {"train": Rows(ids, torch.randint(classes, (len(ids),), generator=draw))}
 
     def all_clients(group: int | None) -> list[Tensors]:
         def turn() -> Generator[Any, Any, Tensors]:
@@ -263,9 +268,9 @@ def grouping(size: Size) -> Result:
             return weights
 
         found: list[Tensors | Exception] = []
-        cohort = group or len(world.clients)
-        for start in range(0, len(world.clients), cohort):
-            jobs = [(world.learner(client, 1), turn()) for client in world.clients[start : start + cohort]]
+        cohort = group or len(population.clients)
+        for start in range(0, len(population.clients), cohort):
+            jobs = [(population.learner(client, 1), turn()) for client in population.clients[start : start + cohort]]
             found += solve(jobs) if group == 1 else solve_together(jobs)
         if failed := [one for one in found if isinstance(one, Exception)]:
             raise failed[0]
@@ -361,34 +366,36 @@ def average(numbers: Iterable[float]) -> float:
 
 def rebuild(size: Size) -> Result:
     """One round of FedIT against a loop that copies the encoder and calls `get_peft_model` for every client."""
-    world = world_of({"data": {"clients": size.clients, "rows": size.each, "validation": 0.0}, "plan": {"rounds": 1}})
-    base, settings, recipe = encoder(), lora_of(world), world.experiment.train
-    batches = {client: batches_of(world.learner(client, 1)) for client in world.clients}
+    population = population_of(
+        {"data": {"clients": size.clients, "rows": size.each, "validation": 0.0}, "plan": {"rounds": 1}}
+    )
+    base, settings, recipe = encoder(), lora_of(population), population.experiment.train
+    batches = {client: batches_of(population.learner(client, 1)) for client in population.clients}
     building: list[float] = []
 
     def loop() -> None:
         trained, spent = [], 0.0
-        for client in world.clients:
+        for client in population.clients:
             began = size.time()
             model = rebuilt(base, **settings)
             spent += size.time() - began
-            model.start_from(world.initial)
+            model.start_from(population.initial)
             train(model, batches[client], recipe)
             trained.append({name: parameter.detach().clone() for name, parameter in model.named().items()})
-        mean((one, len(world.rows[c]["train"])) for c, one in zip(world.clients, trained, strict=True))
-        building.append(1000 * spent / len(world.clients))
+        mean((one, len(population.rows[c]["train"])) for c, one in zip(population.clients, trained, strict=True))
+        building.append(1000 * spent / len(population.clients))
 
-    times = in_turns({"a model for each client": loop, **rounds_of(world)}, size.repetitions, size.time)
+    times = in_turns({"a model for each client": loop, **rounds_of(population)}, size.repetitions, size.time)
     building_ms = Spread(tuple(building[1:]))
-    learner = in_turns({"learner": lambda: [world.learner(c, 1) for c in world.clients]}, size.repetitions, size.time)[
-        "learner"
-    ]
-    learner_ms = learner.times(1000 / len(world.clients))
+    learner = in_turns(
+        {"learner": lambda: [population.learner(c, 1) for c in population.clients]}, size.repetitions, size.time
+    )["learner"]
+    learner_ms = learner.times(1000 / len(population.clients))
     shown = [
         {"contestant": n, "seconds a round": t, "time over the loop's": t.over(times["a model for each client"])}
         for n, t in times.items()
     ]
-    show(f"{len(world.clients)} clients × {size.each} rows, one round", shown)
+    show(f"{len(population.clients)} clients × {size.each} rows, one round", shown)
     print(f"to set up a client: {building_ms} ms by deepcopy and get_peft_model, {learner_ms} ms by celora")
     return {
         "seconds": as_json(times), "setup_ms": {"loop": building_ms.json(), "celora": learner_ms.json()},
@@ -412,14 +419,14 @@ def against_flower(size: Size, rows: int) -> Result:
             "plan": {"rounds": size.flower_rounds, "evaluate_every": size.flower_rounds},
         },
     )
-    world = world_of(tree)
+    population = population_of(tree)
     theirs = {"Flower": 1, "Flower, as it comes": 2}
     runs: dict[str, list[Result]] = {}
     kinds = {f"celora, {threads} thread{'s'[: threads > 1]}": threads for threads in dict.fromkeys((1, cores))}
     for turn in range(size.flower_repetitions):
         order = [*kinds, *theirs]
         for name in order if turn % 2 == 0 else order[::-1]:
-            found = alone(tree, kinds[name]) if name in kinds else flower_run(world, cores, theirs[name])
+            found = alone(tree, kinds[name]) if name in kinds else flower_run(population, cores, theirs[name])
             runs.setdefault(name, []).append(found)
     runs = {name: runs[name] for name in (*kinds, *theirs)}
     parts = {"whole command": "seconds", "all rounds": "rounds", "rounds after the first": "later"}
@@ -484,9 +491,9 @@ def alone(tree: Tree, threads: int) -> Result:
     return {**times, "losses": losses, "peak_mb": found["peak_mb"]}
 
 
-def flower_run(world: World, cores: int, each: int) -> Result:
-    found = flower_job.run(world, cores, each)
-    if any(len(of_round) != len(world.clients) for of_round in found["clients"]):
+def flower_run(population: Population, cores: int, each: int) -> Result:
+    found = flower_job.run(population, cores, each)
+    if any(len(of_round) != len(population.clients) for of_round in found["clients"]):
         raise RuntimeError(f"clients of Flower failed: {[len(of_round) for of_round in found['clients']]} reported")
     losses = [[m["train_loss"] for m in of_round] for of_round in found["clients"]]
     return {**found, "rounds": sum(found["rounds"]), "later": sum(found["rounds"][1:]), "losses": losses}
@@ -511,7 +518,7 @@ def memory(size: Size) -> Result:
             found = alone(tree, 1)
             peaks[clients], seconds[clients] = found["peak_mb"], found["rounds"]
         ratio = peaks[size.many] / peaks[10]
-        private = size.many * nbytes(world_of({"data": {"clients": 10, "rows": 2}}).initial) / 2**20
+        private = size.many * nbytes(population_of({"data": {"clients": 10, "rows": 2}}).initial) / 2**20
         few, many = "10 clients, MB", f"{size.many:,} clients, MB"
         row = {"algorithm": algorithm, few: round(peaks[10]), many: round(peaks[size.many]), "ratio": ratio}
         shown.append({**row, "seconds": seconds[size.many], "one adapter each, MB": round(private)})

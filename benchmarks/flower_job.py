@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from celora.experiment.world import World
+from celora.experiment.population import Population
 from celora.models.sources import embedded
 
 APP = Path(__file__).parent / "flower-fedavg-lora"
@@ -36,11 +36,11 @@ def missing() -> str | None:
     return None
 
 
-def write_inputs(world: World, folder: Path) -> None:
+def write_inputs(population: Population, folder: Path) -> None:
     """The clients' training texts and labels, and LoRA and head to start from, under PEFT's names."""
-    table, classes = world.federation.table, world.federation.classes
+    table, classes = population.federation.table, population.federation.classes
     assert isinstance(table.inputs, list)
-    shares = world.federation.clients.values()
+    shares = population.federation.clients.values()
     clients = [
         {
             "texts": [table.inputs[row] for row in share.train],
@@ -53,14 +53,14 @@ def write_inputs(world: World, folder: Path) -> None:
     (folder / "data.json").write_text(json.dumps({"classes": len(classes), "clients": clients}))
     names = {".A": ".lora_A.weight", ".B": ".lora_B.weight"}
     initial: dict[str, torch.Tensor] = {}
-    for name, weight in world.initial.items():
+    for name, weight in population.initial.items():
         module = name[:-2]
         peft = name if name.startswith("head.") else f"encoder.{module}{names[name[-2:]]}"
         initial[f"base_model.model.{peft}"] = weight.contiguous()
     save_file(initial, folder / "initial.safetensors")
 
 
-def run(world: World, cores: int, each: int) -> dict[str, Any]:
+def run(population: Population, cores: int, each: int) -> dict[str, Any]:
     """The job of this world's experiment: FedAvg over its clients, `cores` in all and `each` for a client.
 
     Returns:
@@ -69,10 +69,10 @@ def run(world: World, cores: int, each: int) -> dict[str, Any]:
     Raises:
         RuntimeError: with the end of the log, if the run did not complete.
     """
-    experiment = world.experiment
+    experiment = population.experiment
     with tempfile.TemporaryDirectory(prefix="fl-") as name:  # short: Ray puts sockets into it
         folder = Path(name)
-        write_inputs(world, folder)
+        write_inputs(population, folder)
         shutil.copytree(APP, folder / APP.name, ignore=shutil.ignore_patterns("__pycache__"))
         config = {
             "num-server-rounds": experiment.plan.rounds,
@@ -90,7 +90,7 @@ def run(world: World, cores: int, each: int) -> dict[str, Any]:
             "out": str(folder / "out.json"),
         }
         federation = (
-            f"num-supernodes={len(world.clients)} client-resources-num-cpus={each} client-resources-num-gpus=0.0 "
+            f"num-supernodes={len(population.clients)} client-resources-num-cpus={each} client-resources-num-gpus=0.0 "
             f"init-args-num-cpus={cores}"
         )
         command = [

@@ -3,7 +3,7 @@
     python benchmarks/sites.py [--only transport,memory,simulated] [--rounds 12] [--tiny]
 
 transport  three nodes over TLS with keys on loopback; a frame goes to each, as many bytes come back.
-           Ours: Fleet and `attend`. Stock: flower-superlink, flower-supernode, `flwr run` of benchmarks/flower-echo,
+           Ours: Fleet and `run_node`. Stock: flower-superlink, flower-supernode, `flwr run` of benchmarks/flower-echo,
            one packed array a message. Bytes are counted by a TCP relay between each node and the server, the same for
            both: TCP payload, with TLS.
 simulated  an empty round of Flower's simulation through `celora.engines.flower.simulation`

@@ -22,24 +22,24 @@ from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.federation import run
 from celora.core.learner import (
     Batch,
-    Channels,
-    Encode,
+    Features,
     Fit,
     Fitted,
     Gradient,
+    GradientResult,
+    InputNorms,
     Metrics,
     Problem,
     Recipe,
     Score,
-    Slope,
     Split,
 )
-from celora.core.messages import Checkpoint, Exchange, Order, Plan, Reply, Round, Shelf, frame_of, opened
+from celora.core.messages import Checkpoint, ClientStore, Exchange, Instruction, Plan, Reply, Round, frame_of, unpacked
+from celora.core.rounds import run_rounds
 from celora.engines.embedded import Embedded
-from celora.engines.remote import Facts
+from celora.engines.remote import ClientFacts
 from celora.rng import generator
 from celora.tensors import Tensors
 from celora.wire import Schema
@@ -51,7 +51,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 RECIPE = Recipe(lr=4e-2, batch_size=16)
 
 
-class World:
+class Population:
     """What `Embedded` asks for: a client's learner in a round.
 
     Args:
@@ -145,22 +145,22 @@ class Together:
 
 
 class Toy:
-    """One client of a `World` in one round."""
+    """One client of a `Population` in one round."""
 
     device = torch.device("cpu")
 
-    def __init__(self, world: World, client: str, round: int) -> None:
-        self.world, self.client, self.round = world, client, round
-        self.recipe, self.initial, self.shared = world.recipe, world.initial, world.shared
-        if client in world.ranks:
-            self.initial = truncated(world.initial, world.ranks[client])
-        self.rng = generator(world.seed, "algorithm", client, round)
-        self.order = generator(world.seed, "fit", client, round)
+    def __init__(self, population: Population, client: str, round: int) -> None:
+        self.population, self.client, self.round = population, client, round
+        self.recipe, self.initial, self.shared = population.recipe, population.initial, population.shared
+        if client in population.ranks:
+            self.initial = truncated(population.initial, population.ranks[client])
+        self.rng = generator(population.seed, "algorithm", client, round)
+        self.order = generator(population.seed, "fit", client, round)
         self.examples = 24 + 6 * int(client[1:])
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """Each call draws another order, as a `ModelLearner`'s."""
-        x, y = self.world.rows(self.client, "train")
+        x, y = self.population.rows(self.client, "train")
         made, steps = 0, self.recipe.steps if size is None else None
         for _ in range(1 if size else self.recipe.epochs if steps is None else steps):
             for rows in torch.randperm(len(x), generator=self.order).split(size or self.recipe.batch_size):
@@ -173,16 +173,17 @@ class Toy:
         parts = modules(weights)["layer"]
         many = next((len(w) for w in parts.values() if w.dim() == 3), None)
         rows = x if many is None else x.expand(many, *x.shape[-2:]).flatten(0, 1)
-        delta = self.world.family.delta(rows, parts)
+        delta = self.population.family.delta(rows, parts)
         return torch.tanh(
-            x @ self.world.backbone.to(x.dtype).mT + SCALE * (delta if many is None else delta.view(many, -1, D_OUT))
+            x @ self.population.backbone.to(x.dtype).mT
+            + SCALE * (delta if many is None else delta.view(many, -1, D_OUT))
         )
 
     def logits(self, weights: Tensors, x: Tensor) -> Tensor:
         return self.hidden(weights, x) @ weights["head.weight"].mT + weights["head.bias"].unsqueeze(-2)
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
-        fault = self.world.faults.get((self.client, self.round), 1.0)
+        fault = self.population.faults.get((self.client, self.round), 1.0)
         if isinstance(fault, Exception):
             raise fault
         logits = self.logits(weights, batch["x"])
@@ -190,17 +191,17 @@ class Toy:
         return fault * loss.view(batch["y"].shape).sum(-1) / (batch["y"] >= 0).sum(-1)
 
     def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
-        x, y = (part[:rows] for part in self.world.rows(self.client, split))
+        x, y = (part[:rows] for part in self.population.rows(self.client, split))
         logits = self.logits(weights, x)
         right = (logits.argmax(-1) == y).double().mean()
         return {"score": float(right), "loss": float(F.cross_entropy(logits, y)), "rows": float(len(y))}
 
     def features(self) -> tuple[Tensor, Tensor]:
-        x, y = self.world.rows(self.client, "train")
-        return torch.tanh(x @ self.world.backbone.mT), y
+        x, y = self.population.rows(self.client, "train")
+        return torch.tanh(x @ self.population.backbone.mT), y
 
-    def channels(self, rows: int) -> dict[str, Tensor]:
-        return {"layer": self.world.rows(self.client, "train")[0][:rows].norm(dim=0)}
+    def input_norms(self, rows: int) -> dict[str, Tensor]:
+        return {"layer": self.population.rows(self.client, "train")[0][:rows].norm(dim=0)}
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class Stub:
     def features(self) -> tuple[Tensor, Tensor]:
         return self.rows
 
-    def channels(self, rows: int) -> dict[str, Tensor]:
+    def input_norms(self, rows: int) -> dict[str, Tensor]:
         return {name: torch.ones(w["A"].shape[-1]) for name, w in modules(self.initial).items()}
 
 
@@ -282,30 +283,32 @@ def pretended(learner: Any, problem: Problem) -> object:
             return Fitted({**learner.initial, **problem.weights}, {"loss": 1.0, "steps": 0.0})
         case Score():
             return learner.test(problem.weights, problem.split, problem.rows)
-        case Encode():
+        case Features():
             return learner.features()
         case Gradient():
             weights = {**learner.initial, **problem.weights}
-            return Slope(1.0, {name: torch.zeros_like(w) for name, w in weights.items() if problem.names(name)})
-        case Channels():
-            return learner.channels(problem.rows)
+            return GradientResult(
+                1.0, {name: torch.zeros_like(w) for name, w in weights.items() if problem.names(name)}
+            )
+        case InputNorms():
+            return learner.input_norms(problem.rows)
 
 
 class Federation:
-    """An algorithm, a world, the clients' shelves, and the embedded engine between them."""
+    """An algorithm, a world, the clients' stores, and the embedded engine between them."""
 
     def __init__(
         self,
         algorithm: AnyAlgorithm,
-        world: World | None = None,
-        shelves: Mapping[str, Mapping[str, object]] | None = None,
+        population: Population | None = None,
+        stores: Mapping[str, Mapping[str, object]] | None = None,
         clients: Sequence[str] = CLIENTS,
     ) -> None:
         self.algorithm, self.clients = algorithm, clients
-        self.world = world or world_of(algorithm)
-        self.schema = Schema.of(self.world.initial)
-        self.shelves: MutableMapping[str, Shelf] = {c: dict(shelf) for c, shelf in (shelves or {}).items()}
-        self.engine = Embedded(algorithm, self.world, self.shelves, self.schema)
+        self.population = population or population_of(algorithm)
+        self.schema = Schema.of(self.population.initial)
+        self.stores: MutableMapping[str, ClientStore] = {c: dict(store) for c, store in (stores or {}).items()}
+        self.engine = Embedded(algorithm, self.population, self.stores, self.schema)
 
     def run(
         self,
@@ -313,54 +316,56 @@ class Federation:
         around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
         checkpoint: Checkpoint | None = None,
     ) -> Iterator[Round]:
-        return run(self.algorithm, around(self.engine), plan, self.clients, self.world.initial, checkpoint=checkpoint)
+        return run_rounds(
+            self.algorithm, around(self.engine), plan, self.clients, self.population.initial, checkpoint=checkpoint
+        )
 
-    def private(self, shelf: Mapping[str, object]) -> Any:
-        """The newest private state on a shelf."""
-        return opened(self.algorithm.card.local, shelf[newest(shelf)], self.schema)
+    def private(self, store: Mapping[str, object]) -> Any:
+        """The newest private state on a store."""
+        return unpacked(self.algorithm.info.local, store[newest(store)], self.schema)
 
     def copies(self) -> dict[str, dict[str, bytes]]:
-        """The shelves as they are now, as frames."""
+        """The stores as they are now, as frames."""
         return {
-            client: {name: frame_of(value, self.schema) for name, value in shelf.items()}
-            for client, shelf in self.shelves.items()
+            client: {name: frame_of(value, self.schema) for name, value in store.items()}
+            for client, store in self.stores.items()
         }
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A client's place in a world (`celora.site.site.Seat`)."""
+class JobContext:
+    """A client's place in a world (`celora.site.site.JobContext`)."""
 
     algorithm: AnyAlgorithm
-    world: World
+    population: Population
     client: str
 
     @property
-    def facts(self) -> Facts:
-        rows = {split: len(self.world.rows(self.client, split)[1]) for split in SPLITS}
-        return Facts(rows, ("no", "yes"), 0.5, "data of " + self.client, "backbone", "version")
+    def facts(self) -> ClientFacts:
+        rows = {split: len(self.population.rows(self.client, split)[1]) for split in SPLITS}
+        return ClientFacts(rows, ("no", "yes"), 0.5, "data of " + self.client, "backbone", "version")
 
     @property
     def initial(self) -> Tensors:
-        return self.world.initial
+        return self.population.initial
 
     def learner(self, round: int) -> Toy:
-        return self.world(self.client, round)
+        return self.population(self.client, round)
 
     def export(self, folder: Path, weights: Tensors) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(weights), folder / "adapter.safetensors")
 
 
-def newest(shelf: Mapping[str, object]) -> str:
-    """The name of the newest private state on a shelf; "private@0" if there is none."""
-    return max((name for name in shelf if name.startswith("private@")), key=lambda n: int(n[8:]), default="private@0")
+def newest(store: Mapping[str, object]) -> str:
+    """The name of the newest private state on a store; "private@0" if there is none."""
+    return max((name for name in store if name.startswith("private@")), key=lambda n: int(n[8:]), default="private@0")
 
 
-def world_of(algorithm: AnyAlgorithm, **options: Any) -> World:
+def population_of(algorithm: AnyAlgorithm, **options: Any) -> Population:
     """The world an algorithm needs: frozen bases need a B that is not 0."""
     b = "random" if getattr(algorithm, "freeze_bases", False) else "zero"
-    return World(algorithm.family, b=b, **options)
+    return Population(algorithm.family, b=b, **options)
 
 
 class Tape:
@@ -368,10 +373,10 @@ class Tape:
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.orders: list[tuple[int, str, Order]] = []
+        self.orders: list[tuple[int, str, Instruction]] = []
         self.replies: list[tuple[int, str, Reply]] = []
 
-    def __call__(self, orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+    def __call__(self, orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
         replies = self.exchange(orders)
         self.orders += [(order.round, client, order) for client, order in orders.items()]
         self.replies += [(orders[client].round, client, reply) for client, reply in replies.items()]
@@ -382,7 +387,7 @@ def lost(*replies: tuple[str, int]) -> Callable[[Exchange], Exchange]:
     """An `Exchange` on which these (client, round) never run."""
 
     def around(exchange: Exchange) -> Exchange:
-        def exchange_without(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def exchange_without(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             return exchange({c: order for c, order in orders.items() if (c, order.round) not in replies})
 
         return exchange_without

@@ -3,10 +3,10 @@
 from importlib.metadata import version
 
 from celora.algorithms import ALGORITHMS
-from celora.core.algorithm import Algorithm, Card, Trained
-from celora.core.federation import run
+from celora.core.algorithm import Algorithm, AlgorithmInfo, Trained
 from celora.core.learner import Fit, Fitted, Learner, Recipe
-from celora.core.messages import Exchange, Order, Plan, Reply, Round
+from celora.core.messages import Exchange, Instruction, Plan, Reply, Round
+from celora.core.rounds import run_rounds
 from celora.errors import CeloraError
 from celora.experiment import Experiment, read
 from celora.wire import pack, record, unpack
@@ -15,14 +15,14 @@ __version__ = version("celora")
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
-    "Card",
+    "AlgorithmInfo",
     "CeloraError",
     "Exchange",
     "Experiment",
     "Fit",
     "Fitted",
+    "Instruction",
     "Learner",
-    "Order",
     "Plan",
     "Recipe",
     "Reply",
@@ -31,6 +31,6 @@ __all__ = [
     "pack",
     "read",
     "record",
-    "run",
+    "run_rounds",
     "unpack",
 ]

@@ -13,15 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from celora.algorithms import ALGORITHMS
-from celora.core.algorithm import AnyAlgorithm, Card
+from celora.core.algorithm import AlgorithmInfo, AnyAlgorithm
 from celora.errors import ConfigError
 
-Entry = dict[str, Any]
+Description = dict[str, Any]
 MIXED = "*"
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
-def describe(names: Sequence[str]) -> list[Entry]:
+def describe(names: Sequence[str]) -> list[Description]:
     """The named algorithms, or all of them.
 
     Raises:
@@ -39,7 +39,7 @@ def describe(names: Sequence[str]) -> list[Entry]:
     return [_entry(name) for name in names or ALGORITHMS]
 
 
-def table(entries: Sequence[Entry]) -> Table:
+def table(entries: Sequence[Description]) -> Table:
     """A row for each algorithm: what is trained, what goes up and comes down, what stays, what the server keeps."""
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
     columns = ("algorithm", "trained", "up", "down", "stays at the client", "server keeps", "numbers up a layer")
@@ -58,7 +58,7 @@ def table(entries: Sequence[Entry]) -> Table:
     return found
 
 
-def page(entry: Entry) -> Iterator[RenderableType]:
+def page(entry: Description) -> Iterator[RenderableType]:
     """All about one algorithm, its settings included."""
     yield Text(f"{entry['name']}: {entry['about']}", style="bold")
     facts = {
@@ -86,7 +86,7 @@ def page(entry: Entry) -> Iterator[RenderableType]:
     yield settings
 
 
-def _is_mixed(entry: Entry) -> bool:
+def _is_mixed(entry: Description) -> bool:
     return bool(entry["mixed_ranks"])
 
 
@@ -95,48 +95,48 @@ def _first(kind: type) -> str:
     return (getdoc(kind) or "").partition("\n\n")[0]
 
 
-def _up(entry: Entry) -> str:
+def _up(entry: Description) -> str:
     return _with_head(entry["sends"], entry)
 
 
-def _down(entry: Entry) -> str:
+def _down(entry: Description) -> str:
     return _with_head(entry["gets"], entry)
 
 
-def _with_head(letters: str, entry: Entry) -> str:
+def _with_head(letters: str, entry: Description) -> str:
     """The card's letters, and the head where it travels by default."""
     return letters if "head" in letters or "head" not in entry["travels"] else f"{letters}, head"
 
 
-def _entry(name: str) -> Entry:
+def _entry(name: str) -> Description:
     kind = ALGORITHMS[name]
     algorithm: AnyAlgorithm = kind()
-    card: Card = kind.card
+    info: AlgorithmInfo = kind.info
     all_parts = [*algorithm.family.parts(1, 1, 1), "head"]
     travels = [part for part in all_parts if algorithm.shares("head.weight" if part == "head" else f"layer.{part}")]
     fields: Mapping[str, Mapping[str, Any]] = TypeAdapter(kind).json_schema()["properties"]
     return {
         "name": name,
         "about": getdoc(kind),
-        "title": card.title,
-        "link": card.link,
+        "title": info.title,
+        "link": info.link,
         "family": algorithm.family.name,
         "update": algorithm.family.update,
         "head": algorithm.head,
         "travels": travels,
         "stays": [part for part in all_parts if part not in travels],
-        "trains": card.trains,
-        "sends": card.sends,
-        "gets": card.gets,
-        "keeps": card.keeps,
-        "remembers": card.remembers,
-        "uplink": card.uplink,
-        "mixed_ranks": card.mixed_ranks,
-        "partial": card.partial,
-        "up": _first(card.up),
-        "down": _first(card.down),
-        "local": _first(card.local),
-        "private_bases": card.private_bases,
+        "trains": info.trains,
+        "sends": info.sends,
+        "gets": info.gets,
+        "keeps": info.keeps,
+        "remembers": info.remembers,
+        "uplink": info.uplink,
+        "mixed_ranks": info.mixed_ranks,
+        "partial": info.partial,
+        "up": _first(info.up),
+        "down": _first(info.down),
+        "local": _first(info.local),
+        "private_bases": info.private_bases,
         "settings": [
             {
                 "name": key,

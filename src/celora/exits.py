@@ -33,7 +33,7 @@ TOLD = ConfigError | DataError | ModelError | RunFolderError | FederationError |
 
 
 @dataclass
-class Session:
+class SessionState:
     """As much of a session as a message about its end needs."""
 
     folder: str | None = None
@@ -63,7 +63,7 @@ class Session:
 
 
 @contextmanager
-def explained(session: Session, *, as_json: bool) -> Iterator[None]:
+def explained(session: SessionState, *, as_json: bool) -> Iterator[None]:
     """Turn what goes wrong into a message and an exit code; Ctrl-C and SIGTERM end in good order.
 
     Raises:

@@ -6,7 +6,7 @@
         lr: Positive = setting(1e-3, "learning rate of AdamW")
 
 A value out of range, of the wrong type or under an unknown name raises `pydantic.ValidationError`, with all
-problems at once; `told` puts them into words, for a `ConfigError` that says where they stand in the file.
+problems at once; `error_lines` puts them into words, for a `ConfigError` that says where they stand in the file.
 """
 
 import difflib
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 
@@ -36,7 +36,7 @@ def settings(kind: type[T]) -> type[T]:
     return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=False))(kind)  # type: ignore[return-value]
 
 
-def told(error: ValidationError, section: str, known: Iterable[str]) -> list[str]:
+def error_lines(error: ValidationError, section: str, known: Iterable[str]) -> list[str]:
     """One line for each mistake: where it is, what was found, what was expected, what may have been meant.
 
     Args:

@@ -21,14 +21,14 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.learner import Fit
-from celora.core.messages import Checkpoint, Exchange, Model, Notes, Order, Plan, Reply, Round, opened
+from celora.core.messages import Checkpoint, Exchange, Instruction, KeptModel, Notes, Plan, Reply, Round, unpacked
 from celora.core.solve import solve, solve_together
 from celora.engines import embedded
 from celora.errors import QuorumError, WireError
 from celora.tensors import Names, Tensors, mean, only, part
-from celora.track.shelves import Shelves
+from celora.track.client_stores import ClientStores
 from celora.wire import Schema, pack, unpack
-from tests.toy import CLIENTS, Federation, Tape, World, image, lost, newest, tensors_in, world_of
+from tests.toy import CLIENTS, Federation, Population, Tape, image, lost, newest, population_of, tensors_in
 
 HEADS = ("private", "shared", "frozen")
 MORE: Mapping[str, list[dict[str, Any]]] = {
@@ -90,28 +90,28 @@ every_algorithm = pytest.mark.parametrize("name", VARIANTS)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An uninterrupted run: its rounds, all that crossed, and the shelves after each round."""
+    """An uninterrupted run: its rounds, all that crossed, and the stores after each round."""
 
     federation: Federation
     rounds: tuple[Round, ...]
     tape: Tape
-    shelves: tuple[dict[str, dict[str, bytes]], ...]
+    stores: tuple[dict[str, dict[str, bytes]], ...]
 
 
 def record_run(
     algorithm: AnyAlgorithm,
-    world: World | None = None,
+    population: Population | None = None,
     plan: Plan = PLAN,
     around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
 ) -> Run:
-    federation, tapes = Federation(algorithm, world), list[Tape]()
+    federation, tapes = Federation(algorithm, population), list[Tape]()
 
     def taped(exchange: Exchange) -> Exchange:
         tapes.append(Tape(around(exchange)))
         return tapes[0]
 
     pairs = [(rnd, federation.copies()) for rnd in federation.run(plan, taped)]
-    return Run(federation, tuple(rnd for rnd, _ in pairs), tapes[0], tuple(shelves for _, shelves in pairs))
+    return Run(federation, tuple(rnd for rnd, _ in pairs), tapes[0], tuple(stores for _, stores in pairs))
 
 
 @cache
@@ -132,7 +132,7 @@ def bits(rnd: Round) -> Any:
 
 def private(run: Run, index: int, client: str) -> Any:
     """A client's private state after a round."""
-    return run.federation.private(run.shelves[index - 1][client])
+    return run.federation.private(run.stores[index - 1][client])
 
 
 def has_private_state(name: str) -> bool:
@@ -169,8 +169,8 @@ def test_an_algorithm_is_frozen(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_four_records_of_the_card_are_frozen_dataclasses_told_apart_on_the_wire(name: str) -> None:
-    card = ALGORITHMS[name].card
-    kinds = [card.server, card.local, card.down, card.up]
+    info = ALGORITHMS[name].info
+    kinds = [info.server, info.local, info.down, info.up]
     assert len(set(kinds)) == 4
     for kind in kinds:
         assert dataclasses.is_dataclass(kind)
@@ -192,13 +192,13 @@ def test_two_runs_are_bit_equal_whatever_the_global_generators_hold(name: str) -
         torch.random.set_rng_state(kept[0])
         np.random.set_state(kept[1])
     assert [bits(rnd) for rnd in second.rounds] == [bits(rnd) for rnd in expected.rounds]
-    assert second.shelves == expected.shelves
+    assert second.stores == expected.stores
 
 
 @every_algorithm
 def test_the_order_in_which_clients_are_listed_run_and_heard_changes_nothing(name: str) -> None:
     def shuffled(exchange: Exchange) -> Exchange:
-        def exchange_shuffled(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def exchange_shuffled(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             assert list(orders) == ["c3", "c2", "c1", "c0"]
             replies = exchange(orders)
             return {client: replies[client] for client in ("c1", "c3", "c0", "c2")}
@@ -207,7 +207,7 @@ def test_the_order_in_which_clients_are_listed_run_and_heard_changes_nothing(nam
 
     federation = Federation(again(name), clients=CLIENTS[::-1])
     assert [bits(rnd) for rnd in federation.run(PLAN, shuffled)] == [bits(rnd) for rnd in reference(name).rounds]
-    assert federation.copies() == reference(name).shelves[-1]
+    assert federation.copies() == reference(name).stores[-1]
 
 
 @every_algorithm
@@ -215,16 +215,16 @@ def test_a_run_resumed_from_bytes_is_bit_equal_to_one_that_was_never_stopped(nam
     expected = reference(name)
     for done in range(1, PLAN.rounds + 1):
         frame = pack(expected.rounds[done - 1].checkpoint)
-        federation = Federation(again(name), shelves=expected.shelves[done - 1])
+        federation = Federation(again(name), stores=expected.stores[done - 1])
         rest = list(federation.run(PLAN, checkpoint=unpack(Checkpoint, frame)))
         assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in expected.rounds[done:]]
-        assert federation.copies() == expected.shelves[-1]
+        assert federation.copies() == expected.stores[-1]
 
 
 @every_algorithm
 def test_a_finished_run_has_nothing_to_resume(name: str) -> None:
     expected = reference(name)
-    federation = Federation(again(name), shelves=expected.shelves[-1])
+    federation = Federation(again(name), stores=expected.stores[-1])
     assert list(federation.run(PLAN, checkpoint=expected.rounds[-1].checkpoint)) == []
 
 
@@ -238,10 +238,10 @@ def test_whether_states_and_replies_are_in_memory_or_on_disk_changes_no_bit(
 ) -> None:
     monkeypatch.setattr(embedded, "REPLIES", room)
     federation = Federation(again(name))
-    federation.shelves = federation.engine.shelves = Shelves(None, federation.schema, room)
+    federation.stores = federation.engine.stores = ClientStores(None, federation.schema, room)
     assert [bits(rnd) for rnd in federation.run(PLAN)] == [bits(rnd) for rnd in reference(name).rounds]
-    assert federation.copies() == reference(name).shelves[-1]
-    frames = [isinstance(value, bytes) for shelf in federation.shelves.values() for value in shelf.values()]
+    assert federation.copies() == reference(name).stores[-1]
+    frames = [isinstance(value, bytes) for store in federation.stores.values() for value in store.values()]
     assert set(frames) == {room == 0}
 
 
@@ -264,9 +264,9 @@ def test_in_process_what_a_client_keeps_is_neither_packed_nor_unpacked(
             if getattr(module, function.__name__, None) is function:
                 monkeypatch.setattr(module, function.__name__, counting)
     list(Federation(again(name)).run(PLAN))
-    card = VARIANTS[name].card
-    assert not {card.local, Model, Notes} & {*packed, *unpacked}
-    for kind, turns in ((card.down, 3), (card.up, 2)):  # what crosses is built, every time
+    info = VARIANTS[name].info
+    assert not {info.local, KeptModel, Notes} & {*packed, *unpacked}
+    for kind, turns in ((info.down, 3), (info.up, 2)):  # what crosses is built, every time
         assert packed.count(kind) == turns * len(CLIENTS)
         assert unpacked.count(kind) >= turns * len(CLIENTS)
 
@@ -274,11 +274,11 @@ def test_in_process_what_a_client_keeps_is_neither_packed_nor_unpacked(
 @every_algorithm
 def test_what_is_on_a_shelf_is_never_changed_and_keeps_nothing_larger_alive(name: str) -> None:
     """A view would keep whatever it is a view of: of a state on disk, nothing would be gained."""
-    for earlier, later in pairwise(reference(name).shelves):
-        for client, shelf in earlier.items():
-            for key in (shelf.keys() & later[client].keys()) - {"notes"}:
-                assert later[client][key] == shelf[key], key
-    for kept in reference(name).federation.shelves.values():
+    for earlier, later in pairwise(reference(name).stores):
+        for client, store in earlier.items():
+            for key in (store.keys() & later[client].keys()) - {"notes"}:
+                assert later[client][key] == store[key], key
+    for kept in reference(name).federation.stores.values():
         for tensor in tensors_in(kept):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
@@ -290,8 +290,8 @@ def test_what_is_on_a_shelf_is_never_changed_and_keeps_nothing_larger_alive(name
 def troubled(name: str) -> Run:
     """Three rounds in which c1 is away in round 2, c2 raises in round 2, and c3 never answers."""
     algorithm = again(name)
-    world = world_of(algorithm, faults={("c2", 2): RuntimeError("the disk is full")})
-    return record_run(algorithm, world, Plan(rounds=3), lost(("c1", 2), *(("c3", index) for index in range(1, 5))))
+    population = population_of(algorithm, faults={("c2", 2): RuntimeError("the disk is full")})
+    return record_run(algorithm, population, Plan(rounds=3), lost(("c1", 2), *(("c3", index) for index in range(1, 5))))
 
 
 @every_algorithm
@@ -330,7 +330,7 @@ def test_a_client_that_was_away_or_failed_keeps_its_last_good_state(name: str) -
 @cache
 def diverged(name: str) -> Run:
     """A run in which the loss of c2 is NaN in round 1."""
-    return record_run(again(name), world_of(again(name), faults={("c2", 1): math.nan}))
+    return record_run(again(name), population_of(again(name), faults={("c2", 1): math.nan}))
 
 
 @every_algorithm
@@ -356,28 +356,28 @@ FULL = Plan(rounds=2, quorum=4)
 
 @cache
 def stopped(name: str) -> tuple[Federation, Round, dict[str, dict[str, bytes]]]:
-    """A run that its quorum stopped in round 2: with round 1, and the shelves as they were after it."""
+    """A run that its quorum stopped in round 2: with round 1, and the stores as they were after it."""
     federation = Federation(again(name))
     rounds = federation.run(FULL, lost(("c1", 2)))
-    first, shelves = next(rounds), federation.copies()
+    first, stores = next(rounds), federation.copies()
     with pytest.raises(QuorumError, match=r"round 2: 3 usable replies, the quorum is 4 \(c1: no reply\)"):
         next(rounds)
-    return federation, first, shelves
+    return federation, first, stores
 
 
 @every_algorithm
 def test_below_the_quorum_the_run_stops_names_who_failed_and_can_be_resumed_bit_equal(name: str) -> None:
-    """From the checkpoint and the shelves of the round before, as a run folder keeps them."""
-    _, first, shelves = stopped(name)
-    rest = Federation(again(name), shelves=shelves).run(FULL, checkpoint=first.checkpoint)
+    """From the checkpoint and the stores of the round before, as a run folder keeps them."""
+    _, first, stores = stopped(name)
+    rest = Federation(again(name), stores=stores).run(FULL, checkpoint=first.checkpoint)
     assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in reference(name).rounds[1:]]
 
 
 @every_algorithm
 def test_a_round_stopped_by_its_quorum_leaves_no_trace_on_the_shelves(name: str) -> None:
-    """A client on another machine has only the shelf it has: repeating the round must not train it twice."""
+    """A client on another machine has only the store it has: repeating the round must not train it twice."""
     federation, first, _ = stopped(name)
-    rest = Federation(again(name), shelves=federation.shelves).run(FULL, checkpoint=first.checkpoint)
+    rest = Federation(again(name), stores=federation.stores).run(FULL, checkpoint=first.checkpoint)
     assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in reference(name).rounds[1:]]
 
 
@@ -392,7 +392,7 @@ class Watched:
     """An algorithm whose six methods are checked to leave their arguments, and the algorithm, as they were."""
 
     def __init__(self, inner: AnyAlgorithm) -> None:
-        self.inner, self.card, self.head = inner, inner.card, inner.head
+        self.inner, self.info, self.head = inner, inner.info, inner.head
         self.family, self.shares, self.calls = inner.family, inner.shares, set[str]()
 
     def _unchanged(self, method: str, before: Any, *now: object) -> None:
@@ -450,7 +450,7 @@ def _visible(argument: object) -> object:
 @every_algorithm
 def test_no_method_changes_its_arguments(name: str) -> None:
     watched = Watched(again(name))
-    rounds = list(Federation(watched, world_of(watched.inner)).run(PLAN))
+    rounds = list(Federation(watched, population_of(watched.inner)).run(PLAN))
     assert not any(rnd.excluded for rnd in rounds)
     assert image(rounds[-1].server) == image(reference(name).rounds[-1].server)
     assert watched.calls == {"server_init", "client_init", "send", "train", "aggregate", "model"}
@@ -483,9 +483,9 @@ def together(federation: Federation, plan: Plan, cohort: int = 3) -> list[Round]
 @pytest.mark.parametrize("cohort", [1, 3])
 def test_clients_that_share_passes_learn_what_they_learn_alone(name: str, cohort: int) -> None:
     """c0 … c3 with 24 … 42 rows: 2 or 3 batches of 16, the last ones of 2 to 14 rows, in pieces of at most 8."""
-    federation = Federation(again(name), world_of(VARIANTS[name]))
+    federation = Federation(again(name), population_of(VARIANTS[name]))
     rounds, alone = together(federation, PLAN, cohort), reference(name)
-    assert max(federation.world.shared.clients) > cohort
+    assert max(federation.population.shared.clients) > cohort
     for found, expected in zip(rounds, alone.rounds, strict=True):
         assert (found.heard, found.excluded) == (expected.heard, expected.excluded)
         assert found.traffic == expected.traffic
@@ -495,14 +495,14 @@ def test_clients_that_share_passes_learn_what_they_learn_alone(name: str, cohort
             for moment, metrics in moments.items():
                 assert found.scores[client][moment] == pytest.approx(metrics, abs=1e-5)
     for client in CLIENTS:
-        mine, its = federation.private(federation.shelves[client]), private(alone, PLAN.rounds + 1, client)
+        mine, its = federation.private(federation.stores[client]), private(alone, PLAN.rounds + 1, client)
         for one, other in zip(tensors_in(mine), tensors_in(its), strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 @every_algorithm
 def test_sharing_passes_is_reproducible_to_the_bit(name: str) -> None:
-    first, second = (together(Federation(again(name), world_of(VARIANTS[name])), PLAN) for _ in range(2))
+    first, second = (together(Federation(again(name), population_of(VARIANTS[name])), PLAN) for _ in range(2))
     assert list(map(bits, first)) == list(map(bits, second))
 
 
@@ -527,9 +527,9 @@ def private_bytes_that_travel(run: Run, public: tuple[str, ...] = (), sent: tupl
         (lambda field: field in sent, down),
     ):
         wanted: dict[bytes, str] = {}
-        for index, shelves in enumerate(run.shelves, 1):
-            for client, shelf in shelves.items():
-                local = run.federation.private(shelf)
+        for index, stores in enumerate(run.stores, 1):
+            for client, store in stores.items():
+                local = run.federation.private(store)
                 kept = [getattr(local, field.name) for field in dataclasses.fields(local) if searched(field.name)]
                 for tensor in (tensor for value in kept for tensor in tensors_in(value)):
                     raw, number = image(tensor)[3], tensor.element_size()
@@ -626,15 +626,15 @@ def is_tensors(value: object) -> bool:
 @every_algorithm
 def test_a_reply_holds_exactly_the_names_that_the_algorithm_says_it_shares(name: str) -> None:
     algorithm, run = VARIANTS[name], reference(name)
-    shared = {n for n in run.federation.world.initial if algorithm.shares(n)}
+    shared = {n for n in run.federation.population.initial if algorithm.shares(n)}
     ups = [
-        unpack(algorithm.card.up, reply.frame, run.federation.schema) for _, _, reply in run.tape.replies if reply.frame
+        unpack(algorithm.info.up, reply.frame, run.federation.schema) for _, _, reply in run.tape.replies if reply.frame
     ]
     assert len(ups) == PLAN.rounds * len(CLIENTS)
     for up in ups:
         fields = [getattr(up, f.name) for f in dataclasses.fields(up)]
         sent = [set(value) for value in fields if is_tensors(value)]
-        if algorithm.card.partial:
+        if algorithm.info.partial:
             assert all(names and names <= shared for names in sent)
         else:
             nothing_yet = getattr(up, "weights", {}) is None  # told apart from a reply that lacks something
@@ -647,20 +647,20 @@ def test_a_model_holds_known_names_in_their_shapes_and_no_others(name: str) -> N
     downs = {(index, client): order.frame for index, client, order in run.tape.orders}
     for index in range(2, PLAN.rounds + 2):
         for client in CLIENTS:
-            down = unpack(algorithm.card.down, downs[index, client], run.federation.schema)
+            down = unpack(algorithm.info.down, downs[index, client], run.federation.schema)
             model, schema = algorithm.model(private(run, index - 1, client), down), run.federation.schema
-            assert schema.names(model) if algorithm.card.mixed_ranks else schema.covers(model)
+            assert schema.names(model) if algorithm.info.mixed_ranks else schema.covers(model)
 
 
 @every_algorithm
 def test_the_four_records_come_back_from_the_wire_as_they_went(name: str) -> None:
     algorithm, run = VARIANTS[name], reference(name)
-    schema, card = run.federation.schema, algorithm.card
+    schema, info = run.federation.schema, algorithm.info
     frames = {
-        card.server: [rnd.checkpoint.server for rnd in run.rounds],
-        card.local: [shelf[newest(shelf)] for shelves in run.shelves for shelf in shelves.values()],
-        card.down: [order.frame for _, _, order in run.tape.orders],
-        card.up: [reply.frame for _, _, reply in run.tape.replies if reply.frame],
+        info.server: [rnd.checkpoint.server for rnd in run.rounds],
+        info.local: [store[newest(store)] for stores in run.stores for store in stores.values()],
+        info.down: [order.frame for _, _, order in run.tape.orders],
+        info.up: [reply.frame for _, _, reply in run.tape.replies if reply.frame],
     }
     for kind, packed in frames.items():
         for frame in packed:
@@ -671,17 +671,17 @@ def test_the_four_records_come_back_from_the_wire_as_they_went(name: str) -> Non
                 with pytest.raises(WireError, match=r"found a frame of kind \w+\.\w+, expected"):
                     unpack(other, frame, schema)
     for rnd in run.rounds:
-        assert image(unpack(card.server, rnd.checkpoint.server, schema)) == image(rnd.server)
+        assert image(unpack(info.server, rnd.checkpoint.server, schema)) == image(rnd.server)
 
 
 @every_algorithm
 def test_before_training_every_client_predicts_with_the_weights_of_the_seed(name: str) -> None:
     """So ΔW = 0 at first, wherever the adapter is drawn with B = 0."""
     federation = Federation(again(name))
-    algorithm, initial = federation.algorithm, federation.world.initial
+    algorithm, initial = federation.algorithm, federation.population.initial
     server = algorithm.server_init(initial, CLIENTS)
     for client in CLIENTS:
-        learner = federation.world(client, 1)
+        learner = federation.population(client, 1)
         model = {**initial, **algorithm.model(algorithm.client_init(learner), algorithm.send(server, client))}
         assert image(model) == image(initial)
 
@@ -705,9 +705,9 @@ def trained_names(run: Run, client: str) -> set[str]:
     algorithm = federation.algorithm
     frames = {index: order.frame for index, c, order in run.tape.orders if c == client}
     for index in range(1, PLAN.rounds + 1):
-        learner = federation.world(client, index)
+        learner = federation.population(client, index)
         local = private(run, index - 1, client) if index > 1 else algorithm.client_init(learner)
-        down = unpack(algorithm.card.down, frames[index], federation.schema)
+        down = unpack(algorithm.info.down, frames[index], federation.schema)
         (end,) = solve([(learner, noting(algorithm.train(learner, local, down), learner, found))])
         assert isinstance(end, Trained)
     return found
@@ -725,14 +725,14 @@ def names_in(value: object) -> Iterator[str]:
 def test_what_is_frozen_stays_as_drawn_at_every_client(name: str) -> None:
     """Of the trained model: the names that neither travel nor are kept are the seed's, to the bit."""
     algorithm, run = VARIANTS[name], reference(name)
-    initial = run.federation.world.initial
+    initial = run.federation.population.initial
     for client in CLIENTS:
         asked = trained_names(run, client)
         crossed = [
-            unpack(algorithm.card.down, o.frame, run.federation.schema) for _, c, o in run.tape.orders if c == client
+            unpack(algorithm.info.down, o.frame, run.federation.schema) for _, c, o in run.tape.orders if c == client
         ]
         given = {name for down in crossed for name in names_in(down)}
-        weights = unpack(Model, run.shelves[-1][client][f"personal@{PLAN.rounds}"], run.federation.schema).weights
+        weights = unpack(KeptModel, run.stores[-1][client][f"personal@{PLAN.rounds}"], run.federation.schema).weights
         for factor, tensor in initial.items():
             if image(weights[factor]) != image(tensor):
                 assert factor in asked | given, factor
@@ -746,27 +746,27 @@ def test_what_is_frozen_stays_as_drawn_at_every_client(name: str) -> None:
 def test_with_a_fraction_only_the_drawn_train_and_everybody_is_scored(name: str) -> None:
     run = record_run(again(name), plan=Plan(rounds=2, fraction=0.5))
     assert run.rounds[0].heard != run.rounds[1].heard
-    for rnd, shelves in zip(run.rounds[:2], run.shelves, strict=False):
+    for rnd, stores in zip(run.rounds[:2], run.stores, strict=False):
         replies = {client: reply for index, client, reply in run.tape.replies if index == rnd.index}
         assert len(rnd.heard) == 2
         assert list(rnd.scores) == sorted(rnd.scores) == list(CLIENTS)
-        before = run.shelves[0] if rnd.index == 2 else {}
+        before = run.stores[0] if rnd.index == 2 else {}
         for client in CLIENTS:
             assert set(rnd.scores[client]) == {"received", "personal", "train"}
             assert bool(replies[client].frame) == (client in rnd.heard)
             if client not in rnd.heard:
                 earlier = before.get(client, {})
-                assert shelves[client].get(newest(shelves[client])) == earlier.get(newest(earlier))
+                assert stores[client].get(newest(stores[client])) == earlier.get(newest(earlier))
 
 
 # --- clients of unlike rank ---------------------------------------------------------------------------------------
 
 RANKS = dict(zip(CLIENTS, (1, 3, 2, 4), strict=True))
-mixed = pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].card.mixed_ranks])
+mixed = pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].info.mixed_ranks])
 
 
-def unlike(name: str, **options: Any) -> World:
-    return world_of(again(name), ranks=RANKS, **options)
+def unlike(name: str, **options: Any) -> Population:
+    return population_of(again(name), ranks=RANKS, **options)
 
 
 def ranks_in(weights: Tensors) -> dict[str, int]:
@@ -780,10 +780,10 @@ def test_each_client_trains_predicts_and_sends_at_its_own_rank_or_below(name: st
     assert not any(rnd.excluded for rnd in run.rounds)
     for _, client, reply in run.tape.replies:
         for model in ("received@1", "personal@2"):
-            weights = opened(Model, run.shelves[-1][client][model], run.federation.schema).weights
+            weights = unpacked(KeptModel, run.stores[-1][client][model], run.federation.schema).weights
             assert max(ranks_in(weights).values()) <= RANKS[client]
         if reply.frame:
-            up = unpack(algorithm.card.up, reply.frame, run.federation.schema)
+            up = unpack(algorithm.info.up, reply.frame, run.federation.schema)
             sent = getattr(up, "weights", None) or {}
             assert max(ranks_in(sent).values(), default=0) <= RANKS[client]
 
@@ -791,9 +791,9 @@ def test_each_client_trains_predicts_and_sends_at_its_own_rank_or_below(name: st
 @mixed
 def test_unlike_ranks_survive_clients_that_are_away_fail_or_never_answer(name: str) -> None:
     """c3, the only one of the largest rank, is never heard, and c0, of the smallest, joins late."""
-    world = unlike(name, faults={("c2", 2): RuntimeError("the disk is full")})
+    population = unlike(name, faults={("c2", 2): RuntimeError("the disk is full")})
     gone = lost(("c0", 1), ("c0", 2), ("c1", 3), *(("c3", index) for index in range(1, 4)))
-    run = record_run(again(name), world, Plan(rounds=4), gone)
+    run = record_run(again(name), population, Plan(rounds=4), gone)
     assert [rnd.heard for rnd in run.rounds] == [("c1", "c2"), ("c1",), ("c0", "c2"), CLIENTS, ()]
     losses = [score["received"]["loss"] for score in run.rounds[-1].scores.values()]
     assert len(losses) == len(CLIENTS)
@@ -803,7 +803,7 @@ def test_unlike_ranks_survive_clients_that_are_away_fail_or_never_answer(name: s
 @mixed
 def test_with_unlike_ranks_sharing_passes_and_resuming_change_nothing(name: str) -> None:
     expected = record_run(again(name), unlike(name))
-    federation = Federation(again(name), unlike(name), shelves=expected.shelves[0])
+    federation = Federation(again(name), unlike(name), stores=expected.stores[0])
     rest = list(federation.run(PLAN, checkpoint=expected.rounds[0].checkpoint))
     assert [bits(rnd) for rnd in rest] == [bits(rnd) for rnd in expected.rounds[1:]]
     for found, alone in zip(together(Federation(again(name), unlike(name)), PLAN), expected.rounds, strict=True):

@@ -1,6 +1,7 @@
 """Flower's simulation gives what the embedded engine gives, bit for bit, for every algorithm in the table.
 
-The sites are real ones (`celora.site.site.Site`) in Ray's processes, on the toy world; `Begin.label` names the variant.
+The sites are real ones (`celora.site.site.Site`) in Ray's processes, on the toy population; `JobStart.label` names the
+variant.
 """
 
 import gc
@@ -17,19 +18,19 @@ import psutil
 import pytest
 
 from celora.algorithms import ALGORITHMS
-from celora.core import federation
+from celora.core import rounds
 from celora.core.messages import Round
-from celora.engines.remote import Begin, Remote
+from celora.engines.remote import JobStart, Remote
 from celora.errors import FederationError
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
-from celora.site.store import SiteShelf
+from celora.site.store import SiteStore
 from celora.wire import Schema
 from tests.contract.test_algorithms import PLAN, VARIANTS, bits, reference
-from tests.toy import CLIENTS, Seat, world_of
+from tests.toy import CLIENTS, JobContext, population_of
 
 pytest.importorskip("flwr")
-from celora.engines.flower import GridPost, simulation
+from celora.engines.flower import GridTransport, simulation
 
 pytest.importorskip("ray")
 
@@ -60,19 +61,19 @@ class Places:
 
 @cache
 def _site(root: Path, client: str) -> Site:
-    def enter(begin: Begin) -> Seat:
+    def enter(begin: JobStart) -> JobContext:
         algorithm = VARIANTS[begin.label]
-        return Seat(algorithm, world_of(algorithm), client)
+        return JobContext(algorithm, population_of(algorithm), client)
 
     return Site(client, root / client, Policy(floor=1), enter, None)
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """A variant's run: its rounds, the shelves on disk after each, the test scores of kept models, exported files."""
+    """A variant's run: its rounds, the stores on disk after each, the test scores of kept models, exported files."""
 
     rounds: tuple[Round, ...]
-    shelves: tuple[dict[str, dict[str, bytes]], ...]
+    stores: tuple[dict[str, dict[str, bytes]], ...]
     tests: Mapping[str, Any]
     problems: Mapping[str, str]
     exported: Mapping[str, bool]
@@ -80,24 +81,24 @@ class Simulated:
 
 def simulated(remote: Remote, root: Path, name: str) -> Simulated:
     algorithm, job = VARIANTS[name], f"toy/{name}"
-    initial = world_of(algorithm).initial
-    remote.muster(job, Begin("", name, "backbone", ("no", "yes"), CLIENTS), CLIENTS, 60)
+    initial = population_of(algorithm).initial
+    remote.start_job(job, JobStart("", name, "backbone", ("no", "yes"), CLIENTS), CLIENTS, 60)
     folders = {client: root / client / job_folder(client, job) for client in CLIENTS}
 
-    def shelves() -> dict[str, dict[str, bytes]]:
+    def stores() -> dict[str, dict[str, bytes]]:
         found = {}
         for client, folder in folders.items():
-            with SiteShelf(folder / "shelf", Schema.of(initial)) as shelf:
-                found[client] = {kept: shelf[kept] for kept in shelf}
+            with SiteStore(folder / "store", Schema.of(initial)) as store:
+                found[client] = {kept: store[kept] for kept in store}
         return found
 
-    pairs = [(rnd, shelves()) for rnd in federation.run(algorithm, remote, PLAN, CLIENTS, initial)]
+    pairs = [(rnd, stores()) for rnd in rounds.run_rounds(algorithm, remote, PLAN, CLIENTS, initial)]
     best = pairs[-1][0].checkpoint.best["personal"]
     kept = f"personal@{best.round}"
     return Simulated(
         tuple(rnd for rnd, _ in pairs),
-        tuple(shelves for _, shelves in pairs),
-        federation.test(remote, PLAN, CLIENTS, [kept]),
+        tuple(stores for _, stores in pairs),
+        rounds.test(remote, PLAN, CLIENTS, [kept]),
         remote.export(CLIENTS, kept, 60),
         {client: (folder / "adapter" / "adapter.safetensors").exists() for client, folder in folders.items()},
     )
@@ -130,7 +131,7 @@ class Session:
 
 
 @contextmanager
-def started(root: Path, cpus: float = CPUS) -> Iterator[GridPost]:
+def started(root: Path, cpus: float = CPUS) -> Iterator[GridTransport]:
     """A simulation of the four clients. Ray leaves it to the garbage collector to close files: not our matter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
@@ -163,10 +164,10 @@ def same(found: Simulated, name: str) -> None:
     for mine, its in zip(found.rounds, expected.rounds, strict=True):
         assert mine.heard == (CLIENTS if mine.index <= PLAN.rounds else ()) and not mine.excluded
         assert bits(mine) == bits(its)
-    for mine, its in zip(found.shelves, expected.shelves, strict=True):
+    for mine, its in zip(found.stores, expected.stores, strict=True):
         assert mine == {client: its.get(client, {}) for client in CLIENTS}
     [kept] = {kept for tests in found.tests.values() for kept in tests}
-    assert found.tests == federation.test(expected.federation.engine, PLAN, CLIENTS, [kept])
+    assert found.tests == rounds.test(expected.federation.engine, PLAN, CLIENTS, [kept])
     assert found.problems == {} and all(found.exported.values())
 
 
@@ -218,7 +219,7 @@ def test_a_second_simulation_in_the_same_process_works_and_an_exception_ends_it(
     name, before, here = DEFAULT["fedit"], tree(), list[psutil.Process]()
     path = os.environ.get("PYTHONPATH")
 
-    def breaks(post: GridPost) -> None:
+    def breaks(post: GridTransport) -> None:
         same(simulated(Remote(post), tmp_path, name), name)
         here.extend(tree())
         raise Broken
@@ -242,7 +243,7 @@ def test_a_simulation_that_cannot_start_says_why_and_where_to_look(
         pytest.raises(FederationError, match=r"simulation has ended: no room in /dev/shm; see .*log"),
         started(tmp_path) as post,
     ):
-        Remote(post).muster("toy/any", Begin("", "any", "", (), ()), CLIENTS, 60)
+        Remote(post).start_job("toy/any", JobStart("", "any", "", (), ()), CLIENTS, 60)
     assert "no room in /dev/shm" in (tmp_path / "flower.log").read_text()
 
 

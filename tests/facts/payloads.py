@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family
-from celora.core.federation import run
 from celora.core.learner import Batch
 from celora.core.messages import Plan, Round
+from celora.core.rounds import run_rounds
 from celora.engines.embedded import Embedded
 from celora.wire import Schema
 from tests.toy import Stub, pretend
@@ -42,9 +42,9 @@ def rounds(algorithm: Any, clients: str = "ab") -> list[Round]:
     """Two rounds and the closing one, of clients with 40 rows that end their training where they start."""
     initial = weights(algorithm.family)
 
-    def world(client: str, round: int) -> Stub:
+    def population(client: str, round: int) -> Stub:
         draw = torch.Generator().manual_seed(ord(client))
         return Worker(initial, 40, (torch.randn(40, DIM, generator=draw), torch.arange(40) % 2))
 
-    engine = Embedded(algorithm, world, {}, Schema.of(initial), pretend)
-    return list(run(algorithm, engine, Plan(rounds=2), clients, initial))
+    engine = Embedded(algorithm, population, {}, Schema.of(initial), pretend)
+    return list(run_rounds(algorithm, engine, Plan(rounds=2), clients, initial))

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from celora.algorithms.ce_lora import CELoRA, Local, Server, Up
 from celora.core.adapters import Tri
-from celora.core.messages import Exchange, Order, Plan, Reply
+from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.maths.cka import cka
 from tests.facts.payloads import CLASSES, DIM, rounds
-from tests.toy import CLIENTS, D_IN, D_OUT, RANK, Federation, Tape, World, image
+from tests.toy import CLIENTS, D_IN, D_OUT, RANK, Federation, Population, Tape, image
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -71,7 +71,7 @@ def test_a_summary_that_was_lost_is_asked_for_again_and_one_that_arrived_is_not(
     def losing(exchange: Exchange) -> Exchange:
         """The reply of c2 is lost in round 1: it has trained, and told, and nobody heard."""
 
-        def lossy(orders: dict[str, Order]) -> dict[str, Reply]:
+        def lossy(orders: dict[str, Instruction]) -> dict[str, Reply]:
             return {c: r for c, r in exchange(orders).items() if (c, orders[c].round) != ("c2", 1)}
 
         tapes.append(Tape(lossy))  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def test_a_summary_that_was_lost_is_asked_for_again_and_one_that_arrived_is_not(
 
 def test_at_b_zero_neither_c_nor_a_has_a_gradient() -> None:
     """dL/dC = Bᵀ G Aᵀ and dL/dA = Cᵀ Bᵀ G: only B hears the first batch."""
-    learner = World(Tri())("c0", 1)
+    learner = Population(Tri())("c0", 1)
     weights = {name: tensor.clone().requires_grad_() for name, tensor in learner.initial.items()}
     batch = next(iter(learner.batches()))
     learner.losses(weights, batch).backward()
@@ -155,14 +155,14 @@ def test_the_jump_on_download_is_that_of_the_core_alone() -> None:
 
 
 def test_freezing_the_bases_leaves_everybody_on_the_seeds_bases() -> None:
-    from celora.core.messages import Model, opened
-    from tests.toy import world_of
+    from celora.core.messages import KeptModel, unpacked
+    from tests.toy import population_of
 
     algorithm = CELoRA(freeze_bases=True, data_share=0.0)
-    federation = Federation(algorithm, world_of(algorithm))
+    federation = Federation(algorithm, population_of(algorithm))
     list(federation.run(Plan(rounds=1)))
-    for shelf in federation.shelves.values():
-        weights = opened(Model, shelf["personal@1"], federation.schema).weights
+    for store in federation.stores.values():
+        weights = unpacked(KeptModel, store["personal@1"], federation.schema).weights
         for name in ("layer.A", "layer.B"):
-            assert torch.equal(weights[name], federation.world.initial[name])
+            assert torch.equal(weights[name], federation.population.initial[name])
         assert not torch.equal(weights["layer.C"], torch.eye(RANK))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from celora.maths.cka import cka
-from celora.maths.mixtures import Mixture, summarise
+from celora.maths.mixtures import Mixture, fit_mixture
 from celora.maths.transport import class_distances, distance_matrix, mixture_distance, plan
 from celora.maths.weights import combine, kernel, row_weights
 
@@ -55,7 +55,7 @@ def client(shift: float, seed: int, rows: int = 40) -> Mixture:
     """Two classes of `rows` rows, moved by `shift` along one axis."""
     labels = torch.arange(2).repeat(rows)
     features = gaussian(2 * rows, 5, seed=seed) + 4 * labels[:, None] + shift * torch.eye(5)[0]
-    return summarise(features, labels, seed=seed)[0]
+    return fit_mixture(features, labels, seed=seed)[0]
 
 
 def test_mw2_of_a_mixture_with_itself_is_zero_and_it_is_symmetric() -> None:

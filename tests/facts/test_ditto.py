@@ -5,7 +5,7 @@ import torch
 
 from celora.algorithms.ditto import Ditto
 from celora.algorithms.fedit import FedIT
-from celora.core.messages import Model, Plan, opened
+from celora.core.messages import KeptModel, Plan, unpacked
 from celora.tensors import flatten
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import CLIENTS, Federation, image
@@ -27,8 +27,8 @@ def run(**fields: object) -> Federation:
 
 
 def personal(federation: Federation, client: str) -> torch.Tensor:
-    weights = opened(Model, federation.shelves[client]["personal@2"], federation.schema).weights
-    return flatten({name: weights[name] for name in federation.world.initial})
+    weights = unpacked(KeptModel, federation.stores[client]["personal@2"], federation.schema).weights
+    return flatten({name: weights[name] for name in federation.population.initial})
 
 
 class Fits(FedIT):
@@ -53,8 +53,8 @@ def test_lambda_leads_from_local_training_to_the_global_model() -> None:
         federation = run(lam=lam)
         gaps = []
         for client in CLIENTS:
-            w = opened(Model, federation.shelves[client]["received@2"], federation.schema).weights
-            w = flatten({name: w[name] for name in federation.world.initial})
+            w = unpacked(KeptModel, federation.stores[client]["received@2"], federation.schema).weights
+            w = flatten({name: w[name] for name in federation.population.initial})
             gaps.append(float((personal(federation, client) - w).norm()))
         far.append(sum(gaps))
     assert far == sorted(far, reverse=True), far

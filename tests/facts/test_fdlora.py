@@ -20,7 +20,7 @@ from celora.errors import ModelError
 from celora.tensors import Tensors, mean
 from celora.wire import pack
 from tests.facts.payloads import HEAD, rounds
-from tests.toy import CLIENTS, Federation, Stub, Tape, World, image
+from tests.toy import CLIENTS, Federation, Population, Stub, Tape, image
 
 N = (3, 1, 6)
 
@@ -153,17 +153,17 @@ def test_a_search_leaves_no_thread_behind() -> None:
 
 def test_by_the_rows_of_the_search_the_fused_model_is_no_worse_than_the_common_one_or_none() -> None:
     """(0, 0) and (1, 0) are among the first tries."""
-    algorithm, world = FDLoRA(fusion_rows=20, l1=0.0), World(Lora())
-    server = algorithm.server_init(world.initial, CLIENTS)
+    algorithm, population = FDLoRA(fusion_rows=20, l1=0.0), Population(Lora())
+    server = algorithm.server_init(population.initial, CLIENTS)
     ended: dict[str, Any] = {}
     for index in (1, 2):
         for client in CLIENTS:
-            learner = world(client, index)
+            learner = population(client, index)
             local = ended[client].local if client in ended else algorithm.client_init(learner)
             (ended[client],) = solve([(learner, algorithm.train(learner, local, algorithm.send(server, client)))])
         server = algorithm.aggregate(server, {client: end.up for client, end in ended.items()})
     for client, end in ended.items():
-        learner = world(client, 3)
+        learner = population(client, 3)
         found, common = (learner.test(w, "validation")["loss"] for w in (end.model, end.up.weights))
         assert found <= min(common, math.log(2)) + 1e-4  # losses are told to four decimals
         assert end.local.fusion != HALF
@@ -186,7 +186,7 @@ def replies(**fields: Any) -> tuple[Federation, list[Reply], list[dict[str, Any]
     federation = Federation(FDLoRA(sync_every=1, **fields))
     kept = []
     for _ in federation.run(Plan(rounds=3), lambda exchange: tapes.append(Tape(exchange)) or tapes[0]):  # type: ignore[func-returns-value]
-        kept.append(federation.private(federation.shelves["c1"]).personal)
+        kept.append(federation.private(federation.stores["c1"]).personal)
     return federation, [reply for _, client, reply in tapes[0].replies if client == "c1"], kept
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fed_hello import FedHeLLo, Server, Up, chances, layers, pattern, ranked
-from celora.core.learner import Fit, Recipe, Turn
+from celora.core.learner import ClientUpdate, Fit, Recipe
 from celora.core.optim import AdamW
 from celora.core.solve import solve
 from celora.core.training import fit
 from tests.facts.payloads import HEAD, rounds, weights
-from tests.toy import Stub, Toy, World, image, turn
+from tests.toy import Population, Stub, Toy, image, turn
 
 TIERS = (6, 9, 12)
 LAYER = 2 * 8 * (384 + 384) * 4
@@ -106,7 +106,7 @@ def test_a_client_sends_its_layers_and_receives_all() -> None:
 
 def test_on_average_three_quarters_of_fedits_numbers_go_up() -> None:
     traffic = rounds(FedHeLLo(allocation="triangle"), "abcdef")[1].traffic
-    wanted = FedHeLLo.card.floats(8, 384, 384) * 12 * 4
+    wanted = FedHeLLo.info.floats(8, 384, 384) * 12 * 4
     # 5 layers of 6 cannot be 4.5: round(0.75 · 6) = 4
     assert sum(traffic[c].up_payload for c in "abcdef") / 6 == pytest.approx(wanted, rel=0.04)
 
@@ -181,10 +181,10 @@ def test_e_frozen_layers_have_no_gradient_and_no_memory_in_the_optimiser(monkeyp
 
     monkeypatch.setattr("celora.core.training.AdamW", Counting)
     algorithm = FedHeLLo(allocation="inverted", tiers=(0.5,))
-    world = World(algorithm.family)
-    twice = {f"block.{n}.{p}": world.initial[f"layer.{p}"].clone() for n in (0, 1) for p in "AB"}
-    world.initial = {**twice, **{n: w for n, w in world.initial.items() if n.startswith("head")}}
-    learner = TwoBlocks(world, "c0", 1)
+    population = Population(algorithm.family)
+    twice = {f"block.{n}.{p}": population.initial[f"layer.{p}"].clone() for n in (0, 1) for p in "AB"}
+    population.initial = {**twice, **{n: w for n, w in population.initial.items() if n.startswith("head")}}
+    learner = TwoBlocks(population, "c0", 1)
     server = algorithm.server_init(learner.initial, ["c0"])
     steps = algorithm.train(learner, algorithm.client_init(learner), algorithm.send(server, "c0"))
     problem = next(steps)
@@ -249,8 +249,8 @@ def test_a_measurement_of_another_model_is_passed_over() -> None:
 def test_importance_is_that_of_single_rows() -> None:
     """The square of a batch's mean gradient would be another number: 0 where rows cancel."""
     algorithm = FedHeLLo(fim_rows=5)
-    learner = World(algorithm.family)("c0", 1)
-    rows = [batch for batch, _ in zip(World(algorithm.family)("c0", 1).batches(1), range(5), strict=False)]
+    learner = Population(algorithm.family)("c0", 1)
+    rows = [batch for batch, _ in zip(Population(algorithm.family)("c0", 1).batches(1), range(5), strict=False)]
     expected = {name: torch.zeros_like(learner.initial[name]) for name in ("layer.A", "layer.B")}
     for row in rows:
         assert len(row["y"]) == 1
@@ -258,7 +258,7 @@ def test_importance_is_that_of_single_rows() -> None:
         found = torch.autograd.grad(learner.losses(weights, row), [weights[name] for name in expected])
         expected = {n: e + g**2 / 5 for (n, e), g in zip(expected.items(), found, strict=True)}
 
-    def measuring() -> Turn[Tensor]:
+    def measuring() -> ClientUpdate[Tensor]:
         return (yield from algorithm.importance(learner, {}))
 
     (measured,) = solve([(learner, measuring())])

@@ -12,20 +12,20 @@ from celora.algorithms.fed_sb import FedSB, Slopes, Up
 from celora.core.adapters import modules
 from celora.core.learner import Gradient
 from celora.core.messages import Plan
-from celora.core.training import slope
+from celora.core.training import gradient_at
 from celora.models import Adapter, Model, initial, load
 from celora.tensors import only, select
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
-from tests.toy import CLIENTS, D_IN, D_OUT, SCALE, Federation, World
+from tests.toy import CLIENTS, D_IN, D_OUT, SCALE, Federation, Population
 from tests.toy import RANK as SMALL
 
 N = (3, 1, 6)
 
 
 @cache
-def world() -> World:
+def population() -> Population:
     """The toy, its bases orthonormal as they really are."""
-    made, draw = World(FedSB().family), torch.Generator().manual_seed(3)
+    made, draw = Population(FedSB().family), torch.Generator().manual_seed(3)
     made.initial["layer.A"] = torch.linalg.qr(torch.randn(D_IN, SMALL, generator=draw)).Q.T.contiguous()
     made.initial["layer.B"] = torch.linalg.qr(torch.randn(D_OUT, SMALL, generator=draw)).Q.contiguous()
     return made
@@ -33,9 +33,9 @@ def world() -> World:
 
 def full_gradient(client: str, batches: int) -> Tensor:
     """The mean gradient in the frozen weight (d_out, d_in), by autograd through the backbone itself."""
-    learner, found = world()(client, 1), []
+    learner, found = population()(client, 1), []
     for _, batch in zip(range(batches), learner.batches(), strict=False):
-        frozen = world().backbone.clone().requires_grad_(True)
+        frozen = population().backbone.clone().requires_grad_(True)
         logits = torch.tanh(batch["x"] @ frozen.T) @ learner.initial["head.weight"].T + learner.initial["head.bias"]
         loss = torch.nn.functional.cross_entropy(logits, batch["y"])
         found.append(torch.autograd.grad(loss, frozen)[0])
@@ -45,7 +45,7 @@ def full_gradient(client: str, batches: int) -> Tensor:
 def after_the_start(**fields: Any) -> tuple[dict[str, Tensor], Tensor]:
     """The server's A, B, C after a round on the toy, and G = Σ p_i G_i."""
     algorithm = FedSB(batches=2, **fields)
-    first = next(Federation(algorithm, world()).run(Plan(rounds=1)))
+    first = next(Federation(algorithm, population()).run(Plan(rounds=1)))
     rows = [24 + 6 * int(client[1:]) for client in CLIENTS]
     g = sum(n / sum(rows) * full_gradient(c, 2) for n, c in zip(rows, CLIENTS, strict=True))
     server: Any = first.server
@@ -67,11 +67,11 @@ def test_the_gradient_start_is_the_best_approximation_of_the_sign_step() -> None
 
 
 def test_the_probe_gives_the_gradient_in_the_frozen_weight_and_both_sketches() -> None:
-    g, bases = SCALE * full_gradient("c1", 1), select(world().initial, only("A", "B"))
+    g, bases = SCALE * full_gradient("c1", 1), select(population().initial, only("A", "B"))
     for algorithm in (FedSB(start="gradient"), FedSB(oversample=1)):
         probe = algorithm.probe(bases)
-        learner = world()("c1", 1)
-        found = algorithm.cut(slope(learner, Gradient(probe, next(learner.batches()), only("A", "B"))).gradient)
+        learner = population()("c1", 1)
+        found = algorithm.cut(gradient_at(learner, Gradient(probe, next(learner.batches()), only("A", "B"))).gradient)
         if algorithm.start == "gradient":
             torch.testing.assert_close(found, {"layer.A": g})
         else:
@@ -109,7 +109,7 @@ def test_a_client_that_lost_its_bases_says_so_and_is_sent_them_again() -> None:
     federation = Federation(FedSB(), clients=("c0", "c1", "c2"))
     rounds = federation.run(Plan(rounds=5))
     next(rounds), next(rounds)
-    del federation.shelves["c1"]
+    del federation.stores["c1"]
     third, fourth = next(rounds), next(rounds)
     assert "this client's state was lost" in third.excluded["c1"]
     assert third.heard == ("c0", "c2")
@@ -120,7 +120,7 @@ def test_a_client_that_lost_its_bases_says_so_and_is_sent_them_again() -> None:
 def test_sketches_of_clients_add_up_to_the_sketch_of_their_sum() -> None:
     """So the server needs sums only: two clients' replies and one with their mean give the same bases."""
     algorithm, draw = FedSB(oversample=2), torch.Generator().manual_seed(0)
-    start = algorithm.server_init(world().initial, ())
+    start = algorithm.server_init(population().initial, ())
     shapes = algorithm.cut(algorithm.probe(start.bases))
     one, two = ({name: torch.randn(w.shape, generator=draw) for name, w in shapes.items()} for _ in range(2))
     core = {"layer.C": torch.zeros(SMALL, SMALL)}
@@ -134,8 +134,8 @@ def test_the_average_of_the_cores_is_the_average_of_the_updates() -> None:
     draw, algorithm = torch.Generator().manual_seed(0), FedSB(start="random", head="frozen")
     cores = [torch.randn(SMALL, SMALL, generator=draw, dtype=torch.float64) for _ in N]
     ups = {str(i): Up({"layer.C": c}, n, None) for i, (c, n) in enumerate(zip(cores, N, strict=True))}
-    server = algorithm.aggregate(algorithm.server_init(world().initial, ()), ups)
-    a, b = (world().initial[f"layer.{letter}"].double() for letter in "AB")
+    server = algorithm.aggregate(algorithm.server_init(population().initial, ()), ups)
+    a, b = (population().initial[f"layer.{letter}"].double() for letter in "AB")
     exact = torch.stack([n / sum(N) * b @ c @ a for n, c in zip(N, cores, strict=True)]).sum(0)
     assert float(exact.norm()) > 0.5
     torch.testing.assert_close(b @ server.weights["layer.C"] @ a, exact, atol=1e-10, rtol=0)
@@ -144,7 +144,7 @@ def test_the_average_of_the_cores_is_the_average_of_the_updates() -> None:
 def test_r_squared_numbers_travel_each_round_and_the_sketch_and_the_bases_once() -> None:
     """12 matrices at r = 8, d = 384: 12·8²·4 = 3,072 bytes of C; (8 + 8)·768 numbers of a sketch; 8·768 of bases."""
     first, second, closing = (rnd.traffic["a"] for rnd in rounds(FedSB()))
-    size, once = int(LAYERS * FedSB.card.floats(RANK, DIM, DIM) * 4), LAYERS * RANK * 2 * DIM * 4
+    size, once = int(LAYERS * FedSB.info.floats(RANK, DIM, DIM) * 4), LAYERS * RANK * 2 * DIM * 4
     assert (size, once) == (3_072, 294_912)
     assert (first.up_payload, first.summary, first.down_payload) == (size, 2 * once, 0)
     assert (second.up_payload, second.summary, second.down_payload) == (size, 0, size + once)

@@ -63,11 +63,11 @@ def test_no_aggregate_takes_the_place_of_a_clients_own_and_the_rest_is_not_train
     for rnd in federation.run(Plan(rounds=3)):
         server: Any = rnd.server
         for client in CLIENTS:
-            local = federation.private(federation.shelves[client])
+            local = federation.private(federation.stores[client])
             assert image(local.own) == image(dict(server.adapters[client]))
             if rnd.index in (2, 3):
-                personal: Any = federation.shelves[client][f"personal@{rnd.index}"]
-                before: Any = federation.shelves[client][f"received@{rnd.index - 1}"]
+                personal: Any = federation.stores[client][f"personal@{rnd.index}"]
+                before: Any = federation.stores[client][f"received@{rnd.index - 1}"]
                 for name in ("layer.A2", "layer.B2"):
                     assert image(personal.weights[name]) == image(before.weights[name])
                     assert personal.weights[name].any()
@@ -76,7 +76,7 @@ def test_no_aggregate_takes_the_place_of_a_clients_own_and_the_rest_is_not_train
 def test_both_factors_travel_up_and_the_mean_of_the_others_down() -> None:
     """12 matrices at r = 8 and d = 384: 12·8·(384 + 384)·4 = 294,912 bytes each way."""
     first, second, closing = (rnd.traffic["a"] for rnd in rounds(FedALT()))
-    size = int(LAYERS * FedALT.card.floats(RANK, DIM, DIM) * 4)
+    size = int(LAYERS * FedALT.info.floats(RANK, DIM, DIM) * 4)
     assert size == 294_912
     assert (first.up_payload, first.down_payload) == (size, 0)
     assert (second.up_payload, second.down_payload, closing.down_payload) == (size, size, size)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fedex_lora import FedExLoRA, Up
-from celora.core.messages import Model, Plan, opened
+from celora.core.messages import KeptModel, Plan, unpacked
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import Federation, Stub, lost
 
@@ -87,9 +87,9 @@ def test_all_clients_have_the_same_weights_to_the_bit_whoever_missed_what(rank: 
     federation = Federation(FedExLoRA(rank=rank))
     for rnd in federation.run(Plan(rounds=4), lost(("c1", 1), ("c1", 2), ("c2", 3))):
         models = [
-            opened(Model, shelf[name], federation.schema).weights
-            for shelf in federation.shelves.values()
-            if (name := f"received@{rnd.index - 1}") in shelf
+            unpacked(KeptModel, store[name], federation.schema).weights
+            for store in federation.stores.values()
+            if (name := f"received@{rnd.index - 1}") in store
         ]
         assert len(models) >= 3
         assert all(torch.equal(w, models[0][name]) for model in models[1:] for name, w in model.items())

@@ -12,10 +12,10 @@ from celora.core.adapters import modules
 from celora.core.messages import Plan
 from celora.models import Adapter, Model, initial, load
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
-from tests.toy import CLIENTS, Federation, World, image
+from tests.toy import CLIENTS, Federation, Population, image
 from tests.toy import RANK as SMALL
 
-INITIAL = World(FedMosaic().family).initial
+INITIAL = Population(FedMosaic().family).initial
 LENGTH = 18  # numbers of the toy's head
 
 
@@ -85,10 +85,10 @@ def test_no_average_takes_the_place_of_a_clients_own_and_what_it_receives_is_not
     for rnd in federation.run(Plan(rounds=3)):
         server: Any = rnd.server
         for client in CLIENTS:
-            assert image(federation.private(federation.shelves[client]).own) == image(dict(server.cores[client]))
+            assert image(federation.private(federation.stores[client]).own) == image(dict(server.cores[client]))
             if rnd.index in (2, 3):
-                personal: Any = federation.shelves[client][f"personal@{rnd.index}"]
-                before: Any = federation.shelves[client][f"received@{rnd.index - 1}"]
+                personal: Any = federation.stores[client][f"personal@{rnd.index}"]
+                before: Any = federation.stores[client][f"received@{rnd.index - 1}"]
                 for name in ("layer.P2", "layer.Q2"):
                     assert image(personal.weights[name]) == image(before.weights[name])
                     assert personal.weights[name].any()
@@ -115,7 +115,7 @@ def test_noise_is_what_it_says_and_is_drawn_anew() -> None:
 def test_r_squared_and_r_numbers_travel_and_a_sketch_besides() -> None:
     """12 matrices at r = 8: 12·(8² + 8)·4 = 3,456 bytes each way, and 256 numbers of a gradient up."""
     first, second, closing = (rnd.traffic["a"] for rnd in rounds(FedMosaic()))
-    size = int(LAYERS * FedMosaic.card.floats(RANK, DIM, DIM) * 4)
+    size = int(LAYERS * FedMosaic.info.floats(RANK, DIM, DIM) * 4)
     assert size == 3_456
     assert (first.up_payload, first.summary, first.down_payload) == (size, 1_024, 0)
     assert (second.up_payload, second.summary, second.down_payload) == (size, 1_024, size)

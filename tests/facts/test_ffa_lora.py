@@ -32,11 +32,11 @@ def test_the_update_served_is_the_mean_of_the_updates_made() -> None:
 
 
 def test_after_training_every_client_still_has_the_seeds_a() -> None:
-    from celora.core.messages import Model, Plan, opened
+    from celora.core.messages import KeptModel, Plan, unpacked
 
     federation = Federation(FFALoRA())
     list(federation.run(Plan(rounds=2)))
-    for shelf in federation.shelves.values():
-        weights = opened(Model, shelf["personal@2"], federation.schema).weights
-        assert torch.equal(weights["layer.A"], federation.world.initial["layer.A"])
+    for store in federation.stores.values():
+        weights = unpacked(KeptModel, store["personal@2"], federation.schema).weights
+        assert torch.equal(weights["layer.A"], federation.population.initial["layer.A"])
         assert bool(weights["layer.B"].any())

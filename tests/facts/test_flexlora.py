@@ -7,8 +7,8 @@ from torch import Tensor
 
 from celora.algorithms.flexlora import FlexLoRA, Up
 from celora.core.adapters import Lora, truncated
-from celora.core.federation import run
 from celora.core.messages import Plan
+from celora.core.rounds import run_rounds
 from celora.engines.embedded import Embedded
 from celora.wire import Schema
 from tests.facts.payloads import HEAD, rounds, weights
@@ -53,11 +53,11 @@ def test_a_client_of_rank_2_pays_for_rank_2() -> None:
     """12·2·(384 + 384)·4 = 73,728 bytes, both ways, but for the first download: nobody has told its rank yet."""
     algorithm, initial = FlexLoRA(), weights(Lora())
 
-    def world(client: str, round: int) -> Stub:
+    def population(client: str, round: int) -> Stub:
         return Stub(truncated(initial, 2 if client == "a" else 8), 40)
 
-    engine = Embedded(algorithm, world, {}, Schema.of(initial), pretend)
-    traffic = [rnd.traffic for rnd in run(algorithm, engine, Plan(rounds=2), "ab", initial)]
+    engine = Embedded(algorithm, population, {}, Schema.of(initial), pretend)
+    traffic = [rnd.traffic for rnd in run_rounds(algorithm, engine, Plan(rounds=2), "ab", initial)]
     assert [t["a"].up_payload for t in traffic] == [73_728, 73_728, 0]
     assert [t["a"].down_payload for t in traffic] == [0, 73_728, 73_728]
     assert [t["b"].down_payload for t in traffic] == [0, 294_912, 294_912]

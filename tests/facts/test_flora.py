@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.flora import FLoRA, Up
-from celora.core.messages import Exchange, Model, Order, Plan, Reply, opened
+from celora.core.messages import Exchange, Instruction, KeptModel, Plan, Reply, unpacked
 from celora.wire import unpack
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import Federation, Tape, lost, newest
@@ -72,7 +72,7 @@ def test_every_client_starts_every_round_from_a_new_a_and_b_0() -> None:
 
     federation = Federation(Watching())
     list(federation.run(Plan(rounds=2)))
-    entries = federation.world.initial["layer.A"].flatten().sort().values
+    entries = federation.population.initial["layer.A"].flatten().sort().values
     assert len(seen) == 8
     assert all(torch.equal(a.flatten().sort().values, entries) for a in seen)
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
@@ -82,7 +82,7 @@ def unread(*replies: tuple[str, int]) -> Any:
     """An `Exchange` on which these (client, round) train and are not heard."""
 
     def around(exchange: Exchange) -> Exchange:
-        def exchange_without(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def exchange_without(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             found = exchange(orders)
             return {c: r if (c, orders[c].round) not in replies else replace(r, frame=b"?") for c, r in found.items()}
 
@@ -98,9 +98,9 @@ def test_all_clients_have_the_same_w_to_the_bit_whoever_missed_what(trouble: Any
     federation, before = Federation(FLoRA()), torch.zeros(0)
     for rnd in federation.run(Plan(rounds=5), trouble(*missing)):
         models = [
-            opened(Model, shelf[name], federation.schema).weights["layer.W"]
-            for shelf in federation.shelves.values()
-            if (name := f"received@{rnd.index - 1}") in shelf
+            unpacked(KeptModel, store[name], federation.schema).weights["layer.W"]
+            for store in federation.stores.values()
+            if (name := f"received@{rnd.index - 1}") in store
         ]
         assert len(models) == 4 - (trouble is lost and any(r == rnd.index for _, r in missing))
         if rnd.index > 1:
@@ -116,7 +116,7 @@ def test_who_is_one_stack_behind_is_sent_the_stack_and_others_w() -> None:
         return tapes[0]
 
     list(federation.run(Plan(rounds=3), taped))
-    downs = {(i, c): unpack(FLoRA.card.down, o.frame, federation.schema).base for i, c, o in tapes[0].orders}
+    downs = {(i, c): unpack(FLoRA.info.down, o.frame, federation.schema).base for i, c, o in tapes[0].orders}
     whole = {at for at, base in downs.items() if base.total}
     assert whole == {(3, "c1")}
     assert all(bool(base.last) != bool(base.total) for (index, _), base in downs.items() if index > 1)
@@ -128,7 +128,7 @@ def test_a_client_that_lost_its_state_sits_out_one_round_and_is_back_in_the_next
     for rnd in federation.run(Plan(rounds=4)):
         seen.append(rnd)
         if rnd.index == 2:
-            federation.shelves["c1"] = {}
+            federation.stores["c1"] = {}
     assert "found W of version 0 here, expected 1" in seen[2].excluded["c1"]
     assert ["c1" in rnd.heard for rnd in seen] == [True, True, False, True, False]
-    assert newest(federation.shelves["c1"]) == "private@4"
+    assert newest(federation.stores["c1"]) == "private@4"

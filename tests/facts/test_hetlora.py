@@ -8,8 +8,8 @@ from torch import Tensor
 
 from celora.algorithms.hetlora import Down, HetLoRA, Local, Up
 from celora.core.adapters import Lora, truncated
-from celora.core.federation import run
 from celora.core.messages import Plan
+from celora.core.rounds import run_rounds
 from celora.engines.embedded import Embedded
 from celora.wire import Schema
 from tests.facts.payloads import HEAD, rounds, weights
@@ -59,11 +59,11 @@ def test_both_factors_and_the_head_travel_both_ways() -> None:
 def test_a_client_of_rank_2_pays_for_rank_2() -> None:
     algorithm, initial = HetLoRA(), weights(Lora())
 
-    def world(client: str, round: int) -> Stub:
+    def population(client: str, round: int) -> Stub:
         return Stub(truncated(initial, 2 if client == "a" else 8), 40)
 
-    engine = Embedded(algorithm, world, {}, Schema.of(initial), pretend)
-    traffic = [rnd.traffic for rnd in run(algorithm, engine, Plan(rounds=2), "ab", initial)]
+    engine = Embedded(algorithm, population, {}, Schema.of(initial), pretend)
+    traffic = [rnd.traffic for rnd in run_rounds(algorithm, engine, Plan(rounds=2), "ab", initial)]
     assert [t["a"].up_payload for t in traffic] == [73_728, 73_728, 0]
     assert [t["a"].down_payload for t in traffic] == [0, 73_728, 73_728]
     assert [t["b"].down_payload for t in traffic] == [0, 294_912, 294_912]
@@ -116,7 +116,7 @@ def test_ranks_only_go_down_to_the_smallest_and_bytes_with_them() -> None:
         assert all(later[client] <= earlier[client] for client in later)
     first, last = found[0].traffic["c0"].up_payload, found[-2].traffic["c0"].up_payload
     assert last * 2 == first
-    assert {client: federation.private(shelf).rank for client, shelf in federation.shelves.items()} == ranks[-1]
+    assert {client: federation.private(store).rank for client, store in federation.stores.items()} == ranks[-1]
 
 
 def test_a_client_that_pruned_unheard_cuts_what_it_is_sent() -> None:

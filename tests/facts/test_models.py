@@ -18,9 +18,9 @@ from celora.core.learner import Recipe
 from celora.models import (
     Adapter,
     Backbone,
+    BatchedForward,
     Model,
     ModelLearner,
-    Passes,
     Rows,
     export_peft,
     initial,
@@ -113,7 +113,7 @@ def test_slots_give_the_loss_and_gradients_of_plain_peft() -> None:
     weights = random_weights(backbone, adapter, Lora())
     weights = {name: w.requires_grad_() for name, w in weights.items()}
     rows = Rows(backbone.tokenize(["one", "a longer text than that", "two"]), torch.tensor([0, 4, 2]))
-    it = ModelLearner(Passes(backbone, Lora()), {"train": rows}, weights, Recipe(), seed=0, client="a", round=1)
+    it = ModelLearner(BatchedForward(backbone, Lora()), {"train": rows}, weights, Recipe(), seed=0, client="a", round=1)
     batch = next(it.batches())
     loss = it.losses(weights, batch)
     names = [name for name in weights if part(name) in "AB"]

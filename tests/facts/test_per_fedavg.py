@@ -12,7 +12,7 @@ from celora.core.adapters import Lora
 from celora.core.solve import solve
 from celora.tensors import Tensors, flatten
 from tests.facts.payloads import HEAD, rounds
-from tests.toy import RECIPE, World
+from tests.toy import RECIPE, Population
 
 ALPHA, BETA = 0.3, 0.2
 
@@ -29,7 +29,7 @@ def test_bytes_are_fedits(variant: Any) -> None:
 
 def client(**recipe: Any) -> Any:
     """c1 in float64, with 30 rows in two mini-batches, at a B that is not 0."""
-    learner = World(Lora(), recipe=replace(RECIPE, batch_size=15, **recipe))("c1", 1)
+    learner = Population(Lora(), recipe=replace(RECIPE, batch_size=15, **recipe))("c1", 1)
     learner.initial = {name: w.double() for name, w in learner.initial.items()}
     learner.initial["layer.B"] = 0.2 * torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double()
     batches = [{"x": batch["x"].double(), "y": batch["y"]} for batch in learner.batches()]
@@ -75,8 +75,8 @@ def test_what_predicts_is_one_step_from_what_was_received_and_not_from_what_is_s
     ended, (batch, _) = trained(learner), list(learner.batches())
     w = {name: t.clone().requires_grad_() for name, t in learner.initial.items()}
     slopes = torch.autograd.grad(learner.losses(w, batch), list(w.values()))
-    for (name, at), slope in zip(w.items(), slopes, strict=True):
-        torch.testing.assert_close(ended.model[name], at.detach() - ALPHA * slope)
+    for (name, at), gradient_at in zip(w.items(), slopes, strict=True):
+        torch.testing.assert_close(ended.model[name], at.detach() - ALPHA * gradient_at)
     assert not torch.equal(ended.model["layer.B"], ended.up.weights["layer.B"])
 
 

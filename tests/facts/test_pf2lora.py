@@ -14,7 +14,7 @@ from celora.core.optim import AdamW
 from celora.core.solve import solve
 from celora.tensors import flatten
 from tests.facts.payloads import HEAD, rounds
-from tests.toy import RECIPE, World
+from tests.toy import RECIPE, Population
 
 X, Y = ("layer.A", "layer.B", "head.weight", "head.bias"), ("layer.A2", "layer.B2")
 RATE = 0.3
@@ -35,7 +35,7 @@ def test_x_travels_and_y_does_not_whatever_its_rank(divisor: int) -> None:
 
 def client() -> Any:
     """c1 in float64, with 30 rows in two mini-batches, at weights that are 0 nowhere."""
-    learner = World(Dual(2), recipe=replace(RECIPE, batch_size=15, clip=0.0))("c1", 1)
+    learner = Population(Dual(2), recipe=replace(RECIPE, batch_size=15, clip=0.0))("c1", 1)
     draw = torch.Generator().manual_seed(0)
     learner.initial = {n: 0.4 * torch.randn(w.shape, generator=draw).double() for n, w in learner.initial.items()}
     batches = [{"x": batch["x"].double(), "y": batch["y"]} for batch in learner.batches()]
@@ -111,7 +111,7 @@ def test_without_the_second_order_term_it_is_another_direction(monkeypatch: pyte
 
 def test_at_the_start_where_both_ups_are_zero_the_second_order_term_is_zero_but_for_the_heads() -> None:
     """d/dA and d/dB of ∇_y F contain B and B2: harmless, and gone after a step."""
-    learner = World(Dual(2))("c1", 1)
+    learner = Population(Dual(2))("c1", 1)
     batch = next(iter(learner.batches()))
     algorithm = PF2LoRA()
     turn = algorithm.train(learner, algorithm.client_init(learner), algorithm.send(algorithm.server_init({}, ()), "c1"))
@@ -156,7 +156,7 @@ def test_the_rank_of_an_update_is_within_r_minus_and_plus_the_clients(r: int, di
 
 def test_a_turn_prunes_nothing() -> None:
     """Both of a client's matrices keep their shapes, and after training no row of C_k or column of D_k is 0."""
-    learner = World(Dual(2))("c1", 1)
+    learner = Population(Dual(2))("c1", 1)
     algorithm = PF2LoRA()
     down = algorithm.send(algorithm.server_init(learner.initial, ()), "c1")
     (ended,) = solve([(learner, algorithm.train(learner, algorithm.client_init(learner), down))])

@@ -9,26 +9,26 @@ import torch
 from celora.algorithms.pfedlora import PFedLoRA
 from celora.core.learner import Fitted, Recipe
 from celora.core.training import fit
-from celora.models import Adapter, Model, OwnLearner, Rows, Zoo
-from celora.models.own import CNNS
+from celora.models import Adapter, Model, ModelZoo, PrivateLearner, Rows
+from celora.models.model_zoo import CNNS
 from celora.tensors import part
 from tests.facts.payloads import rounds
-from tests.toy import World, image
+from tests.toy import Population, image
 
 
-def learner_of(zoo: Zoo, at: int, weights: Any, **recipe: Any) -> OwnLearner:
+def learner_of(zoo: ModelZoo, at: int, weights: Any, **recipe: Any) -> PrivateLearner:
     draw = torch.Generator().manual_seed(at)
     images = torch.rand(12, 3, 32, 32, generator=draw)
     rows = Rows(images, torch.arange(12) % 2)
-    return OwnLearner(
+    return PrivateLearner(
         zoo.models[at], {"train": rows, "validation": rows}, weights, Recipe(batch_size=4, **recipe),
         family=PFedLoRA().family, scaling=2.0, seed=0, client=str(at), round=1,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def zoo() -> Zoo:
-    return Zoo(Model(own=tuple(CNNS), device="cpu"), Path(), seed=0)
+def zoo() -> ModelZoo:
+    return ModelZoo(Model(own=tuple(CNNS), device="cpu"), Path(), seed=0)
 
 
 def halves(weights: Any) -> tuple[Any, Any]:
@@ -38,10 +38,10 @@ def halves(weights: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("mix", ["loss", "logit"])
 @pytest.mark.parametrize("where", ["cnn-1", "cnn-5", "toy"])
-def test_each_phase_leaves_the_frozen_half_unchanged_to_the_bit(zoo: Zoo, where: str, mix: Any) -> None:
+def test_each_phase_leaves_the_frozen_half_unchanged_to_the_bit(zoo: ModelZoo, where: str, mix: Any) -> None:
     algorithm = PFedLoRA(mix=mix)
     if where == "toy":
-        learner: Any = World(algorithm.family)("c0", 1)
+        learner: Any = Population(algorithm.family)("c0", 1)
     else:
         at = list(CNNS).index(where)
         start = {**zoo.models[at].start, **zoo.initial(Adapter(rank=4), algorithm.family, 2, seed=0)}
@@ -58,7 +58,7 @@ def test_each_phase_leaves_the_frozen_half_unchanged_to_the_bit(zoo: Zoo, where:
     assert any(not torch.equal(theta2[name], w) for name, w in theta1.items())
 
 
-def test_the_five_networks_are_as_large_as_the_papers_and_share_one_adapter(zoo: Zoo) -> None:
+def test_the_five_networks_are_as_large_as_the_papers_and_share_one_adapter(zoo: ModelZoo) -> None:
     """Megabytes of float32 without the head; the digest says about 10.0, 6.9, 5.0, 3.8 and 2.6."""
     found = [sum(w.numel() for w in one.start.values()) * 4 / 1e6 for one in zoo.models]
     assert found == pytest.approx([10.5, 7.2, 5.3, 4.2, 2.7], abs=0.05)
@@ -79,11 +79,11 @@ def test_the_five_networks_are_as_large_as_the_papers_and_share_one_adapter(zoo:
 def test_only_the_adapter_travels() -> None:
     """12 matrices at r = 8 and d = 384: r (d + k) numbers each. An own model has one, of (classes, 500)."""
     traffic = rounds(PFedLoRA())[1].traffic["a"]
-    size = 12 * int(PFedLoRA.card.floats(8, 384, 384)) * 4
+    size = 12 * int(PFedLoRA.info.floats(8, 384, 384)) * 4
     assert (traffic.up_payload, traffic.down_payload, traffic.head_up) == (size, size, 0)
 
 
-def test_on_models_of_ones_own_joint_and_local_predictions_differ_by_the_adapter(zoo: Zoo) -> None:
+def test_on_models_of_ones_own_joint_and_local_predictions_differ_by_the_adapter(zoo: ModelZoo) -> None:
     start = {**zoo.models[4].start, **zoo.initial(Adapter(rank=4), PFedLoRA().family, 3, seed=0)}
     learner = learner_of(zoo, 4, start)
     batch = next(learner.batches())

@@ -9,11 +9,11 @@ from torch import Tensor
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.pfedme import PFedMe, Up
 from celora.core.adapters import Lora
-from celora.core.messages import Model, Plan, opened
+from celora.core.messages import KeptModel, Plan, unpacked
 from celora.core.solve import solve
 from celora.tensors import flatten
 from tests.facts.payloads import HEAD, rounds
-from tests.toy import CLIENTS, RECIPE, Federation, World, image
+from tests.toy import CLIENTS, RECIPE, Federation, Population, image
 
 ONE_BATCH = replace(RECIPE, batch_size=1000, clip=0.0)
 
@@ -29,7 +29,7 @@ def test_bytes_are_fedits() -> None:
 
 def trained(**fields: Any) -> tuple[Any, Any]:
     """One turn of c1 with all its rows in one mini-batch, and its learner."""
-    learner, algorithm = World(Lora(), recipe=ONE_BATCH)("c1", 1), PFedMe(**fields)
+    learner, algorithm = Population(Lora(), recipe=ONE_BATCH)("c1", 1), PFedMe(**fields)
     down = algorithm.send(algorithm.server_init(learner.initial, CLIENTS), "c1")
     ((ended),) = solve([(learner, algorithm.train(learner, algorithm.client_init(learner), down))])
     return ended, learner
@@ -39,12 +39,12 @@ def test_after_many_steps_theta_minimises_the_loss_and_its_distance() -> None:
     """∇f(θ) + λ (θ − w) = 0: so ηλ(w − θ) = η ∇f(θ), the gradient of the envelope; w moves along it."""
     ended, learner = trained(lam=2.0, inner_steps=500, inner_lr=0.1, eta=0.25)
     theta = {name: ended.model[name].clone().requires_grad_() for name in learner.initial}
-    batch = next(iter(World(Lora(), recipe=ONE_BATCH)("c1", 1).batches()))
+    batch = next(iter(Population(Lora(), recipe=ONE_BATCH)("c1", 1).batches()))
     slopes = torch.autograd.grad(learner.losses(theta, batch), list(theta.values()))
-    for (name, at), slope in zip(theta.items(), slopes, strict=True):
+    for (name, at), gradient_at in zip(theta.items(), slopes, strict=True):
         start = learner.initial[name]
-        torch.testing.assert_close(slope, -2.0 * (at.detach() - start), atol=1e-5, rtol=0)
-        torch.testing.assert_close(ended.up.weights[name], start - 0.25 * slope, atol=1e-5, rtol=0)
+        torch.testing.assert_close(gradient_at, -2.0 * (at.detach() - start), atol=1e-5, rtol=0)
+        torch.testing.assert_close(ended.up.weights[name], start - 0.25 * gradient_at, atol=1e-5, rtol=0)
 
 
 def test_at_eta_lambda_1_what_is_sent_is_theta() -> None:
@@ -79,6 +79,6 @@ def test_the_personal_model_starts_anew_from_w_in_every_turn() -> None:
     """Nothing of θ is kept: a client's private state is its private head, or nothing."""
     federation = Federation(PFedMe())
     list(federation.run(Plan(rounds=2)))
-    for shelf in federation.shelves.values():
-        assert federation.private(shelf).mine == {}
-        assert "personal@2" in shelf and opened(Model, shelf["personal@2"], federation.schema).weights
+    for store in federation.stores.values():
+        assert federation.private(store).mine == {}
+        assert "personal@2" in store and unpacked(KeptModel, store["personal@2"], federation.schema).weights

@@ -9,15 +9,15 @@ from torch import Tensor
 from celora.algorithms.ravan import Ravan, Up
 from celora.core.adapters import modules
 from celora.core.learner import Gradient
-from celora.core.training import slope
+from celora.core.training import gradient_at
 from celora.errors import ModelError
 from celora.models import Adapter, Model, initial, load
 from celora.tensors import only
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
-from tests.toy import World
+from tests.toy import Population
 
 N = (3, 1, 6)
-WORLD = World(Ravan().family)
+WORLD = Population(Ravan().family)
 
 
 def weights(seed: int) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def test_cores_and_scales_averaged_apart_would_not_be() -> None:
 def test_four_cores_of_rank_8_travel_both_ways() -> None:
     """12 matrices: 12·4·8²·4 = 12,288 bytes; FedIT sends 294,912 at this rank."""
     first, second, closing = (rnd.traffic["a"] for rnd in rounds(Ravan()))
-    size = int(LAYERS * Ravan.card.floats(RANK, DIM, DIM) * 4)
+    size = int(LAYERS * Ravan.info.floats(RANK, DIM, DIM) * 4)
     assert size == 12_288
     assert (first.up_payload, first.down_payload) == (size, 0)
     assert (second.up_payload, second.down_payload, closing.up_payload) == (size, size, 0)
@@ -90,5 +90,5 @@ def test_bases_of_all_heads_are_orthonormal_and_the_start_is_the_frozen_backbone
 
 def test_every_core_has_a_gradient_from_the_first_step() -> None:
     learner = WORLD("c0", 1)
-    found = slope(learner, Gradient({}, next(learner.batches()), only(*Ravan().family.cores))).gradient
+    found = gradient_at(learner, Gradient({}, next(learner.batches()), only(*Ravan().family.cores))).gradient
     assert all(bool(gradient.all()) for gradient in found.values())

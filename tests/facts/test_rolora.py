@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.rolora import RoLoRA, Server, Up
-from celora.core.messages import Exchange, Model, Order, Plan, Reply, opened
+from celora.core.messages import Exchange, Instruction, KeptModel, Plan, Reply, unpacked
 from celora.wire import pack, unpack
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import D_IN, D_OUT, RANK, Federation, lost
@@ -36,7 +36,7 @@ def test_b_travels_in_odd_rounds_and_a_in_even_ones_both_ways() -> None:
 
 def test_numbers_on_the_card_are_the_mean_of_two_rounds() -> None:
     up = [rnd.traffic["a"].up_payload for rnd in rounds(RoLoRA())[:2]]
-    assert sum(up) / 2 == 12 * 4 * RoLoRA.card.floats(8, 384, 384)
+    assert sum(up) / 2 == 12 * 4 * RoLoRA.info.floats(8, 384, 384)
 
 
 @pytest.mark.parametrize(("half", "turns"), [("B", 2), ("A", 1)])
@@ -65,7 +65,7 @@ def unread(*replies: tuple[str, int]) -> object:
     """An `Exchange` on which these (client, round) train and are not heard."""
 
     def around(exchange: Exchange) -> Exchange:
-        def exchange_without(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def exchange_without(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             found = exchange(orders)
             return {c: r if (c, orders[c].round) not in replies else replace(r, frame=b"?") for c, r in found.items()}
 
@@ -81,9 +81,9 @@ def test_a_client_that_missed_turns_has_the_model_that_all_have(trouble: object)
     federation = Federation(RoLoRA())
     for rnd in federation.run(Plan(rounds=5), trouble(*missing)):  # type: ignore[operator]
         models = {
-            client: opened(Model, shelf[f"received@{rnd.index - 1}"], federation.schema).weights
-            for client, shelf in federation.shelves.items()
-            if f"received@{rnd.index - 1}" in shelf
+            client: unpacked(KeptModel, store[f"received@{rnd.index - 1}"], federation.schema).weights
+            for client, store in federation.stores.items()
+            if f"received@{rnd.index - 1}" in store
         }
         assert len(models) == len(federation.clients) - (trouble is lost and any(r == rnd.index for _, r in missing))
         first, *others = models.values()
@@ -104,6 +104,6 @@ def test_a_client_that_lost_its_state_sits_out_one_round_and_is_back_in_the_next
     for rnd in federation.run(Plan(rounds=4)):
         seen.append(rnd)
         if rnd.index == 2:
-            federation.shelves["c1"] = {}
+            federation.stores["c1"] = {}
     assert "found the half of turn 0 here, expected that of turn 2" in seen[2].excluded["c1"]
     assert ["c1" in rnd.heard for rnd in seen] == [True, True, False, True, False]

@@ -18,7 +18,7 @@ from celora.privacy import ckks, keys
 from celora.privacy.order import Code
 from celora.wire import Schema, pack, unpack
 from tests.facts.payloads import HEAD, rounds
-from tests.toy import Federation, Stub, Tape, image, world_of
+from tests.toy import Federation, Stub, Tape, image, population_of
 
 SECRET = bytes(range(100, 132))
 SHAPES = {"low.q": (7, 10), "low.v": (5, 40)}  # (d_out, d_in)
@@ -268,7 +268,7 @@ def test_a_client_with_another_key_is_told_so_and_the_others_go_on(tmp_path: Pat
     algorithm = SHELoRA(key=str(tmp_path / "key"))
     federation = Federation(algorithm)
     odd = Local(torch.zeros(32, dtype=torch.uint8), 4, {})
-    federation.shelves = federation.engine.shelves = {"c1": {"private@0": odd}}  # type: ignore[assignment]
+    federation.stores = federation.engine.stores = {"c1": {"private@0": odd}}  # type: ignore[assignment]
     first, second, closing = federation.run(Plan(rounds=2))
     assert (first.excluded, second.heard) == ({}, ("c0", "c2", "c3"))
     assert "another one; give this client the same file" in second.excluded["c1"]
@@ -312,7 +312,7 @@ def test_what_travels_at_minilms_size() -> None:
     first, second, closing = (rnd.traffic["a"] for rnd in rounds(SHELoRA()))
     wishes, mark, plain = 12 * 2 * 6 * 8, 8, 12 * 8 * (384 + 384) * 4
     assert -(-12 * 6 * 384 // 4096) == 7
-    assert plain == SHELoRA.card.floats(8, 384, 384) * 12 * 4 == 294_912
+    assert plain == SHELoRA.info.floats(8, 384, 384) * 12 * 4 == 294_912
     assert (first.up_payload, first.head_up) == (wishes + mark, 0)
     assert (second.up_payload, second.head_up) == (plain + 7 * 120 * 1024 + mark, HEAD)
     assert second.down_payload == 12 * 6 * 8 + mark
@@ -329,13 +329,13 @@ def test_a_run_learns_and_no_frame_holds_the_secret(tmp_path: Path) -> None:
         return tapes[0]
 
     algorithm = SHELoRA(key=str(tmp_path / "key"), budget=(0.5,))
-    federation = Federation(algorithm, world_of(algorithm))
+    federation = Federation(algorithm, population_of(algorithm))
     done = list(federation.run(Plan(rounds=4), taped))
     received = [sum(s["received"]["loss"] for s in rnd.scores.values()) for rnd in done]
     assert received[-1] < received[2] < received[0]
     crossed = [pack(order) for _, _, order in tapes[0].orders] + [pack(reply) for _, _, reply in tapes[0].replies]
     assert all(secret not in frame for frame in [*crossed, *(rnd.checkpoint.server for rnd in done)])
-    assert all(secret in pack(federation.private(shelf)) for shelf in federation.shelves.values())
+    assert all(secret in pack(federation.private(store)) for store in federation.stores.values())
 
 
 def test_a_frame_of_another_rank_comes_back() -> None:

@@ -69,18 +69,18 @@ def spoken(name: str, part: str) -> str:
 @every_algorithm
 def test_as_many_numbers_go_up_as_the_card_says(name: str) -> None:
     sent = payloads(name, "up")
-    expected = OTHERWISE[name][1] if name in OTHERWISE else ALGORITHMS[name].card.floats(RANK, D_IN, D_OUT)
+    expected = OTHERWISE[name][1] if name in OTHERWISE else ALGORITHMS[name].info.floats(RANK, D_IN, D_OUT)
     assert sum(sent) / len(sent) / 4 == pytest.approx(expected)
 
 
 @every_algorithm
 def test_the_formula_and_the_function_of_a_card_agree(name: str) -> None:
-    card = ALGORITHMS[name].card
-    written = formula(card.uplink)
+    info = ALGORITHMS[name].info
+    written = formula(info.uplink)
     if written is None:
-        pytest.skip(f"{card.uplink!r} speaks of more than r, d and k")
+        pytest.skip(f"{info.uplink!r} speaks of more than r, d and k")
     for r, d, k in ((4, 6, 8), (8, 384, 384), (3, 100, 7)):
-        assert written(r, d, k) == pytest.approx(card.floats(r, d, k))
+        assert written(r, d, k) == pytest.approx(info.floats(r, d, k))
 
 
 @every_algorithm
@@ -88,7 +88,7 @@ def test_a_card_names_the_parts_that_travel_and_no_others(name: str) -> None:
     algorithm = ALGORITHMS[name]()
     parts = algorithm.family.parts(RANK, D_IN, D_OUT)
     travels = {spoken(name, part) for part in parts if algorithm.shares(f"layer.{part}")}
-    named = {letter for part in parts if names(letter := spoken(name, part), algorithm.card.sends)}
+    named = {letter for part in parts if names(letter := spoken(name, part), algorithm.info.sends)}
     assert named - ALSO.get(name, set()) == travels
 
 
@@ -97,14 +97,14 @@ def test_what_travels_is_trained(name: str) -> None:
     algorithm = ALGORITHMS[name]()
     for part in algorithm.family.parts(RANK, D_IN, D_OUT):
         if algorithm.shares(f"layer.{part}"):
-            assert names(spoken(name, part), algorithm.card.trains)
+            assert names(spoken(name, part), algorithm.info.trains)
 
 
 @every_algorithm
 def test_where_a_card_says_nothing_there_is_nothing(name: str) -> None:
-    card = ALGORITHMS[name].card
+    info = ALGORITHMS[name].info
     rounds, federation = ran(name)
-    private = [federation.private(shelf) for shelf in federation.shelves.values()]
+    private = [federation.private(store) for store in federation.stores.values()]
     there = {
         "sends": any(payloads(name, "up")),
         "gets": any(payloads(name, "down")),
@@ -112,7 +112,7 @@ def test_where_a_card_says_nothing_there_is_nothing(name: str) -> None:
         "remembers": any(tensor.numel() for tensor in tensors_in(rounds[-1].server)),
     }
     for field, found in there.items():
-        text = getattr(card, field)
+        text = getattr(info, field)
         assert text
         if text in NOTHING:
             assert not found, f"{field}: {text!r}"

@@ -22,7 +22,7 @@ import torch
 
 from celora.algorithms.fed_hello import Down, FedHeLLo, Local
 from celora.core.algorithm import Head
-from celora.core.learner import Batch, Fitted, Gradient, Slope
+from celora.core.learner import Batch, Fitted, Gradient, GradientResult
 from tests.toy import Stub, image, turn
 
 SEED = {
@@ -103,8 +103,8 @@ def test_importance_is_the_norm_of_the_mean_squared_gradient() -> None:
     algorithm, none = FedHeLLo(), {name: torch.zeros_like(w) for name, w in SEED.items()}
     steps = algorithm.train(TwoRows(SEED), Local({}), Down({}, (0,), measure=True))
     assert isinstance(next(steps), Gradient)
-    assert isinstance(steps.send(Slope(1.0, {**none, "block.9.A": torch.tensor([[1.0, 3.0]])})), Gradient)
-    steps.send(Slope(1.0, {**none, "block.9.A": torch.tensor([[3.0, -1.0]])}))
+    assert isinstance(steps.send(GradientResult(1.0, {**none, "block.9.A": torch.tensor([[1.0, 3.0]])})), Gradient)
+    steps.send(GradientResult(1.0, {**none, "block.9.A": torch.tensor([[3.0, -1.0]])}))
     with pytest.raises(StopIteration) as end:
         steps.send(Fitted(SEED, {"loss": 1.0, "steps": 1.0}))
     assert end.value.value.up.importance.tolist() == pytest.approx([5 * math.sqrt(2), 0.0])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from celora.algorithms.fed_sb import Down, FedSB, Local, Slopes, Up
 from celora.core.algorithm import Head, Trained
-from celora.core.learner import Fit, Fitted, Gradient, Slope
+from celora.core.learner import Fit, Fitted, Gradient, GradientResult
 from tests.toy import Stub, image, turn
 
 SEED = {
@@ -74,7 +74,7 @@ def started(algorithm: FedSB, client: str) -> Trained[Local, Up]:
             assert set(gradient) == {name for name in SEED if problem.names(name)}
             b, c, a = (problem.weights[f"layer.{letter}"] for letter in "BCA")
             assert not (b @ c @ a).any()
-            problem = steps.send(Slope(1.0, gradient))
+            problem = steps.send(GradientResult(1.0, gradient))
         assert isinstance(problem, Fit)
         assert algorithm.head != "frozen"
         assert [name for name in SEED if problem.train(name)] == ["head.weight"]

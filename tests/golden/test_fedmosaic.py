@@ -22,7 +22,7 @@ from torch import Tensor
 from celora.algorithms.fedmosaic import Down, FedMosaic, Local, Up
 from celora.core.adapters import modules
 from celora.core.algorithm import Head, Mixing, Trained
-from celora.core.learner import Fit, Fitted, Gradient, Slope
+from celora.core.learner import Fit, Fitted, Gradient, GradientResult
 from tests.toy import Stub, image
 
 
@@ -70,7 +70,9 @@ def others(p: float, q: float) -> dict[str, Tensor]:
     return {"layer.P2": one(p), "layer.Q2": one(q)}
 
 
-def turn(method: FedMosaic, client: str, local: Local, down: Down, slope: Tensor) -> tuple[Fit, Trained[Local, Up]]:
+def turn(
+    method: FedMosaic, client: str, local: Local, down: Down, gradient_at: Tensor
+) -> tuple[Fit, Trained[Local, Up]]:
     """A client's turn: the problem it poses after its gradient was told, and what came of it."""
     steps = method.train(Two(SEED, EXAMPLES[client]), local, down)
     problem = next(steps)
@@ -78,7 +80,7 @@ def turn(method: FedMosaic, client: str, local: Local, down: Down, slope: Tensor
         assert isinstance(problem, Gradient)
         assert dict(problem.weights) == {}  # at the frozen backbone
         assert [name for name in SEED if problem.names(name)] == ["head.weight"]
-        problem = steps.send(Slope(1.0, {"head.weight": factor * slope}))
+        problem = steps.send(GradientResult(1.0, {"head.weight": factor * gradient_at}))
     assert isinstance(problem, Fit)
     end = {**cores(client), "layer.G": one(P[client] / 4), "head.weight": HEADS[client]}
     try:

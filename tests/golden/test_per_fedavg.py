@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from celora.algorithms.per_fedavg import PerFedAvg
-from celora.core.learner import Gradient, Slope
+from celora.core.learner import Gradient, GradientResult
 from tests.toy import RECIPE, Stub, image, played
 
 RATES: dict[str, Any] = {"alpha": 0.25, "beta": 0.5, "delta": 0.25}
@@ -40,7 +40,7 @@ def turned(algorithm: PerFedAvg, slopes: list[float], mini: Any, examples: int =
     learner = Stub(SEED, examples, recipe=FREE, mini=mini)
     names = ("layer.A", "layer.B") if algorithm.head == "frozen" else tuple(SEED)
     down = algorithm.send(algorithm.server_init(SEED, ()), "a")
-    answers = [Slope(1.0, number(g, *names)) for g in slopes]
+    answers = [GradientResult(1.0, number(g, *names)) for g in slopes]
     return played(algorithm, learner, algorithm.client_init(learner), down, answers)
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from celora.algorithms.pf2lora import PF2LoRA
-from celora.core.learner import Gradient, Slope
+from celora.core.learner import Gradient, GradientResult
 from tests.toy import RECIPE, Stub, played
 
 RECIPE_HERE = replace(RECIPE, lr=0.25, clip=0.0)
@@ -42,7 +42,7 @@ LOWER, UPPER, MIXED = named(A2=2, B2=-4), named(A=1, B=1, A2=6, B2=8, head=1), n
 def turned(algorithm: PF2LoRA, mini: Any = BATCHES[:1], examples: int = 1) -> tuple[list[Any], Any]:
     learner = Stub(SEED, examples, recipe=RECIPE_HERE, mini=mini)
     down = algorithm.send(algorithm.server_init(SEED, ()), "a")
-    answers = [Slope(1.0, LOWER), Slope(1.0, UPPER), Slope(1.0, MIXED)]
+    answers = [GradientResult(1.0, LOWER), GradientResult(1.0, UPPER), GradientResult(1.0, MIXED)]
     answers = answers[:2] if algorithm.first_order else answers
     return played(algorithm, learner, algorithm.client_init(learner), down, answers * len(mini))
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from celora.algorithms.pfedme import PFedMe
-from celora.core.learner import Gradient, Slope
+from celora.core.learner import Gradient, GradientResult
 from tests.toy import RECIPE, Stub, image, played
 
 RATES: dict[str, Any] = {"lam": 2.0, "inner_lr": 0.25, "inner_steps": 2, "eta": 0.25, "beta": 0.5}
@@ -46,7 +46,7 @@ def one_round(head: str) -> tuple[PFedMe, Any, dict[str, Any], dict[str, Any]]:
     server = algorithm.server_init(SEED, ())
     for client, examples, mini in (("a", 1, (FIRST,)), ("b", 3, (FIRST, SECOND))):
         learner = Stub(SEED, examples, recipe=FREE, mini=mini)
-        answers = [Slope(1.0, number(g, *names)) for g in SLOPES[client]]
+        answers = [GradientResult(1.0, number(g, *names)) for g in SLOPES[client]]
         local, down = algorithm.client_init(learner), algorithm.send(server, client)
         posed[client], ended[client] = played(algorithm, learner, local, down, answers)
     return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended, posed
@@ -90,8 +90,8 @@ def test_the_whole_step_is_clipped() -> None:
     """K = 1: from θ = w = 8 a gradient of (3, 4) is of length 5, so at a clip of 1 it is a fifth."""
     algorithm = PFedMe(head="frozen", **{**RATES, "inner_steps": 1})
     learner = Stub(SEED, recipe=replace(RECIPE, clip=1.0), mini=(FIRST,))
-    slope = Slope(1.0, {**number(3, "layer.A"), **number(4, "layer.B")})
+    gradient_at = GradientResult(1.0, {**number(3, "layer.A"), **number(4, "layer.B")})
     down = algorithm.send(algorithm.server_init(SEED, ()), "a")
-    _, trained = played(algorithm, learner, algorithm.client_init(learner), down, [slope])
+    _, trained = played(algorithm, learner, algorithm.client_init(learner), down, [gradient_at])
     assert float(trained.model["layer.A"]) == pytest.approx(8 - 0.25 * 3 / 5)
     assert float(trained.model["layer.B"]) == pytest.approx(8 - 0.25 * 4 / 5)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from celora.algorithms.ravan import Down, Local, Ravan, Up
 from celora.core.algorithm import Head
-from celora.core.learner import Gradient, Slope
+from celora.core.learner import Gradient, GradientResult
 from tests.toy import RECIPE, Stub, image, turn
 
 
@@ -114,7 +114,7 @@ def test_by_gradient_the_steeper_core_is_trained() -> None:
     asked = next(steps)
     assert isinstance(asked, Gradient)
     assert {name for name in SEED if asked.names(name)} == {"layer.C1", "layer.C2"}
-    problem = steps.send(Slope(1.0, {"layer.C1": one(-2), "layer.C2": one(1)}))
+    problem = steps.send(GradientResult(1.0, {"layer.C1": one(-2), "layer.C2": one(1)}))
     assert {name for name in SEED if problem.train(name)} == {"layer.C1", "layer.S1", "head.weight"}
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from celora.maths.cka import cka
-from celora.maths.mixtures import summarise
+from celora.maths.mixtures import fit_mixture
 from celora.maths.transport import distance_matrix, plan, transport
 from celora.maths.weights import combine, kernel, row_weights
 from tests.toy import least_cost
@@ -75,7 +75,7 @@ def test_vertices_of_the_dual_give_the_optimum(
 def test_a_summary_keeps_to_the_floor(counts: list[int], components: int, floor: int, seed: int) -> None:
     labels = torch.cat([torch.full((n,), c) for c, n in enumerate(counts)])
     features = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(seed)) * (1 + labels[:, None])
-    mixture, withheld = summarise(features, labels, components=components, min_component_rows=floor, seed=seed)
+    mixture, withheld = fit_mixture(features, labels, components=components, min_component_rows=floor, seed=seed)
     told = [c for c, n in enumerate(counts) if n >= 10]
     assert withheld == {c: n for c, n in enumerate(counts) if 0 < n < 10}
     assert sorted(set(mixture.labels.tolist())) == told
@@ -89,7 +89,7 @@ def test_a_summary_keeps_to_the_floor(counts: list[int], components: int, floor:
 @given(st.lists(st.integers(0, 25), min_size=1, max_size=5), seeds)
 def test_distances_and_kernels_follow_a_permutation(counts: list[int], seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
-    clients = [summarise(torch.randn(n, 3, generator=draw), torch.arange(n) % 2, seed=seed)[0] for n in counts]
+    clients = [fit_mixture(torch.randn(n, 3, generator=draw), torch.arange(n) % 2, seed=seed)[0] for n in counts]
     order = torch.randperm(len(clients), generator=draw)
     distance = distance_matrix(clients)
     known = distance[~distance.isnan()]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from celora.data.partition import Kind, cut, deal
-from celora.data.split import carve, interleave
-from celora.data.table import Share, Table
+from celora.data.partition import Kind, cut, partition_rows
+from celora.data.row_split import interleave, split_rows
+from celora.data.table import ClientRows, Table
 from celora.errors import DataError
 
 LABELS = st.lists(st.sampled_from("abcde"), min_size=10, max_size=80).map(lambda drawn: [*drawn, "a", "b"])
@@ -31,7 +31,7 @@ def table_of(labels: list[str], fixed: int = 0, groups: int = 3) -> Table:
     )  # fmt: skip
 
 
-def all_rows(shares: dict[str, Share]) -> list[int]:
+def all_rows(shares: dict[str, ClientRows]) -> list[int]:
     return sorted(
         row for share in shares.values() for part in (share.train, share.validation, share.test) for row in part
     )
@@ -48,20 +48,20 @@ def test_every_example_is_dealt_and_split_exactly_once(
     shares: tuple[float, float], seed: int,
 ) -> None:  # fmt: skip
     table = table_of(labels, fixed)
-    hands = deal(table, kind, clients=clients, alpha=alpha, clients_per_group=per_group, seed=seed)
+    hands = partition_rows(table, kind, clients=clients, alpha=alpha, clients_per_group=per_group, seed=seed)
     assert all_rows(hands) == list(range(len(table)))
     assert all(held.train or not (held.validation or held.test) for held in hands.values())
     for row, split in enumerate(table.splits or []):
         assert sum(row in getattr(held, split) for held in hands.values()) == 1
     validation, test = shares
     parts = {
-        client: carve(held, table.labels, client, validation=validation, test=test, seed=seed)
+        client: split_rows(held, table.labels, client, validation=validation, test=test, seed=seed)
         for client, held in hands.items()
     }
     assert all_rows(parts) == list(range(len(table)))
     assert parts == {
-        client: carve(held, table.labels, client, validation=validation, test=test, seed=seed)
-        for client, held in deal(
+        client: split_rows(held, table.labels, client, validation=validation, test=test, seed=seed)
+        for client, held in partition_rows(
             table, kind, clients=clients, alpha=alpha, clients_per_group=per_group, seed=seed
         ).items()
     }
@@ -74,7 +74,7 @@ def test_every_example_is_dealt_and_split_exactly_once(
 @QUICK
 @given(LABELS, st.integers(1, 9), SEEDS)
 def test_iid_parts_differ_by_one_row_at_most(labels: list[str], clients: int, seed: int) -> None:
-    sizes = [len(held.train) for held in deal(table_of(labels), "iid", clients=clients, seed=seed).values()]
+    sizes = [len(held.train) for held in partition_rows(table_of(labels), "iid", clients=clients, seed=seed).values()]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -87,9 +87,9 @@ def test_classes_gives_at_most_k_labels_to_each_and_every_label_to_someone(
     table = table_of(labels)
     if each > len(known) or clients * each < len(known):
         with pytest.raises(DataError, match="do not fit"):
-            deal(table, "classes", clients=clients, classes_per_client=each, seed=seed)
+            partition_rows(table, "classes", clients=clients, classes_per_client=each, seed=seed)
         return
-    hands = deal(table, "classes", clients=clients, classes_per_client=each, seed=seed)
+    hands = partition_rows(table, "classes", clients=clients, classes_per_client=each, seed=seed)
     assert all(len({labels[row] for row in held.train}) <= each for held in hands.values())
     assert {labels[row] for held in hands.values() for row in held.train} == known
 
@@ -99,7 +99,7 @@ def test_fixed_rows_follow_the_training_mix() -> None:
     labels = ["a", "b"] * 500
     table = table_of(labels, fixed=1000)
     for kind in ("dirichlet", "classes", "quantity"):
-        for held in deal(table, kind, clients=5, alpha=0.5, classes_per_client=1, seed=3).values():
+        for held in partition_rows(table, kind, clients=5, alpha=0.5, classes_per_client=1, seed=3).values():
             trained, tested = (Counter(table.labels[row] for row in rows) for rows in (held.train, held.test))
             assert all(abs(trained[label] - tested[label]) <= 1 for label in "ab")
 
@@ -109,7 +109,11 @@ def test_a_small_alpha_skews_and_a_large_one_does_not() -> None:
 
     def largest(alpha: float) -> float:
         """Mean over clients of the share of a client's most frequent label."""
-        hands = [held.train for held in deal(table, "dirichlet", clients=6, alpha=alpha, seed=0).values() if held.train]
+        hands = [
+            held.train
+            for held in partition_rows(table, "dirichlet", clients=6, alpha=alpha, seed=0).values()
+            if held.train
+        ]
         return float(np.mean([max(Counter(table.labels[row] for row in rows).values()) / len(rows) for rows in hands]))
 
     assert largest(0.05) > 0.7
@@ -119,17 +123,19 @@ def test_a_small_alpha_skews_and_a_large_one_does_not() -> None:
 def test_the_draws_of_a_label_do_not_depend_on_the_other_labels() -> None:
     few = table_of(["a"] * 30 + ["b"] * 30)
     more = table_of(["a"] * 30 + ["b"] * 30 + ["0"] * 30)
-    for client, held in deal(few, "dirichlet", clients=4, seed=5).items():
-        assert held.train == [row for row in deal(more, "dirichlet", clients=4, seed=5)[client].train if row < 60]
+    for client, held in partition_rows(few, "dirichlet", clients=4, seed=5).items():
+        assert held.train == [
+            row for row in partition_rows(more, "dirichlet", clients=4, seed=5)[client].train if row < 60
+        ]
 
 
 def test_clients_are_named_and_ordered() -> None:
     table = table_of(["a", "b"] * 300)
-    assert list(deal(table, "iid", clients=3)) == ["client-00", "client-01", "client-02"]
-    assert list(deal(table, "iid", clients=101))[-1] == "client-100"
+    assert list(partition_rows(table, "iid", clients=3)) == ["client-00", "client-01", "client-02"]
+    assert list(partition_rows(table, "iid", clients=101))[-1] == "client-100"
     named = replace(table, groups=["w10" if row % 2 else "w2" for row in range(600)])
-    assert list(deal(named, "natural")) == ["w2", "w10"]
-    assert list(deal(named, "natural", clients_per_group=2)) == ["w2-0", "w2-1", "w10-0", "w10-1"]
+    assert list(partition_rows(named, "natural")) == ["w2", "w10"]
+    assert list(partition_rows(named, "natural", clients_per_group=2)) == ["w2-0", "w2-1", "w10-0", "w10-1"]
 
 
 @QUICK
@@ -162,7 +168,9 @@ def test_every_prefix_has_the_mix_of_the_whole(labels: list[str], seed: int) -> 
 def test_splits_are_never_empty_where_they_need_not_be(
     labels: list[str], validation: float, test: float, seed: int
 ) -> None:
-    share = carve(Share(list(range(len(labels))), [], []), labels, "c", validation=validation, test=test, seed=seed)
+    share = split_rows(
+        ClientRows(list(range(len(labels))), [], []), labels, "c", validation=validation, test=test, seed=seed
+    )
     assert {labels[row] for row in share.train} == set(labels)
     single = {label for label, count in Counter(labels).items() if count == 1}
     assert not single & {labels[row] for row in share.validation + share.test}
@@ -175,9 +183,9 @@ def test_splits_are_never_empty_where_they_need_not_be(
 @QUICK
 @given(LABELS, st.integers(1, 20), SEEDS)
 def test_caps_draw_from_the_same_parts(labels: list[str], cap: int, seed: int) -> None:
-    held = Share(list(range(len(labels))), [], [])
-    whole = carve(held, labels, "c", validation=0.2, test=0.2, seed=seed)
-    capped = carve(held, labels, "c", validation=0.2, test=0.2, rows=cap, max_validation=2, max_test=1, seed=seed)
+    held = ClientRows(list(range(len(labels))), [], [])
+    whole = split_rows(held, labels, "c", validation=0.2, test=0.2, seed=seed)
+    capped = split_rows(held, labels, "c", validation=0.2, test=0.2, rows=cap, max_validation=2, max_test=1, seed=seed)
     for part, limit in (("train", cap), ("validation", 2), ("test", 1)):
         rows = getattr(capped, part)
         assert set(rows) <= set(getattr(whole, part))

@@ -276,8 +276,8 @@ class Run:
         return [line for line in lines if own.items() <= line.items()]
 
     def in_turn(self, site: str) -> bool:
-        """Whether a site is in the middle of a turn: it holds its shelf, as the kernel's list of locks says."""
-        lock = self.kept(site) / "shelf" / ".lock"
+        """Whether a site is in the middle of a turn: it holds its store, as the kernel's list of locks says."""
+        lock = self.kept(site) / "store" / ".lock"
         if not lock.exists():
             return False
         inode = f":{lock.stat().st_ino} "

@@ -15,9 +15,9 @@ from typing import Any
 
 from celora.algorithms import ce_lora, fedit
 from celora.cli import main
-from celora.core.messages import Order, Reply
-from celora.engines.remote import Answer, Call
-from celora.experiment import joining
+from celora.core.messages import Instruction, Reply
+from celora.engines.remote import Request, Response
+from celora.experiment import client as joining
 from celora.site import site
 from celora.site.site import Site
 from celora.wire import Schema, pack, unpack
@@ -39,7 +39,7 @@ RECORDS: dict[str, Callable[[ce_lora.Up], object]] = {
     "zero": lambda up: dataclasses.replace(up, examples=0),
     "negative": lambda up: dataclasses.replace(up, examples=-24),
 }
-ANSWERS: dict[str, Callable[[Answer], bytes]] = {
+ANSWERS: dict[str, Callable[[Response], bytes]] = {
     "truncated": lambda answer: pack(answer)[:-9],
     "garbage": lambda answer: b"\x80\x04garbage that is no frame",
     "name": lambda answer: pack(dataclasses.replace(answer, client="site-a")),
@@ -49,19 +49,23 @@ ANSWERS: dict[str, Callable[[Answer], bytes]] = {
 
 class Rogue(Site):
     def __call__(self, frame: bytes) -> bytes:
-        call, found = unpack(Call, frame), super().__call__(frame)
-        answer = unpack(Answer, found)
-        if call.kind != "order" or (order := unpack(Order, call.body)).task != "train" or answer.error is not None:
+        call, found = unpack(Request, frame), super().__call__(frame)
+        answer = unpack(Response, found)
+        if (
+            call.kind != "instruction"
+            or (order := unpack(Instruction, call.body)).task != "train"
+            or answer.error is not None
+        ):
             return found
         fault = wrong(call.job, order.round)
         if fault in RECORDS:
-            schema = Schema.of(self._seats[call.job].initial)
+            schema = Schema.of(self._contexts[call.job].initial)
             reply = unpack(Reply, answer.body)
             tampered = pack(RECORDS[fault](unpack(ce_lora.Up, reply.frame, schema)), schema)
             return pack(dataclasses.replace(answer, body=pack(dataclasses.replace(reply, frame=tampered))))
         return ANSWERS[fault](answer) if fault in ANSWERS else found
 
-    def _order(self, job: str, order: Order) -> tuple[str, bytes]:
+    def _order(self, job: str, order: Instruction) -> tuple[str, bytes]:
         site.solve = raising if wrong(job, order.round) == "raises" else solve  # type: ignore[attr-defined]
         return super()._order(job, order)
 

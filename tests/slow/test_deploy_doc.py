@@ -242,7 +242,9 @@ def test_a_stranger_who_follows_it_ends_with_a_run(loopback: Loopback) -> None:
     for run in ("notes", "fedit"):
         summary = json.loads((root / "server/runs" / run / "summary.json").read_text())
         assert summary["clients"].keys() == set(SITES) and not summary["excluded"] and not summary["excluded_replies"]
-    refusal = "fedit.Up does not leave this site: its policy lets only ce_lora.Up, messages.Reply, remote.Facts leave"
+    refusal = (
+        "fedit.Up does not leave this site: its policy lets only ce_lora.Up, messages.Reply, remote.ClientFacts leave"
+    )
     assert f"site-a: {refusal}" in loopback.said("server")
     said = loopback.said("site-a")
     assert "FAILED" not in said and "45 training, 15 validation, 15 test rows" in said  # the check

@@ -244,7 +244,7 @@ POLICIES = {
 [leaves]
 "ce_lora.Up" = ["core", "examples"]
 "messages.Reply" = ["frame", "scores", "error"]
-"remote.Facts" = ["rows", "labels", "majority", "data", "backbone", "version"]
+"remote.ClientFacts" = ["rows", "labels", "majority", "data", "backbone", "version"]
 """,
     "budget": "version = 1\n[budget]\nround_bytes = 5000\n",
     "floor": "version = 1\n[disclosure]\nfloor = 100\n",
@@ -304,15 +304,15 @@ def test_a_full_disk_at_a_site_costs_it_the_round_and_nothing_that_it_had(
 ) -> None:
     run = fed.run("full", more=["full"])
     run.catch("full", 2)
-    shelf = run.kept("full") / "shelf"
-    before = {path.name: path.read_bytes() for path in shelf.glob("*.bin")}
+    store = run.kept("full") / "store"
+    before = {path.name: path.read_bytes() for path in store.glob("*.bin")}
     filler = small_disk / "filler"
     with open(filler, "wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
     assert shutil.disk_usage(small_disk).free == 0
     run.after(2)
-    assert {path.name: path.read_bytes() for path in shelf.glob("*.bin")}.items() >= before.items()
+    assert {path.name: path.read_bytes() for path in store.glob("*.bin")}.items() >= before.items()
     filler.unlink()
     assert run.ends() == 0
     found = run.excluded()

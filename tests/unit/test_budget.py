@@ -47,10 +47,10 @@ def test_square_matrices_of_minilm() -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_no_algorithm_could_send_more_within_the_budget(name: str) -> None:
-    found, card = budget.matched(experiment(), [name], modules).variant(name, 0), ALGORITHMS[name].card
+    found, info = budget.matched(experiment(), [name], modules).variant(name, 0), ALGORITHMS[name].info
 
     def sent(rank: int) -> float:
-        return sum(card.floats(rank, d, k) for k, d in SHAPES)
+        return sum(info.floats(rank, d, k) for k, d in SHAPES)
 
     rank = found.adapter.rank
     assert 1 <= rank <= 6
@@ -127,10 +127,10 @@ def test_what_cannot_be_matched_is_refused() -> None:
         budget.matched(experiment(adapter={"rank": 1}, overrides=debiased), ["debiased"], lambda v: [(6, 6)])
     mixed = replace(experiment(), tree={"adapter": {"rank": 2}})
 
-    class Own(Experiment):
+    class PrivateModel(Experiment):
         def variant(self, label: str, seed: int) -> Experiment:
             return replace(mixed, adapter=replace(mixed.adapter, ranks=(1, 2)))
 
-    own = Own(**{name: getattr(mixed, name) for name in Experiment.__dataclass_fields__})
+    own = PrivateModel(**{name: getattr(mixed, name) for name in Experiment.__dataclass_fields__})
     with pytest.raises(ConfigError, match=r"--match floats: some has adapter\.ranks; expected one rank for all"):
         budget.matched(own, ["some"], modules)

@@ -18,9 +18,9 @@ def test_list_says_of_every_algorithm_what_travels_and_what_stays() -> None:
     assert (entries["ce-lora"]["travels"], entries["ce-lora"]["stays"]) == (["C"], ["A", "B", "head"])
     assert (entries["fedit"]["travels"], entries["fedit"]["stays"]) == (["A", "B", "head"], [])
     assert entries["local"]["travels"] == []
-    card = ALGORITHMS["ce-lora"].card
+    info = ALGORITHMS["ce-lora"].info
     for field in ("trains", "sends", "gets", "keeps", "remembers", "uplink", "mixed_ranks", "partial"):
-        assert entries["ce-lora"][field] == getattr(card, field)
+        assert entries["ce-lora"][field] == getattr(info, field)
     rule = next(field for field in entries["ce-lora"]["settings"] if field["name"] == "rule")
     assert rule["default"] == "similarity"
     assert rule["allowed"] == "similarity, uniform, reset, permuted"

@@ -25,7 +25,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     def invoke(script: Script, *words: str) -> Result:
         monkeypatch.setattr(experiment, "read", lambda path, sets: SimpleNamespace(plan=SimpleNamespace(seed=5)))
         monkeypatch.setattr(experiment, "run", lambda chosen, folder, **where: script())
-        monkeypatch.setattr(experiment, "resume", lambda folder, say: script())
+        monkeypatch.setattr(experiment, "resume", lambda folder, log: script())
         monkeypatch.setattr(experiment, "compare", lambda chosen, labels, seeds, folder, match: script())
         return CliRunner().invoke(cli.app, list(words))
 
@@ -77,8 +77,8 @@ def test_what_is_said_between_events_is_shown_at_once_and_its_notice_is_not(
 ) -> None:
     play(session, "run", "demo.toml")  # for its monkeypatches
 
-    def resumed(folder: object, say: Callable[[str], None]) -> Iterator[Event]:
-        say("site-z is left out: 3 rows")  # which the session gives as notices too
+    def resumed(folder: object, log: Callable[[str], None]) -> Iterator[Event]:
+        log("site-z is left out: 3 rows")  # which the session gives as notices too
         yield from session()
 
     monkeypatch.setattr(experiment, "resume", resumed)

@@ -10,7 +10,7 @@ import torch
 from celora.core.adapters import Lora
 from celora.core.learner import Fit, Recipe, Score
 from celora.core.training import fit, fit_together
-from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Prefixes, Rows, initial, load
+from celora.models import ActivationCache, Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, initial, load
 from celora.tensors import but
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
@@ -22,7 +22,10 @@ def backbone(device: str, layers: str = "all", dtype: Any = "float32") -> Backbo
 
 def learners(of: Backbone, steps: int = 3) -> list[ModelLearner]:
     """Four clients of 12 texts."""
-    passes, draw = Passes(of, Lora(), Prefixes(of, 1 << 28) if of.depth else None), torch.Generator().manual_seed(0)
+    passes, draw = (
+        BatchedForward(of, Lora(), ActivationCache(of, 1 << 28) if of.depth else None),
+        torch.Generator().manual_seed(0),
+    )
     weights, found = initial(of, Adapter(), Lora(), 2, seed=0), []
     for client in range(4):
         sizes = torch.randint(3, 40, (12,), generator=draw).tolist()

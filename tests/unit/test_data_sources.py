@@ -153,7 +153,7 @@ class ClassLabel:
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A Hub of one data set; the arguments of the last call are under "asked"."""
     features = {"sentence": "string", "label": ClassLabel(), "idx": "int"}
-    shelf: dict[str, Any] = {
+    store: dict[str, Any] = {
         "train": Split([{"sentence": f"s{i}", "label": i % 2, "idx": i} for i in range(20)], features),
         "validation": Split([{"sentence": "v", "label": 1, "idx": 0}] * 4, features),
         "test": Split([{"sentence": "t", "label": -1, "idx": 0}] * 3, features),
@@ -161,17 +161,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
     def load_dataset(path: str, name: str | None, *, revision: str | None) -> dict[str, Any]:
-        shelf["asked"] = (path, name, revision)
+        store["asked"] = (path, name, revision)
         if path != "glue":
             raise ConnectionError("no network")
-        return {split: content for split, content in shelf.items() if isinstance(content, Split)}
+        return {split: content for split, content in store.items() if isinstance(content, Split)}
 
     monkeypatch.setitem(
         sys.modules,
         "datasets",
         SimpleNamespace(load_dataset=load_dataset, ClassLabel=ClassLabel),
     )
-    return shelf
+    return store
 
 
 def test_a_hub_data_set_keeps_its_labelled_splits(hub: dict[str, Any]) -> None:

@@ -10,18 +10,18 @@ import pytest
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import Down, FedSALoRA, Local, Up
 from celora.core.adapters import Lora
-from celora.core.messages import Exchange, Order, Plan, Reply
+from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.core.solve import solve
 from celora.engines import embedded
 from celora.engines.embedded import Embedded, Replies
 from celora.errors import DataError, QuorumError, RunFolderError
 from celora.wire import pack, unpack
-from tests.toy import CLIENTS, Federation, World, image
+from tests.toy import CLIENTS, Federation, Population, image
 
 
-def order(round: int = 1, task: str = "train", **changes: Any) -> Order:
+def order(round: int = 1, task: str = "train", **changes: Any) -> Instruction:
     fields: dict[str, Any] = {"frame": b"", "evaluate": False, "keep": (), "deadline": None}
-    return Order(round, task, **{**fields, **changes})
+    return Instruction(round, task, **{**fields, **changes})
 
 
 def down(federation: Federation) -> bytes:
@@ -33,17 +33,17 @@ def test_replies_are_frames_and_private_state_is_handed_over_as_it_is() -> None:
     replies = federation.engine({"c0": order(frame=down(federation))})
     assert list(replies) == ["c0"]
     assert sorted(unpack(Up, replies["c0"].frame, federation.schema).weights) == ["layer.A"]
-    assert list(federation.shelves) == ["c0"]
-    assert {key: type(value) for key, value in federation.shelves["c0"].items()} == {"private@1": Local}
+    assert list(federation.stores) == ["c0"]
+    assert {key: type(value) for key, value in federation.stores["c0"].items()} == {"private@1": Local}
 
 
 def test_a_client_that_raises_answers_with_the_error_and_the_others_are_run() -> None:
-    federation = Federation(FedSALoRA(), World(Lora(), faults={("c1", 1): ZeroDivisionError("no rows")}))
+    federation = Federation(FedSALoRA(), Population(Lora(), faults={("c1", 1): ZeroDivisionError("no rows")}))
     replies = federation.engine({client: order(frame=down(federation)) for client in CLIENTS})
     assert replies["c1"].error == "ZeroDivisionError: no rows"
     assert (replies["c1"].frame, replies["c1"].scores) == (b"", {})
     assert [client for client, reply in replies.items() if reply.frame] == ["c0", "c2", "c3"]
-    assert "c1" not in federation.shelves
+    assert "c1" not in federation.stores
 
 
 def test_an_order_that_cannot_be_read_is_answered_with_what_is_wrong_with_it() -> None:
@@ -55,19 +55,19 @@ def test_an_order_that_cannot_be_read_is_answered_with_what_is_wrong_with_it() -
 
 def test_a_private_state_that_cannot_be_read_is_told_and_left_as_it_is() -> None:
     """Starting afresh in silence would throw a client's training away."""
-    federation = Federation(FedSALoRA(), shelves={"c0": {"private@0": b"celo\x01 torn"}})
+    federation = Federation(FedSALoRA(), stores={"c0": {"private@0": b"celo\x01 torn"}})
     reply = federation.engine({"c0": order(frame=down(federation))})["c0"]
     assert "WireError" in str(reply.error)
-    assert federation.shelves["c0"]["private@0"] == b"celo\x01 torn"
+    assert federation.stores["c0"]["private@0"] == b"celo\x01 torn"
 
 
 def test_a_client_whose_world_cannot_be_built_is_a_client_that_did_not_deliver() -> None:
-    world = World(Lora())
+    population = Population(Lora())
 
     def fragile(client: str, round: int) -> Any:
         if client == "c1":
             raise DataError("rows.csv is gone")
-        return world(client, round)
+        return population(client, round)
 
     federation = Federation(FedSALoRA())
     engine = Embedded(federation.algorithm, fragile, {}, federation.schema)
@@ -83,7 +83,7 @@ def test_clients_are_run_in_the_order_of_the_orders() -> None:
         met.extend(learner.client for learner, _ in jobs)
         return solve(jobs)
 
-    engine = Embedded(federation.algorithm, federation.world, {}, federation.schema, watching)
+    engine = Embedded(federation.algorithm, federation.population, {}, federation.schema, watching)
     engine({client: order(frame=down(federation)) for client in ("c2", "c0", "c1")})
     assert met == ["c2", "c0", "c1"]
 
@@ -109,7 +109,7 @@ def test_after_the_deadline_no_further_client_is_started(
     """Ten seconds a client; one that was started in time is waited for."""
     clock, federation = Clock(10.0), Federation(FedSALoRA())
     monkeypatch.setattr(embedded, "time", clock)
-    engine = Embedded(federation.algorithm, federation.world, {}, federation.schema, clock.solve)
+    engine = Embedded(federation.algorithm, federation.population, {}, federation.schema, clock.solve)
     replies = engine({client: order(frame=down(federation), deadline=deadline) for client in CLIENTS})
     assert list(replies) == list(CLIENTS[:delivered])
 
@@ -129,8 +129,8 @@ def test_an_order_and_a_reply_survive_a_real_wire() -> None:
     """Packing both ways changes no bit of a run: nothing else passes between server and client."""
 
     def wired(exchange: Exchange) -> Exchange:
-        def over_the_wire(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
-            replies = exchange({client: unpack(Order, pack(order)) for client, order in orders.items()})
+        def over_the_wire(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
+            replies = exchange({client: unpack(Instruction, pack(order)) for client, order in orders.items()})
             return {client: unpack(Reply, pack(reply)) for client, reply in replies.items()}
 
         return over_the_wire
@@ -141,7 +141,7 @@ def test_an_order_and_a_reply_survive_a_real_wire() -> None:
 
 def test_an_error_that_quotes_a_name_which_is_not_unicode_is_still_one_clients_error() -> None:
     """A file name that is not UTF-8 reaches Python with lone surrogates in it."""
-    federation = Federation(FedIT(), World(Lora(), faults={("c1", 1): ValueError("cannot read caf\udce9.csv")}))
+    federation = Federation(FedIT(), Population(Lora(), faults={("c1", 1): ValueError("cannot read caf\udce9.csv")}))
     first = next(federation.run(Plan(rounds=1)))
     assert first.heard == ("c0", "c2", "c3")
     assert first.excluded["c1"].startswith("ValueError: cannot read caf")
@@ -169,8 +169,8 @@ def test_a_full_disk_for_replies_is_told_in_words(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_turn_that_fails_leaves_the_shelf_as_it_was() -> None:
-    world = World(Lora(), faults={("c0", 2): ZeroDivisionError("no rows")})
-    federation = Federation(FedSALoRA(), world)
+    population = Population(Lora(), faults={("c0", 2): ZeroDivisionError("no rows")})
+    federation = Federation(FedSALoRA(), population)
     federation.engine({"c0": order(frame=down(federation), evaluate=True)})
     before = federation.copies()
     reply = federation.engine({"c0": order(2, frame=down(federation), evaluate=True)})["c0"]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from celora.algorithms import ALGORITHMS
 from celora.core.learner import Recipe
 from celora.core.messages import Plan
-from celora.fields import Count, NonNegative, Positive, Share, Whole, setting, settings
+from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
 
 
 @settings
@@ -19,7 +19,7 @@ class Options:
 
     positive: Positive = setting(1.0, "more than 0")
     not_negative: NonNegative = setting(0.0, "0 or more")
-    share: Share = setting(0.5, "0 to 1")
+    share: Fraction = setting(0.5, "0 to 1")
     count: Count = setting(1, "1 or more")
     whole: Whole = setting(0, "0 or more")
     choice: Literal["a", "b"] = setting("a", "one of two")

@@ -15,13 +15,13 @@ from celora.core.messages import Plan
 from celora.core.solve import solve
 from celora.core.training import fit
 from celora.tensors import Tensors, but, only
-from tests.toy import RECIPE, Federation, Stub, World, image
+from tests.toy import RECIPE, Federation, Population, Stub, image
 
 TWENTY = replace(RECIPE, steps=20, lr=1e-2, batch_size=8)
 
 
 def learner(recipe: Recipe = TWENTY, family: Family = Tri(), client: str = "c1") -> Any:
-    return World(family, recipe=recipe)(client, 1)
+    return Population(family, recipe=recipe)(client, 1)
 
 
 def everything(name: str) -> bool:
@@ -30,7 +30,7 @@ def everything(name: str) -> bool:
 
 def again(client: Any) -> Any:
     """The same learner before its first draw: each `batches()` draws another order."""
-    return client.world(client.client, client.round)
+    return client.population(client.client, client.round)
 
 
 def reference(problem: Fit, client: Any) -> tuple[dict[str, Tensor], float]:
@@ -40,8 +40,8 @@ def reference(problem: Fit, client: Any) -> tuple[dict[str, Tensor], float]:
     parameters = [w.requires_grad_() for name, w in weights.items() if problem.train(name)]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     batches = list(again(client).batches())
-    slope = 1 / len(batches) if recipe.decay == "linear" else 0.0
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - slope * step)
+    gradient_at = 1 / len(batches) if recipe.decay == "linear" else 0.0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - gradient_at * step)
     losses = []
     for batch in batches:
         optimizer.zero_grad()
@@ -161,7 +161,7 @@ def test_training_lowers_the_loss() -> None:
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "local"])
 def test_a_loss_of_nan_excludes_its_client_by_that_name(name: str) -> None:
     algorithm = ALGORITHMS[name]()
-    federation = Federation(algorithm, World(algorithm.family, faults={("c0", 1): nan}))
+    federation = Federation(algorithm, Population(algorithm.family, faults={("c0", 1): nan}))
     first = next(federation.run(Plan(rounds=1)))
     assert list(first.excluded) == ["c0"]
     assert "found NaN or infinity" in first.excluded["c0"]
@@ -207,12 +207,12 @@ def test_turns_are_run_to_their_ends_in_order_whatever_the_number_of_fits() -> N
 
 def test_a_turn_that_raises_leaves_its_error_in_its_place_and_the_others_their_values() -> None:
     client, problem = learner(replace(TWENTY, steps=1)), Fit({}, train=only("B"))
-    world = World(Lora(), faults={("c0", 1): OSError("torn")})
+    population = Population(Lora(), faults={("c0", 1): OSError("torn")})
     error = KeyError("x")
     found = solve(
         [
             (client, turn(problem, end=error)),
-            (world("c0", 1), turn(problem)),
+            (population("c0", 1), turn(problem)),
             (client, turn(Fit({}, train=lambda name: False))),
             (client, turn(problem, end="fine")),
         ]

@@ -22,11 +22,11 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import HEAD_BODY_DIVIDER
 
 from celora.engines import flower
-from celora.engines.flower import Fleet, FleetPost, Handle, Line, _enter, attend
+from celora.engines.flower import Fleet, FleetTransport, Handle, NodeConnection, _enter, run_node
 from celora.site.certificates import development, private_key, public_keys, site_key
 
 OFFER = {"celora": "0.1.0"}
-Start = Callable[..., AbstractContextManager[FleetPost]]
+Start = Callable[..., AbstractContextManager[FleetTransport]]
 SECONDS = 15.0
 
 
@@ -38,7 +38,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def fleet(folder: Path, keys: Path | None = None, port: int = 0) -> Iterator[FleetPost]:
+def fleet(folder: Path, keys: Path | None = None, port: int = 0) -> Iterator[FleetTransport]:
     """A server on loopback, on a port that nobody has; with keys, over TLS and for those who have one."""
     tls = (keys / "server.crt", keys / "server.key") if keys else None
     known = public_keys(keys / "sites") if keys else {}
@@ -46,11 +46,11 @@ def fleet(folder: Path, keys: Path | None = None, port: int = 0) -> Iterator[Fle
         yield post
 
 
-def line(post: FleetPost, keys: Path | None = None, site: str = "north") -> Line:
+def line(post: FleetTransport, keys: Path | None = None, site: str = "north") -> NodeConnection:
     address = f"127.0.0.1:{post.fleet.address[1]}"
     if keys is None:
-        return Line(address, None, None)
-    return Line(address, (keys / "ca.crt").read_bytes(), private_key(keys / site / "site.key"))
+        return NodeConnection(address, None, None)
+    return NodeConnection(address, (keys / "ca.crt").read_bytes(), private_key(keys / site / "site.key"))
 
 
 @dataclass
@@ -67,7 +67,7 @@ def backwards(frame: bytes) -> bytes:
 
 
 @contextmanager
-def node(at: Line, handle: Handle = backwards) -> Iterator[Node]:
+def node(at: NodeConnection, handle: Handle = backwards) -> Iterator[Node]:
     found, stop = Node(), threading.Event()
 
     def handler(offer: Mapping[str, Any]) -> Handle:
@@ -76,7 +76,7 @@ def node(at: Line, handle: Handle = backwards) -> Iterator[Node]:
 
     def run() -> None:
         try:
-            attend(at, handler, stop, found.said.append)
+            run_node(at, handler, stop, found.said.append)
         except BaseException as error:
             found.errors.append(error)
 
@@ -98,15 +98,15 @@ def until(happens: Callable[[], Any]) -> Any:
     return found
 
 
-def online(post: FleetPost) -> int:
+def online(post: FleetTransport) -> int:
     """The only node that is there, as soon as it is."""
     [name] = until(post.nodes)
     return int(name)
 
 
-def asked(post: FleetPost, name: int, frame: bytes) -> bytes | str:
-    letter = post.send(name, frame, 60)
-    return until(lambda: post.collect([letter]))[letter]  # type: ignore[no-any-return]
+def asked(post: FleetTransport, name: int, frame: bytes) -> bytes | str:
+    request = post.send(name, frame, 60)
+    return until(lambda: post.collect([request]))[request]  # type: ignore[no-any-return]
 
 
 # --- bytes that arrive
@@ -144,10 +144,10 @@ def test_what_a_handler_raises_ends_the_node_and_the_server_learns_of_it_at_once
         raise ZeroDivisionError
 
     with fleet(tmp_path) as post, node(line(post), handle) as there:
-        letter = post.send(online(post), b"bad", 60)
+        request = post.send(online(post), b"bad", 60)
         [error] = until(lambda: there.errors)
         assert isinstance(error, ZeroDivisionError) and post.nodes() == {}
-        assert post.collect([letter]) == {}
+        assert post.collect([request]) == {}
 
 
 def test_letters_that_nobody_waits_for_are_deleted_before_and_after_they_are_answered(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_letters_that_nobody_waits_for_are_deleted_before_and_after_they_are_ans
 def test_a_letter_that_is_given_up_while_its_answer_is_on_its_way_costs_nothing(tmp_path: Path) -> None:
     with fleet(tmp_path) as post, node(line(post), lambda frame: 4_000_000 * frame) as there:
         name, state = online(post), post.state
-        letter = post.send(name, b"a", 60)
+        request = post.send(name, b"a", 60)
         until(lambda: state.message_res_store)  # its head is here; its objects follow
-        post.forget([letter])
+        post.forget([request])
         assert asked(post, name, b"b") == 4_000_000 * b"b"
         assert len(state.object_store) == 0 and not state.message_res_store
         assert there.errors == [] and len(there.said) == 1
@@ -231,7 +231,7 @@ def test_a_reply_that_is_no_message_costs_its_sender_the_letter_and_not_the_serv
         assert asked(post, name, b"abc") == b"cba"
 
 
-def _objects(post: FleetPost) -> list[str]:
+def _objects(post: FleetTransport) -> list[str]:
     return list(post.state.object_store.store)
 
 
@@ -241,7 +241,7 @@ def _objects(post: FleetPost) -> list[str]:
 def test_a_key_that_is_not_registered_is_refused_with_what_to_do(keys: Path, tmp_path: Path) -> None:
     stranger = private_key(site_key(tmp_path / "stranger", "stranger"))
     with fleet(tmp_path, keys) as post:
-        at = Line(f"127.0.0.1:{post.fleet.address[1]}", (keys / "ca.crt").read_bytes(), stranger)
+        at = NodeConnection(f"127.0.0.1:{post.fleet.address[1]}", (keys / "ca.crt").read_bytes(), stranger)
         with node(at) as there:
             [error] = until(lambda: there.errors)
         assert isinstance(error, FederationError) and "does not know this site's key" in str(error)
@@ -256,7 +256,7 @@ def test_a_server_that_another_ca_has_signed_is_not_trusted(keys: Path, tmp_path
     development(tmp_path / "other", ["north"], [])
     with fleet(tmp_path, keys) as post:
         root = (tmp_path / "other" / "ca.crt").read_bytes()
-        at = Line(f"127.0.0.1:{post.fleet.address[1]}", root, private_key(keys / "north" / "site.key"))
+        at = NodeConnection(f"127.0.0.1:{post.fleet.address[1]}", root, private_key(keys / "north" / "site.key"))
         with node(at) as there:
             [error] = until(lambda: there.errors)
         assert isinstance(error, FederationError)
@@ -283,7 +283,7 @@ def test_of_a_superlink_only_the_fleet_api_is_there(secured: bool, keys: Path, t
 def test_with_keys_on_nobody_registers_a_key_over_the_line(keys: Path, tmp_path: Path) -> None:
     with fleet(tmp_path, keys) as post:
         stranger = private_key(site_key(tmp_path / "stranger", "stranger"))
-        at = Line(f"127.0.0.1:{post.fleet.address[1]}", (keys / "ca.crt").read_bytes(), stranger)
+        at = NodeConnection(f"127.0.0.1:{post.fleet.address[1]}", (keys / "ca.crt").read_bytes(), stranger)
         at.registers = True
         with at.client() as api, pytest.raises(httpx.HTTPStatusError):
             _enter(api, at, {"node": "0"})
@@ -342,7 +342,7 @@ def test_a_node_that_was_killed_and_still_counts_as_online_starts_again_at_once(
 def test_a_node_without_a_server_keeps_trying_and_says_so_once(tmp_path: Path) -> None:
     with fleet(tmp_path) as post:
         port = post.fleet.address[1]
-    with node(Line(f"127.0.0.1:{port}", None, None)) as there:
+    with node(NodeConnection(f"127.0.0.1:{port}", None, None)) as there:
         until(lambda: there.said)
         with fleet(tmp_path, port=port) as post:
             assert asked(post, online(post), b"abc") == b"cba"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from celora.maths.lowrank import Sum, nearest, norm, svd
+from celora.maths.lowrank import Sum, norm, svd, truncated_svd
 
 SHAPES = [(7, 5, 3), (5, 7, 3), (6, 6, 6), (4, 9, 12), (9, 4, 12), (3, 3, 1)]
 """k, d, R; also with R above one side, and above both."""
@@ -49,7 +49,7 @@ def test_no_product_of_that_rank_is_nearer(shape: tuple[int, int, int]) -> None:
     b, a = pair(*shape)
     dense, values = b @ a, torch.linalg.svdvals(b @ a)
     for rank in range(1, min(shape) + 1):
-        found = torch.matmul(*nearest(b, a, rank))
+        found = torch.matmul(*truncated_svd(b, a, rank))
         distance = (found - dense).norm()
         torch.testing.assert_close(distance, values[rank:].norm(), atol=1e-12, rtol=1e-9)
         for seed in range(200):
@@ -62,14 +62,14 @@ def test_no_product_of_that_rank_is_nearer(shape: tuple[int, int, int]) -> None:
 
 def test_lower_ranks_are_the_first_rows_and_columns() -> None:
     b, a = pair(7, 5, 4)
-    full, low = nearest(b, a, 4), nearest(b, a, 2)
+    full, low = truncated_svd(b, a, 4), truncated_svd(b, a, 2)
     assert torch.equal(full[0][:, :2], low[0])
     assert torch.equal(full[1][:2], low[1])
 
 
 def test_a_rank_above_the_products_gives_the_products_and_the_dtype_it_was_given() -> None:
     b, a = (w.float() for w in pair(7, 5, 2))
-    left, right = nearest(b, a, 4)
+    left, right = truncated_svd(b, a, 4)
     assert (tuple(left.shape), tuple(right.shape)) == ((7, 2), (2, 5))
     assert left.dtype == right.dtype == torch.float32
     torch.testing.assert_close(left @ right, b @ a)

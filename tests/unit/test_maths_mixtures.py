@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from celora.errors import WireError
-from celora.maths.mixtures import Mixture, summarise
+from celora.maths.mixtures import Mixture, fit_mixture
 from celora.wire import contents, pack, unpack
 
 
@@ -34,7 +34,7 @@ def held(mixture: Mixture, features: Tensor, labels: Tensor) -> list[int]:
 
 def test_one_component_is_mean_and_spread() -> None:
     features, labels = blobs({2: 40, 5: 60})
-    mixture, withheld = summarise(features, labels, components=1, seed=0)
+    mixture, withheld = fit_mixture(features, labels, components=1, seed=0)
     assert mixture.labels.tolist() == [2, 5]
     assert withheld == {}
     for g, label in enumerate((2, 5)):
@@ -48,7 +48,7 @@ def test_three_clusters_are_found() -> None:
     points = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
     draw = torch.Generator().manual_seed(1)
     features = points.repeat_interleave(20, 0) + 0.3 * torch.randn(60, 2, generator=draw)
-    mixture, _ = summarise(features, torch.zeros(60, dtype=torch.int64), seed=0)
+    mixture, _ = fit_mixture(features, torch.zeros(60, dtype=torch.int64), seed=0)
     nearest = torch.cdist(mixture.means, points)
     assert sorted(nearest.argmin(1).tolist()) == [0, 1, 2]
     assert nearest.min(1).values.max() < 0.3
@@ -56,7 +56,7 @@ def test_three_clusters_are_found() -> None:
 
 
 def test_types_are_those_of_the_record_and_masses_sum_to_one() -> None:
-    mixture, _ = summarise(*blobs({0: 33, 1: 17, 4: 150}), seed=3)
+    mixture, _ = fit_mixture(*blobs({0: 33, 1: 17, 4: 150}), seed=3)
     assert (mixture.labels.dtype, mixture.masses.dtype) == (torch.int32, torch.float32)
     assert (mixture.means.dtype, mixture.spreads.dtype) == (torch.float32, torch.float32)
     assert mixture.labels.tolist() == sorted(mixture.labels.tolist())
@@ -64,48 +64,48 @@ def test_types_are_those_of_the_record_and_masses_sum_to_one() -> None:
 
 
 def test_a_class_of_nine_rows_is_withheld_and_one_of_ten_is_told() -> None:
-    mixture, withheld = summarise(*blobs({0: 9, 1: 10, 2: 50}), seed=0)
+    mixture, withheld = fit_mixture(*blobs({0: 9, 1: 10, 2: 50}), seed=0)
     assert set(mixture.labels.tolist()) == {1, 2}
     assert withheld == {0: 9}
 
 
 def test_a_component_needs_its_rows_even_if_the_class_does_not() -> None:
     features, labels = blobs({0: 12})
-    assert summarise(features, labels, min_rows=2, min_component_rows=13, seed=0)[1] == {0: 12}
-    assert len(summarise(features, labels, components=9, min_rows=2, min_component_rows=5, seed=0)[0].labels) <= 2
+    assert fit_mixture(features, labels, min_rows=2, min_component_rows=13, seed=0)[1] == {0: 12}
+    assert len(fit_mixture(features, labels, components=9, min_rows=2, min_component_rows=5, seed=0)[0].labels) <= 2
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_component_holds_fewer_than_five_rows(seed: int) -> None:
     features, labels = blobs({0: 10, 1: 14, 2: 23, 3: 60}, dim=3, seed=seed)
-    mixture, _ = summarise(features, labels, components=5, seed=seed)
+    mixture, _ = fit_mixture(features, labels, components=5, seed=seed)
     assert min(held(mixture, features, labels)) >= 5
 
 
 def test_two_outliers_get_no_component_of_their_own() -> None:
     features, labels = blobs({0: 40})
     features[:2] += 100.0
-    mixture, _ = summarise(features, labels, components=3, seed=0)
+    mixture, _ = fit_mixture(features, labels, components=3, seed=0)
     assert min(held(mixture, features, labels)) >= 5
     assert float((mixture.means - features[:2].mean(0)).norm(dim=1).min()) > 50
 
 
 def test_nothing_may_be_told() -> None:
-    mixture, withheld = summarise(*blobs({0: 4, 7: 9}), seed=0)
+    mixture, withheld = fit_mixture(*blobs({0: 4, 7: 9}), seed=0)
     assert mixture.labels.shape == mixture.masses.shape == (0,)
     assert mixture.means.shape == mixture.spreads.shape == (0, 6)
     assert withheld == {0: 4, 7: 9}
 
 
 def test_a_client_without_rows() -> None:
-    mixture, withheld = summarise(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64), seed=0)
+    mixture, withheld = fit_mixture(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64), seed=0)
     assert (mixture.means.shape, withheld) == ((0, 6), {})
 
 
 def test_exact_counts_are_not_told() -> None:
     """37 and 53 rows look like 41 and 59 of 100, and like 74 and 106: the share 37/90 is not to be found."""
-    one, withheld = summarise(*blobs({0: 37, 1: 53}), components=1, seed=0)
-    two, _ = summarise(*blobs({0: 74, 1: 106}), components=1, seed=0)
+    one, withheld = fit_mixture(*blobs({0: 37, 1: 53}), components=1, seed=0)
+    two, _ = fit_mixture(*blobs({0: 74, 1: 106}), components=1, seed=0)
     torch.testing.assert_close(one.masses, torch.tensor([0.41, 0.59]))
     assert torch.equal(one.masses, two.masses)
     assert withheld == {}
@@ -115,21 +115,21 @@ def test_exact_counts_are_not_told() -> None:
 def test_rows_below_the_floor_do_not_move_what_is_told() -> None:
     features, labels = blobs({0: 30, 1: 40})
     more = torch.cat([features, 7 + torch.rand(9, 6)]), torch.cat([labels, torch.full((9,), 2)])
-    alone, together = summarise(features, labels, seed=0)[0], summarise(*more, seed=0)[0]
+    alone, together = fit_mixture(features, labels, seed=0)[0], fit_mixture(*more, seed=0)[0]
     assert pack(alone) == pack(together)
 
 
 def test_same_seed_same_bytes_in_any_order_of_rows() -> None:
     features, labels = blobs({0: 40, 1: 31})
     order = torch.randperm(71, generator=torch.Generator().manual_seed(5))
-    frames = {pack(summarise(features[i], labels[i], seed=11)[0]) for i in (slice(None), slice(None), order)}
+    frames = {pack(fit_mixture(features[i], labels[i], seed=11)[0]) for i in (slice(None), slice(None), order)}
     assert len(frames) == 1
 
 
 def test_arguments_stay_as_they_were() -> None:
     features, labels = blobs({0: 20})
     before = features.clone(), labels.clone()
-    summarise(features, labels, seed=0)
+    fit_mixture(features, labels, seed=0)
     assert torch.equal(features, before[0])
     assert torch.equal(labels, before[1])
 
@@ -137,7 +137,7 @@ def test_arguments_stay_as_they_were() -> None:
 def test_identical_rows_give_one_component_and_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mixture, _ = summarise(torch.ones(20, 4), torch.zeros(20, dtype=torch.int64), seed=0)
+        mixture, _ = fit_mixture(torch.ones(20, 4), torch.zeros(20, dtype=torch.int64), seed=0)
     assert mixture.labels.tolist() == [0]
     torch.testing.assert_close(mixture.means, torch.ones(1, 4))
 
@@ -151,12 +151,12 @@ def test_em_that_does_not_converge_is_not_used(monkeypatch: pytest.MonkeyPatch) 
         return real(count, **options | ({"max_iter": 1, "tol": 1e-9} if count > 1 else {}))
 
     monkeypatch.setattr(mixtures, "GaussianMixture", impatient)
-    assert summarise(*blobs({0: 40}), seed=0)[0].labels.tolist() == [0]
+    assert fit_mixture(*blobs({0: 40}), seed=0)[0].labels.tolist() == [0]
 
 
 def test_large_offsets_do_not_hurt() -> None:
     features, labels = blobs({0: 30})
-    near, far = (summarise(features.double() + shift, labels, components=1, seed=0)[0] for shift in (0.0, 1e6))
+    near, far = (fit_mixture(features.double() + shift, labels, components=1, seed=0)[0] for shift in (0.0, 1e6))
     torch.testing.assert_close(near.spreads, far.spreads, rtol=1e-4, atol=1e-6)
 
 
@@ -164,7 +164,7 @@ def test_features_that_are_not_finite_are_named() -> None:
     features, labels = blobs({0: 20})
     features[3, 1], features[7, 0] = torch.nan, torch.inf
     with pytest.raises(ValueError, match="NaN or infinity in 2 of 20 rows"):
-        summarise(features, labels, seed=0)
+        fit_mixture(features, labels, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_features_that_are_not_finite_are_named() -> None:
 )
 def test_wrong_arguments(features: Tensor, labels: Tensor, options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        summarise(features, labels, seed=0, **options)
+        fit_mixture(features, labels, seed=0, **options)
 
 
 def fields(**changes: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from celora.maths import neighbours
 from celora.maths.cka import cka, points
 from celora.maths.mixtures import Mixture
 from celora.maths.neighbours import average, likeness, most_alike
-from celora.maths.transport import distance_matrix, moments, nearest
+from celora.maths.transport import distance_matrix, moments, nearest_clients
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -68,12 +68,12 @@ def test_nobody_has_more_neighbours_than_there_are_others(count: int) -> None:
 
 def test_nearest_mixtures_are_those_of_the_bound_with_exact_distances() -> None:
     mixtures = [mixture(seed) for seed in range(30)]
-    near, distances = nearest(mixtures, 6, label_cost=0.5)
+    near, distances = nearest_clients(mixtures, 6, label_cost=0.5)
     bound = torch.cdist(*[moments(mixtures)] * 2).fill_diagonal_(torch.inf)
     assert torch.equal(near.long(), bound.topk(6, largest=False).indices)
     matrix = distance_matrix(mixtures, label_cost=0.5)
     torch.testing.assert_close(distances, matrix.gather(1, near.long()), rtol=1e-9, atol=0)
-    all_of_them, distances = nearest(mixtures, 29, label_cost=0.5)
+    all_of_them, distances = nearest_clients(mixtures, 29, label_cost=0.5)
     torch.testing.assert_close(distances, matrix.gather(1, all_of_them.long()), rtol=1e-9, atol=0)
 
 
@@ -81,7 +81,7 @@ def test_nearest_computes_only_what_is_not_known(monkeypatch: pytest.MonkeyPatch
     from celora.maths import transport
 
     mixtures = [mixture(seed) for seed in range(30)]
-    near, distances = nearest(mixtures[:27], 6)
+    near, distances = nearest_clients(mixtures[:27], 6)
     asked, real = [], transport.pair_distances
 
     def counting(mixtures: list[Mixture], pairs: Tensor, **options: float) -> Tensor:
@@ -90,9 +90,9 @@ def test_nearest_computes_only_what_is_not_known(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(transport, "pair_distances", counting)
     pairs = torch.stack([torch.arange(27)[:, None].expand_as(near), near], dim=-1).view(-1, 2)
-    found = nearest(mixtures, 6, known=(pairs, distances.flatten()))
+    found = nearest_clients(mixtures, 6, known=(pairs, distances.flatten()))
     assert bool((asked[0] >= 27).any(dim=1).all())
     assert len(asked[0]) > 0
-    expected = nearest(mixtures, 6)
+    expected = nearest_clients(mixtures, 6)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=0)

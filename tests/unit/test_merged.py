@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from celora.core.merged import NOTHING, Delivery, Factors, Ledger, Merged, added
+from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog, added
 from tests.toy import image
 
 NAME = "layer.W"
@@ -15,9 +15,9 @@ def increment(seed: int) -> dict[str, Factors]:
     return {NAME: Factors(torch.randn(3, 2, generator=draw), torch.randn(2, 4, generator=draw))}
 
 
-def ledger(*heard: tuple[str, ...]) -> Ledger:
+def ledger(*heard: tuple[str, ...]) -> MergeLog:
     """After as many rounds, in which these were heard."""
-    found = Ledger(NOTHING, {}, {})
+    found = MergeLog(NOTHING, {}, {})
     for seed, clients in enumerate(heard):
         found = found.after(increment(seed), clients)
     return found
@@ -52,7 +52,7 @@ def test_whoever_was_heard_last_is_sent_the_increment_and_others_w() -> None:
 
 
 def test_both_sides_have_the_same_bits() -> None:
-    server, client = Ledger(NOTHING, {}, {}), NOTHING
+    server, client = MergeLog(NOTHING, {}, {}), NOTHING
     for seed in range(4):
         server = server.after(increment(seed), ("a",))
         client = client.after(server.delivery("a"))

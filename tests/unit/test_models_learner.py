@@ -14,8 +14,8 @@ from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Fit, Learner, Recipe
 from celora.core.training import fit
 from celora.errors import ModelError
-from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Rows, initial, join, load, predict
-from celora.models.passes import bucketed, budgeted
+from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, initial, join, load, predict
+from celora.models.batching import bucketed, budgeted
 from celora.tensors import Tensors, but
 
 ADAPTER = Adapter(targets=("q_proj", "v_proj"), rank=3)
@@ -61,7 +61,7 @@ def learner(
 ) -> ModelLearner:
     """A client with these rows in every split."""
     splits: dict[Any, Rows] = {"train": rows, "test": rows}
-    weights, shared = start(backbone, family), Passes(backbone, family)
+    weights, shared = start(backbone, family), BatchedForward(backbone, family)
     return ModelLearner(shared, splits, weights, Recipe(**recipe), seed=0, client=client, round=round)
 
 
@@ -118,7 +118,7 @@ def test_batches_have_an_address() -> None:
 
 
 def test_a_client_without_training_rows_has_no_batches() -> None:
-    empty = ModelLearner(Passes(vit(), Tri()), {}, start(vit()), Recipe(steps=3), seed=0, client="a", round=1)
+    empty = ModelLearner(BatchedForward(vit(), Tri()), {}, start(vit()), Recipe(steps=3), seed=0, client="a", round=1)
     assert (empty.examples, list(empty.batches()), empty.test({}, "test")) == (0, [], {"rows": 0.0})
     features, labels = empty.features()
     assert (features.shape, labels.shape) == ((0, 64), (0,))

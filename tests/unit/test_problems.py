@@ -11,12 +11,12 @@ from torch import Tensor
 
 from celora.core.adapters import Dual, Family, Lora
 from celora.core.client import _metered
-from celora.core.learner import Batch, Channels, Fit, Gradient, Learner, Losses, Score, Turn
+from celora.core.learner import Batch, ClientUpdate, Fit, Gradient, InputNorms, Learner, Losses, Score
 from celora.core.solve import solve, solve_together
-from celora.core.training import fit, slope, slopes_together
+from celora.core.training import fit, gradient_at, gradients_together
 from celora.models import Adapter, Model, load
 from celora.tensors import Tensors, but, only, select
-from tests.toy import RECIPE, World, image
+from tests.toy import RECIPE, Population, image
 from tests.unit.test_solve import clients, close, vit
 
 CLIENTS = ("c0", "c1", "c2")
@@ -37,11 +37,11 @@ def first(learner: Any) -> Batch:
     return next(iter(learner.batches()))
 
 
-def asked(world: World, names: Any, along: Any = None) -> list[tuple[Any, Gradient]]:
+def asked(population: Population, names: Any, along: Any = None) -> list[tuple[Any, Gradient]]:
     """Of each client at weights of its own, on its first batch; `along` is the client's own, too."""
     problems = []
     for at, client in enumerate(CLIENTS):
-        learner = world(client, 1)
+        learner = population(client, 1)
         weights = some(learner.initial, at)
         vector = None if along is None else select(some(learner.initial, 10 + at), along)
         problems.append((learner, Gradient(weights, first(learner), names, vector)))
@@ -53,12 +53,12 @@ def asked(world: World, names: Any, along: Any = None) -> list[tuple[Any, Gradie
 
 @pytest.mark.parametrize("names", [but(), only("B"), only("A", "head")])
 def test_a_gradient_is_autograds_unclipped(names: Any) -> None:
-    world = World(Lora(), recipe=replace(RECIPE, clip=1e-6, weight_decay=0.5))
-    for learner, problem in asked(world, names):
+    population = Population(Lora(), recipe=replace(RECIPE, clip=1e-6, weight_decay=0.5))
+    for learner, problem in asked(population, names):
         weights = {name: w.clone().requires_grad_() for name, w in problem.weights.items()}
         loss = learner.losses(weights, problem.batch)
         loss.backward()
-        found = slope(learner, problem)
+        found = gradient_at(learner, problem)
         assert found.loss == pytest.approx(loss.item(), rel=1e-6)
         assert list(found.gradient) == [name for name in weights if names(name)]
         for name, gradient in found.gradient.items():
@@ -71,25 +71,25 @@ def test_a_gradient_is_autograds_unclipped(names: Any) -> None:
 @pytest.mark.parametrize("names", [only("A", "B"), but()], ids=["x", "all"])
 def test_gradients_together_are_those_alone(names: Any, along: Any) -> None:
     """16 rows are cut in two pieces of eight, which add up; each client has weights and a direction of its own."""
-    world = World(Dual())
-    problems = asked(world, names, along)
-    for found, (learner, problem) in zip(slopes_together(problems), problems, strict=True):
-        alone = slope(learner, problem)
+    population = Population(Dual())
+    problems = asked(population, names, along)
+    for found, (learner, problem) in zip(gradients_together(problems), problems, strict=True):
+        alone = gradient_at(learner, problem)
         assert found.loss == pytest.approx(alone.loss, abs=1e-6)  # type: ignore[union-attr]
         close(found.gradient, alone.gradient)  # type: ignore[union-attr]
-    assert max(world.shared.clients) == 6  # both pieces of all three in one pass
+    assert max(population.shared.clients) == 6  # both pieces of all three in one pass
 
 
 def test_pieces_of_a_batch_add_up_by_their_rows() -> None:
     """7 + 8 rows of one batch: its mean is 7/15 and 8/15 of theirs."""
-    world = World(Dual())
-    learner = world("c1", 1)
+    population = Population(Dual())
+    learner = population("c1", 1)
     batch = {name: t[:15] for name, t in first(learner).items()}
     parts = [{name: t[rows] for name, t in batch.items()} for rows in (slice(0, 7), slice(7, 15))]
     weights = some(learner.initial, 0)
     for along in (None, select(some(learner.initial, 1), only("B2"))):
-        (whole,) = slopes_together([(learner, Gradient(weights, batch, but(), along))])
-        pieces = [slope(learner, Gradient(weights, part, but(), along)) for part in parts]
+        (whole,) = gradients_together([(learner, Gradient(weights, batch, but(), along))])
+        pieces = [gradient_at(learner, Gradient(weights, part, but(), along)) for part in parts]
         for name, gradient in whole.gradient.items():  # type: ignore[union-attr]
             expected = 7 / 15 * pieces[0].gradient[name] + 8 / 15 * pieces[1].gradient[name]
             torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
@@ -99,8 +99,8 @@ def test_pieces_of_a_batch_add_up_by_their_rows() -> None:
 @pytest.mark.parametrize("along", [Y, X, ("layer.A", "head.weight")], ids=["mixed", "own", "both"])
 def test_a_second_derivative_along_a_vector_is_a_difference_of_gradients(along: Any, joint: bool) -> None:
     """d/dt ∇_x F(w + t v) at t = 0, in float64, by central differences at 1e-5."""
-    world = World(Dual())
-    learners = [world(client, 1) for client in CLIENTS]
+    population = Population(Dual())
+    learners = [population(client, 1) for client in CLIENTS]
     weights = [wide(some(learner.initial, at)) for at, learner in enumerate(learners)]
     vectors = [
         {name: wide(some(learner.initial, 9 + at))[name] for name in along} for at, learner in enumerate(learners)
@@ -111,10 +111,12 @@ def test_a_second_derivative_along_a_vector_is_a_difference_of_gradients(along: 
         (learner, Gradient(w, batch, names, v))
         for learner, w, batch, v in zip(learners, weights, batches, vectors, strict=True)
     ]
-    answers: Any = slopes_together(problems) if joint else [slope(*problem) for problem in problems]
+    answers: Any = gradients_together(problems) if joint else [gradient_at(*problem) for problem in problems]
     for found, learner, w, v, batch in zip(answers, learners, weights, vectors, batches, strict=True):
         there, back = (
-            slope(learner, Gradient({n: t + h * v[n] if n in v else t for n, t in w.items()}, batch, names)).gradient
+            gradient_at(
+                learner, Gradient({n: t + h * v[n] if n in v else t for n, t in w.items()}, batch, names)
+            ).gradient
             for h in (1e-5, -1e-5)
         )
         for name in X:
@@ -122,22 +124,22 @@ def test_a_second_derivative_along_a_vector_is_a_difference_of_gradients(along: 
 
 
 def test_nothing_to_differentiate_is_that_clients_error() -> None:
-    world = World(Lora())
-    problems = asked(world, only("B"))
+    population = Population(Lora())
+    problems = asked(population, only("B"))
     problems[1] = (problems[1][0], replace(problems[1][1], names=only("C")))
-    found = slopes_together(problems)
+    found = gradients_together(problems)
     assert "nothing to train" in str(found[1])
-    close(found[2].gradient, slope(*problems[2]).gradient)  # type: ignore[union-attr]
+    close(found[2].gradient, gradient_at(*problems[2]).gradient)  # type: ignore[union-attr]
 
 
 def test_one_clients_failed_gradient_is_its_own() -> None:
     torn = ZeroDivisionError("no rows")
-    world = World(Lora(), faults={("c0", 1): torn})
-    problems = asked(world, but())
-    found = slopes_together(problems)
+    population = Population(Lora(), faults={("c0", 1): torn})
+    problems = asked(population, but())
+    found = gradients_together(problems)
     assert found[0] is torn
     for at in (1, 2):
-        close(found[at].gradient, slope(*problems[at]).gradient)  # type: ignore[union-attr]
+        close(found[at].gradient, gradient_at(*problems[at]).gradient)  # type: ignore[union-attr]
 
 
 # --- Fit.objective -------------------------------------------------------------------------------------------------
@@ -152,14 +154,14 @@ class TwoParts:
 
 def test_an_objective_is_what_is_minimised() -> None:
     """One step of clipped-off AdamW at a gradient of half of one and half of the other."""
-    world = World(Lora(), recipe=replace(RECIPE, steps=3, clip=0.0))
-    learner = world("c0", 1)
+    population = Population(Lora(), recipe=replace(RECIPE, steps=3, clip=0.0))
+    learner = population("c0", 1)
     start = some(learner.initial, 0)
     fitted = fit(learner, Fit(start, but(), objective=TwoParts().objective))
     weights = {name: w.clone().requires_grad_() for name, w in start.items()}
     optimizer = torch.optim.AdamW(weights.values(), lr=learner.recipe.lr, weight_decay=0.0)
     losses = []
-    for batch in world("c0", 1).batches():
+    for batch in population("c0", 1).batches():
         optimizer.zero_grad()
         loss = TwoParts().objective(lambda w, batch=batch: learner.losses(w, batch), weights)  # type: ignore[misc]
         loss.backward()
@@ -170,44 +172,44 @@ def test_an_objective_is_what_is_minimised() -> None:
 
 
 def test_objectives_together_are_those_alone_and_others_are_not_stacked_with_them() -> None:
-    def turn(learner: Learner, method: Any) -> Turn[Any]:
+    def turn(learner: Learner, method: Any) -> ClientUpdate[Any]:
         return (yield Fit(some(learner.initial, 0), but(), objective=method))
 
-    two, world = TwoParts(), World(Lora())
+    two, population = TwoParts(), Population(Lora())
     methods = [two.objective, two.objective, None]
 
     def jobs() -> Any:
-        learners = [world(client, 1) for client in CLIENTS]
+        learners = [population(client, 1) for client in CLIENTS]
         return [(it, turn(it, method)) for it, method in zip(learners, methods, strict=True)]
 
     together, alone = solve_together(jobs()), solve(jobs())
     for one, other in zip(together, alone, strict=True):
         close(one.weights, other.weights)
         assert one.metrics == pytest.approx(other.metrics, abs=1e-5)
-    assert set(world.shared.clients) == {2, 3, 4}  # pieces of c0 and c1; the odd one out shares with itself
+    assert set(population.shared.clients) == {2, 3, 4}  # pieces of c0 and c1; the odd one out shares with itself
 
 
 # --- Score.rows, Channels ------------------------------------------------------------------------------------------
 
 
-def scored(learner: Learner) -> Turn[Any]:
+def scored(learner: Learner) -> ClientUpdate[Any]:
     few = yield Score(learner.initial, "validation", rows=5)
     none = yield Score(learner.initial, "validation", rows=0)
     whole = yield Score(learner.initial, "validation")
     most = yield Score(learner.initial, "validation", rows=1000)
-    channels = yield Channels(3)
-    return few, none, whole, most, channels
+    input_norms = yield InputNorms(3)
+    return few, none, whole, most, input_norms
 
 
 @pytest.mark.parametrize("solver", [solve, solve_together])
 def test_scores_of_the_first_rows_and_channels(solver: Any) -> None:
     learners = clients(*vit())
-    for at, (few, none, whole, most, channels) in enumerate(solver([(it, scored(it)) for it in learners])):
+    for at, (few, none, whole, most, input_norms) in enumerate(solver([(it, scored(it)) for it in learners])):
         assert (few["rows"], none, whole["rows"]) == (5, {"rows": 0.0}, 5 + 3 * at)
         assert most == whole
         again = clients(*vit())[at]
         assert few == pytest.approx(again.test(again.initial, "validation", 5), abs=1e-6)
-        assert image(channels) == image(again.channels(3))
+        assert image(input_norms) == image(again.input_norms(3))
     assert few["loss"] != whole["loss"]
 
 
@@ -215,40 +217,40 @@ def test_scores_of_the_first_rows_and_channels(solver: Any) -> None:
 
 
 def test_a_turn_of_gradients_alone_tells_their_mean_loss() -> None:
-    world = World(Lora())
+    population = Population(Lora())
 
-    def slopes(learner: Any) -> Turn[Any]:
+    def slopes(learner: Any) -> ClientUpdate[Any]:
         batches = list(learner.batches())
         for batch in batches:
             yield Gradient({}, batch, but())
         yield Gradient({"layer.B": torch.ones(8, 4)}, batches[0], only("A"), {"layer.B": torch.ones(8, 4)})
         return None
 
-    learner = world("c1", 1)
+    learner = population("c1", 1)
     (ended,) = solve([(learner, _metered(slopes(learner)))])
-    losses = [float(learner.losses(learner.initial, batch)) for batch in world("c1", 1).batches()]
+    losses = [float(learner.losses(learner.initial, batch)) for batch in population("c1", 1).batches()]
     assert ended[1] == pytest.approx({"loss": sum(losses) / len(losses), "steps": len(losses)})
 
 
 def test_where_there_was_a_fit_it_is_the_fits() -> None:
-    world = World(Lora())
+    population = Population(Lora())
 
-    def both(learner: Any) -> Turn[Any]:
+    def both(learner: Any) -> ClientUpdate[Any]:
         yield Fit({}, but())
         yield Gradient({}, first(learner), but())
         return None
 
-    learner = world("c1", 1)
+    learner = population("c1", 1)
     (ended,) = solve([(learner, _metered(both(learner)))])
-    assert ended[1] == fit(world("c1", 1), Fit({}, but())).metrics
+    assert ended[1] == fit(population("c1", 1), Fit({}, but())).metrics
 
 
 def test_a_turn_that_trains_nothing_tells_nothing() -> None:
-    def nothing(learner: Any) -> Turn[Any]:
+    def nothing(learner: Any) -> ClientUpdate[Any]:
         yield Score(learner.initial, "validation")
         return None
 
-    learner = World(Lora())("c0", 1)
+    learner = Population(Lora())("c0", 1)
     assert solve([(learner, _metered(nothing(learner)))])[0][1] == {}
 
 
@@ -268,8 +270,8 @@ def test_gradients_on_minilm(along: Any) -> None:
         }
         vector = None if along is None else select(some(learner.initial, 10 + at), along)
         problems.append((learner, Gradient(weights, first(learner), only("A", "B"), vector)))
-    for found, (learner, problem) in zip(slopes_together(problems), problems, strict=True):
-        alone = slope(learner, problem)
+    for found, (learner, problem) in zip(gradients_together(problems), problems, strict=True):
+        alone = gradient_at(learner, problem)
         assert found.loss == pytest.approx(alone.loss, abs=1e-5)  # type: ignore[union-attr]
         size = math.sqrt(sum(float(g.square().sum()) for g in alone.gradient.values()))
         gap = math.sqrt(

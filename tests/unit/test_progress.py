@@ -2,7 +2,7 @@
 
 import pytest
 
-from celora.track.progress import line, screen
+from celora.track.progress import line, live_progress
 from tests.unit.summaries import round_event, session
 
 
@@ -25,7 +25,7 @@ def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
-    with screen() as show:
+    with live_progress() as show:
         for event in session():
             show(event)
     shown = capsys.readouterr()

@@ -5,14 +5,14 @@ from itertools import count
 
 import pytest
 
-from celora.core.messages import Order, Reply
-from celora.engines.remote import Answer, Begin, Call, Facts, Remote
+from celora.core.messages import Instruction, Reply
+from celora.engines.remote import ClientFacts, JobStart, Remote, Request, Response
 from celora.errors import QuorumError
 from celora.wire import pack, unpack
 
-BEGIN = Begin("", "fedit", "sha", ("a", "b"), ("c0", "c1"))
-FACTS = Facts({"train": 5}, (), None, "data", "sha", "0")
-Handle = Callable[[Call], Answer | bytes | None]
+BEGIN = JobStart("", "fedit", "sha", ("a", "b"), ("c0", "c1"))
+FACTS = ClientFacts({"train": 5}, (), None, "data", "sha", "0")
+Handle = Callable[[Request], Response | bytes | None]
 
 
 class Yard:
@@ -21,7 +21,7 @@ class Yard:
     def __init__(self) -> None:
         self.handles: dict[int, Handle] = {}
         self.since: dict[int, str] = {}
-        self.letters: dict[str, tuple[int, str, bytes]] = {}
+        self.requests: dict[str, tuple[int, str, bytes]] = {}
         self.sent: list[tuple[int, str]] = []
         self.forgotten: list[str] = []
         self._names, self._times = count(), count()
@@ -37,35 +37,35 @@ class Yard:
 
     def send(self, node: int, frame: bytes, seconds: float) -> str:
         name = str(next(self._names))
-        self.letters[name] = node, self.since[node], frame
-        self.sent.append((node, unpack(Call, frame).kind))
+        self.requests[name] = node, self.since[node], frame
+        self.sent.append((node, unpack(Request, frame).kind))
         return name
 
-    def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
+    def collect(self, requests: Sequence[str]) -> Mapping[str, bytes | str]:
         found: dict[str, bytes | str] = {}
-        for name in letters:
-            node, since, frame = self.letters[name]
-            if self.since.get(node) == since and (answer := self.handles[node](unpack(Call, frame))) is not None:
+        for name in requests:
+            node, since, frame = self.requests[name]
+            if self.since.get(node) == since and (answer := self.handles[node](unpack(Request, frame))) is not None:
                 found[name] = answer if isinstance(answer, bytes) else pack(answer)
         return found
 
-    def forget(self, letters: Sequence[str]) -> None:
-        self.forgotten += letters
+    def forget(self, requests: Sequence[str]) -> None:
+        self.forgotten += requests
 
 
 def site(client: str, reply: str = "", socket: Sequence[tuple[int, int]] = ()) -> Handle:
     """A node that joins and answers orders with its name."""
     counts = iter(socket)
 
-    def handle(call: Call) -> Answer:
-        body = pack(FACTS) if call.kind == "begin" else pack(Reply(b"", {}, f"{client} {reply}".strip()))
-        return Answer(client, body, None, next(counts, ()))
+    def handle(call: Request) -> Response:
+        body = pack(FACTS) if call.kind == "start" else pack(Reply(b"", {}, f"{client} {reply}".strip()))
+        return Response(client, body, None, next(counts, ()))
 
     return handle
 
 
-def order(round: int = 1, deadline: float | None = 5.0) -> Order:
-    return Order(round, "train", b"", False, (), deadline)
+def order(round: int = 1, deadline: float | None = 5.0) -> Instruction:
+    return Instruction(round, "train", b"", False, (), deadline)
 
 
 def remote(yard: Yard, **options: object) -> Remote:
@@ -75,7 +75,7 @@ def remote(yard: Yard, **options: object) -> Remote:
 
 def joined(yard: Yard, **options: object) -> Remote:
     found = remote(yard, **options)
-    found.muster("f/job", BEGIN, ("c0", "c1"), 5)
+    found.start_job("f/job", BEGIN, ("c0", "c1"), 5)
     return found
 
 
@@ -92,22 +92,22 @@ def test_clients_are_found_by_asking_and_their_orders_reach_them() -> None:
     assert far.facts.keys() == {"c0", "c1"} and far.facts["c0"].rows == {"train": 5}
     replies = far({"c0": order(), "c1": order()})
     assert {client: reply.error for client, reply in replies.items()} == {"c0": "c0", "c1": "c1"}
-    assert yard.sent.count((1, "begin")) == 1
+    assert yard.sent.count((1, "start")) == 1
 
 
 def test_a_job_begins_anew_with_every_node() -> None:
     yard = two()
     far = joined(yard)
-    far.muster("f/other", BEGIN, 2, 5)
-    assert yard.sent.count((1, "begin")) == yard.sent.count((2, "begin")) == 2
+    far.start_job("f/other", BEGIN, 2, 5)
+    assert yard.sent.count((1, "start")) == yard.sent.count((2, "start")) == 2
 
 
 def test_a_node_that_comes_back_under_another_id_gets_what_it_still_owes() -> None:
     yard = two()
     far = joined(yard)
-    asked: list[Call] = []
+    asked: list[Request] = []
 
-    def dies(call: Call) -> None:
+    def dies(call: Request) -> None:
         asked.append(call)
         yard.down(1)
         yard.up(7, site("c0", "again"))
@@ -115,45 +115,45 @@ def test_a_node_that_comes_back_under_another_id_gets_what_it_still_owes() -> No
     yard.handles[1] = dies
     replies = far({"c0": order(), "c1": order()})
     assert (replies["c0"].error, replies["c1"].error) == ("c0 again", "c1")
-    assert len(asked) == 1 and yard.sent[-2:] == [(7, "begin"), (7, "order")]
+    assert len(asked) == 1 and yard.sent[-2:] == [(7, "start"), (7, "instruction")]
 
 
 def test_a_node_that_restarts_under_the_same_id_is_asked_again() -> None:
     yard = two()
     far = joined(yard)
 
-    def restarts(call: Call) -> None:
+    def restarts(call: Request) -> None:
         yard.up(1, site("c0", "again"))
 
     yard.handles[1] = restarts
     assert far({"c0": order()})["c0"].error == "c0 again"
-    assert yard.sent[-2:] == [(1, "begin"), (1, "order")]
+    assert yard.sent[-2:] == [(1, "start"), (1, "instruction")]
 
 
 def test_the_answer_of_a_node_that_then_leaves_counts() -> None:
     yard = two()
     far = joined(yard)
-    last = pack(Answer("c0", pack(Reply(b"", {}, "c0, its last")), None, ()))
+    last = pack(Response("c0", pack(Reply(b"", {}, "c0, its last")), None, ()))
 
     class Kept(Yard):
-        def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
-            if letters and self.since.pop(1, None):
+        def collect(self, requests: Sequence[str]) -> Mapping[str, bytes | str]:
+            if requests and self.since.pop(1, None):
                 return {}  # its answer arrives right after somebody looked, and then it goes offline
-            return dict.fromkeys(letters, last)
+            return dict.fromkeys(requests, last)
 
     yard.__class__ = Kept
     assert far({"c0": order()})["c0"].error == "c0, its last"
-    assert yard.sent[-1] == (1, "order") and 1 not in yard.nodes()
+    assert yard.sent[-1] == (1, "instruction") and 1 not in yard.nodes()
 
 
 def test_a_node_that_answers_in_anothers_name_loses_the_round_and_is_not_asked_again() -> None:
     yard = two()
     said: list[str] = []
-    far = joined(yard, say=said.append)
-    yard.handles[1] = lambda call: Answer("c1", pack(Reply(b"", {}, "mine")), None, ())
+    far = joined(yard, log=said.append)
+    yard.handles[1] = lambda call: Response("c1", pack(Reply(b"", {}, "mine")), None, ())
     replies = far({"c0": order(), "c1": order()})
     assert replies["c0"].error == "node 1 speaks for 'c1', expected 'c0': ignored" and replies["c1"].error == "c1"
-    assert yard.sent.count((1, "order")) == 1 and replies["c0"].error in said
+    assert yard.sent.count((1, "instruction")) == 1 and replies["c0"].error in said
 
 
 def test_a_node_that_stays_away_is_given_up_after_a_while_and_then_at_once() -> None:
@@ -177,9 +177,9 @@ def test_the_deadline_ends_a_round_without_those_that_are_silent() -> None:
 
 def test_a_site_that_cannot_take_part_is_named_and_asked_no_more() -> None:
     yard = two()
-    yard.handles[2] = lambda call: Answer("c1", b"", "DataError: no rows", ())
+    yard.handles[2] = lambda call: Response("c1", b"", "DataError: no rows", ())
     said: list[str] = []
-    far = joined(yard, say=said.append)
+    far = joined(yard, log=said.append)
     assert far.facts.keys() == {"c0"} and far.refused == {"c1": "DataError: no rows"}
     assert "c1 cannot take part: DataError: no rows" in said
     assert far({"c1": order()})["c1"].error == "DataError: no rows"
@@ -189,11 +189,11 @@ def test_with_keys_a_node_cannot_speak_for_another_client() -> None:
     yard = two()
     yard.up(3, site("c1"))
     said: list[str] = []
-    far = remote(yard, names={1: "c0", 2: "c1", 3: "c9"}.get, say=said.append)
-    far.muster("f/job", BEGIN, ("c0", "c1"), 5)
+    far = remote(yard, names={1: "c0", 2: "c1", 3: "c9"}.get, log=said.append)
+    far.start_job("f/job", BEGIN, ("c0", "c1"), 5)
     far({"c0": order()})
     assert any("node 3 speaks for 'c1', expected 'c9': ignored" in text for text in said)
-    assert far({"c1": order()})["c1"].error == "c1" and (3, "order") not in yard.sent
+    assert far({"c1": order()})["c1"].error == "c1" and (3, "instruction") not in yard.sent
 
 
 def test_without_keys_the_first_that_speaks_for_a_client_is_believed() -> None:
@@ -201,7 +201,7 @@ def test_without_keys_the_first_that_speaks_for_a_client_is_believed() -> None:
     yard.up(1, site("c0"))
     yard.up(3, site("c0", "the second"))
     far = remote(yard)
-    far.muster("f/job", BEGIN, ("c0",), 5)
+    far.start_job("f/job", BEGIN, ("c0",), 5)
     assert far({"c0": order()})["c0"].error == "c0"
 
 
@@ -211,7 +211,7 @@ def test_garbage_costs_its_sender_the_round() -> None:
     yard.handles[1] = lambda call: b"celogarbage"
     replies = far({"c0": order(), "c1": order()})
     assert replies["c0"].error is not None and "celo" not in (replies["c1"].error or "")
-    yard.handles[1] = lambda call: Answer("c0", b"garbage", None, ())
+    yard.handles[1] = lambda call: Response("c0", b"garbage", None, ())
     assert "not a celora frame" in (far({"c0": order(2)})["c0"].error or "")
 
 
@@ -220,18 +220,18 @@ def test_a_node_whose_carrier_fails_again_and_again_is_left_alone_for_the_round(
     far = joined(yard)
     answers, tries = yard.collect, list[str]()
 
-    def failing(letters: Sequence[str]) -> Mapping[str, bytes | str]:
-        found = dict(answers(letters))
-        for name in [name for name in found if yard.letters[name][0] == 1]:
-            kind = unpack(Call, yard.letters[name][2]).kind
+    def failing(requests: Sequence[str]) -> Mapping[str, bytes | str]:
+        found = dict(answers(requests))
+        for name in [name for name in found if yard.requests[name][0] == 1]:
+            kind = unpack(Request, yard.requests[name][2]).kind
             tries.append(kind)
-            if kind == "order":
+            if kind == "instruction":
                 found[name] = "the node crashed"
         return found
 
     yard.collect = failing  # type: ignore[method-assign]
     replies = far({"c0": order(), "c1": order()})
-    assert replies["c1"].error == "c1" and tries == ["order", "begin", "order", "begin", "order"]
+    assert replies["c1"].error == "c1" and tries == ["instruction", "start", "instruction", "start", "instruction"]
     assert replies["c0"].error == "its node failed 3 times: the node crashed"
 
 
@@ -239,7 +239,7 @@ def test_bytes_on_sockets_are_those_since_the_last_answer_and_a_new_process_coun
     yard = Yard()
     yard.up(1, site("c0", socket=[(100, 50), (160, 80), (30, 20)]))
     far = remote(yard)
-    far.muster("f/job", BEGIN, ("c0",), 5)
+    far.start_job("f/job", BEGIN, ("c0",), 5)
     assert far.sockets == {"c0": (100, 50)}
     far({"c0": order()})
     assert far.sockets == {"c0": (60, 30)}
@@ -250,24 +250,24 @@ def test_bytes_on_sockets_are_those_since_the_last_answer_and_a_new_process_coun
 def test_exports_report_what_did_not_work() -> None:
     yard = two()
     far = joined(yard)
-    yard.handles[2] = lambda call: Answer("c1", b"", "WireError: there is no model", ())
+    yard.handles[2] = lambda call: Response("c1", b"", "WireError: there is no model", ())
     assert far.export(("c0", "c1"), "personal@3") == {"c1": "WireError: there is no model"}
 
 
 def test_if_all_refuse_their_reasons_are_the_error() -> None:
     yard = Yard()
-    yard.up(1, lambda call: Answer("c0", b"", "c0.Up does not leave this site", ()))
+    yard.up(1, lambda call: Response("c0", b"", "c0.Up does not leave this site", ()))
     with pytest.raises(QuorumError, match=r"no site takes part \(c0: c0.Up does not leave this site\). Mend that"):
-        remote(yard).muster("f/job", BEGIN, ("c0",), 5)
+        remote(yard).start_job("f/job", BEGIN, ("c0",), 5)
 
 
 def test_a_site_that_begins_one_job_after_another_joins_once() -> None:
     said = list[str]()
-    far = joined(two(), say=said.append)
-    far.muster("f/next", BEGIN, ("c0", "c1"), 5)
+    far = joined(two(), log=said.append)
+    far.start_job("f/next", BEGIN, ("c0", "c1"), 5)
     assert sum("c0 has joined" in text for text in said) == 1
 
 
 def test_nobody_at_all_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(QuorumError, match=r"no site has joined within 0.05 s. Start the sites"):
-        remote(Yard()).muster("f/job", BEGIN, ("c0",), 0.05)
+        remote(Yard()).start_job("f/job", BEGIN, ("c0",), 0.05)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from celora.algorithms import ce_lora
 from celora.algorithms.ce_lora import CELoRA
-from celora.core.messages import Exchange, Order, Plan, Reply
+from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.core.screen import odd_score, screen
 from celora.errors import WireError
 from celora.maths.mixtures import Mixture
@@ -119,7 +119,7 @@ def forged(change: Any) -> list[Any]:
     federation = Federation(CELoRA())
 
     def around(exchange: Exchange) -> Exchange:
-        def forging(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def forging(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             replies = dict(exchange(orders))
             reply = replies["c1"]
             if orders["c1"].round == 1:

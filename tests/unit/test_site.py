@@ -15,20 +15,20 @@ import torch
 from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm
-from celora.core.messages import Order, Plan, Reply
-from celora.engines.remote import Answer, Begin, Call, Facts
+from celora.core.messages import Instruction, Plan, Reply
+from celora.engines.remote import ClientFacts, JobStart, Request, Response
 from celora.site.filters import Clip
 from celora.site.ledger import Ledger
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
-from celora.site.store import SiteShelf
+from celora.site.store import SiteStore
 from celora.tensors import Tensors
 from celora.track.disk import writing
 from celora.wire import Schema, pack, unpack
-from tests.toy import CLIENTS, Federation, Seat, Tape, World, image, tensors_in, world_of
+from tests.toy import CLIENTS, Federation, JobContext, Population, Tape, image, population_of, tensors_in
 
 PLAN, JOB = Plan(rounds=2), "fed/job"
-BEGIN = Begin("", "any", "backbone", ("no", "yes"), CLIENTS)
+BEGIN = JobStart("", "any", "backbone", ("no", "yes"), CLIENTS)
 SECRET = "row 17: Mrs Smith, 47, Leeds"
 
 
@@ -44,38 +44,38 @@ class Bench:
     refuses: Exception | None = None
     sockets: Iterator[tuple[int, ...]] | None = None
     said: list[str] = field(default_factory=list)
-    entered: list[Begin] = field(default_factory=list)
+    entered: list[JobStart] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.world: World = world_of(self.algorithm, faults=self.faults)
-        self.schema = Schema.of(self.world.initial)
+        self.population: Population = population_of(self.algorithm, faults=self.faults)
+        self.schema = Schema.of(self.population.initial)
         self.ledger = Ledger(self.state / "ledger.jsonl")
         self.site = Site(self.client, self.state, self.policy, self.enter, self.ledger, self.socket, self.said.append)
 
-    def enter(self, begin: Begin) -> Seat:
+    def enter(self, begin: JobStart) -> JobContext:
         if self.refuses:
             raise self.refuses
         self.entered.append(begin)
-        return Seat(self.algorithm, self.world, self.client)
+        return JobContext(self.algorithm, self.population, self.client)
 
     def socket(self) -> tuple[int, ...]:
         return next(self.sockets) if self.sockets else ()
 
     def frame(self, kind: str, body: bytes = b"", job: str = JOB) -> bytes:
-        return self.site(pack(Call(job, kind, body)))
+        return self.site(pack(Request(job, kind, body)))
 
-    def answer(self, kind: str, body: bytes = b"", job: str = JOB) -> Answer:
-        return unpack(Answer, self.frame(kind, body, job))
+    def answer(self, kind: str, body: bytes = b"", job: str = JOB) -> Response:
+        return unpack(Response, self.frame(kind, body, job))
 
-    def begin(self, begin: Begin = BEGIN, job: str = JOB) -> Answer:
-        return self.answer("begin", pack(begin), job)
+    def begin(self, begin: JobStart = BEGIN, job: str = JOB) -> Response:
+        return self.answer("start", pack(begin), job)
 
-    def order(self, order: Order, job: str = JOB) -> Answer:
-        return self.answer("order", pack(order), job)
+    def order(self, order: Instruction, job: str = JOB) -> Response:
+        return self.answer("instruction", pack(order), job)
 
-    def shelf(self) -> dict[str, bytes]:
-        with SiteShelf(self.state / job_folder(self.client, JOB) / "shelf", self.schema) as shelf:
-            return {name: shelf[name] for name in shelf}
+    def store(self) -> dict[str, bytes]:
+        with SiteStore(self.state / job_folder(self.client, JOB) / "store", self.schema) as store:
+            return {name: store[name] for name in store}
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-def embedded(algorithm: AnyAlgorithm, client: str = "c0") -> tuple[list[Order], list[Reply], dict[str, bytes]]:
-    """A client's orders and replies in an embedded run, and its shelf at the end."""
+def embedded(algorithm: AnyAlgorithm, client: str = "c0") -> tuple[list[Instruction], list[Reply], dict[str, bytes]]:
+    """A client's orders and replies in an embedded run, and its store at the end."""
     federation, tapes = Federation(algorithm), list[Tape]()
 
     def taped(exchange: Any) -> Tape:
@@ -104,14 +104,14 @@ def embedded(algorithm: AnyAlgorithm, client: str = "c0") -> tuple[list[Order], 
 def test_a_site_answers_what_the_client_answers_embedded_and_keeps_the_same(
     algorithm: AnyAlgorithm, state: Path
 ) -> None:
-    orders, replies, shelf = embedded(algorithm)
+    orders, replies, store = embedded(algorithm)
     bench = Bench(state, algorithm)
     begun = bench.begin()
     assert (begun.client, begun.error) == ("c0", None)
-    assert unpack(Facts, begun.body).rows == {"train": 24, "validation": 20, "test": 20}
+    assert unpack(ClientFacts, begun.body).rows == {"train": 24, "validation": 20, "test": 20}
     for order, reply in zip(orders, replies, strict=True):
         assert bench.order(order).body == pack(reply)
-    assert bench.shelf() == shelf
+    assert bench.store() == store
     assert len(bench.entered) == 1 and "fed/job: any, 24 training rows" in bench.said
     assert any(text.startswith("round 1: train, validation 0.") for text in bench.said)
     assert bench.answer("export", b"personal@2").error is None
@@ -136,9 +136,10 @@ def test_an_order_for_no_round_is_refused_for_the_ledger_could_not_count_it(roun
     bench.begin()
     for task in ("train", "evaluate", "close", "test"):
         refused = bench.order(replace(order, round=round, task=task))
-        assert refused.error == "found an order for no round, expected one of 1 to 1000000000" and not refused.body
+        assert refused.error == "found an instruction for no round, expected one of 1 to 1000000000"
+        assert not refused.body
     assert bench.ledger.verify() == [] and len(list(bench.ledger.entries())) == 5
-    assert bench.shelf() == {}
+    assert bench.store() == {}
 
 
 def test_a_restarted_site_takes_part_only_if_its_policy_accepts_the_job_as_it_is_now(state: Path) -> None:
@@ -150,23 +151,23 @@ def test_a_restarted_site_takes_part_only_if_its_policy_accepts_the_job_as_it_is
 
 
 def test_a_restarted_site_goes_on_with_what_the_first_one_kept(state: Path) -> None:
-    orders, replies, shelf = embedded(FedSALoRA())
+    orders, replies, store = embedded(FedSALoRA())
     first = Bench(state)
     first.begin()
     first.order(orders[0])
     second = Bench(state)
     assert [second.order(order).body for order in orders[1:]] == list(map(pack, replies[1:]))
-    assert len(second.entered) == 1 and pack(second.entered[0]) == pack(BEGIN) and second.shelf() == shelf
+    assert len(second.entered) == 1 and pack(second.entered[0]) == pack(BEGIN) and second.store() == store
 
 
 def test_an_order_asked_twice_gets_the_same_bytes_but_for_socket_counts(state: Path) -> None:
-    orders, _, shelf = embedded(FedSALoRA())
+    orders, _, store = embedded(FedSALoRA())
     bench = Bench(state)
     bench.begin()
     for order in orders[:2]:
-        assert bench.frame("order", pack(order)) == bench.frame("order", pack(order))
+        assert bench.frame("instruction", pack(order)) == bench.frame("instruction", pack(order))
     bench.order(orders[2])
-    assert bench.shelf() == shelf
+    assert bench.store() == store
     counting = Bench(state, sockets=((n, 2 * n) for n in count(1)))
     first, second = counting.order(orders[2]), counting.order(orders[2])
     assert (first.socket, second.socket) == ((1, 2), (2, 4)) and second.body == first.body
@@ -188,22 +189,22 @@ def test_a_job_whose_name_leads_elsewhere_is_refused_and_writes_nothing(job: str
 
 def test_a_client_whose_name_leads_elsewhere_keeps_its_state_here(state: Path) -> None:
     bench = Bench(state, client="../../c0")
-    bench.site.enter = lambda begin: Seat(bench.algorithm, bench.world, "c0")
+    bench.site.enter = lambda begin: JobContext(bench.algorithm, bench.population, "c0")
     assert bench.begin().error is None
-    [begun] = state.rglob("begin.bin")
-    assert begun.relative_to(state) == Path("fed/..-..-c0/job/begin.bin")
+    [begun] = state.rglob("start.bin")
+    assert begun.relative_to(state) == Path("fed/..-..-c0/job/start.bin")
 
 
 def test_calls_that_are_unknown_or_garbage_are_named(state: Path) -> None:
     bench = Bench(state)
-    assert bench.answer("order", pack(Order(1, "train", b"", True, (), None))).error == (
+    assert bench.answer("instruction", pack(Instruction(1, "train", b"", True, (), None))).error == (
         "the job fed/job has not begun at this site"
     )
-    assert bench.answer("dance").error == "found a call of kind 'dance': update celora on the older side"
-    assert "not a celora frame" in (unpack(Answer, bench.site(b"garbage")).error or "")
+    assert bench.answer("dance").error == "found a request of kind 'dance': update celora on the older side"
+    assert "not a celora frame" in (unpack(Response, bench.site(b"garbage")).error or "")
     bench.begin()
-    assert bench.answer("export", b"personal@9").error == "there is no model personal@9 on this site's shelf"
-    assert unpack(Answer, bench.site(pack(Call(JOB, "order", b"garbage")))).error is not None
+    assert bench.answer("export", b"personal@9").error == "there is no model personal@9 on this site's store"
+    assert unpack(Response, bench.site(pack(Request(JOB, "instruction", b"garbage")))).error is not None
     assert bench.said[-1].startswith("failed: ")
 
 
@@ -214,13 +215,13 @@ def test_words_of_foreign_errors_stay_here_and_their_kind_leaves(state: Path) ->
     orders, _, _ = embedded(FedSALoRA())
     bench = Bench(state, faults={("c0", 1): ValueError(SECRET)})
     bench.begin()
-    frame = bench.frame("order", pack(orders[0]))
-    assert unpack(Answer, frame).error == "ValueError: see this site's log"
+    frame = bench.frame("instruction", pack(orders[0]))
+    assert unpack(Response, frame).error == "ValueError: see this site's log"
     assert b"Smith" not in frame and f"failed: ValueError: {SECRET}" in bench.said
-    assert not [name for name in bench.shelf() if name.startswith("private@")]
+    assert not [name for name in bench.store() if name.startswith("private@")]
     away = Bench(state.with_name("other"), refuses=KeyError(SECRET))
-    frame = away.frame("begin", pack(BEGIN))
-    assert unpack(Answer, frame).error == "KeyError: see this site's log" and b"Smith" not in frame
+    frame = away.frame("start", pack(BEGIN))
+    assert unpack(Response, frame).error == "KeyError: see this site's log" and b"Smith" not in frame
     assert any(SECRET in text for text in away.said)
 
 
@@ -243,19 +244,24 @@ def windows(tensors: Iterator[torch.Tensor]) -> set[bytes]:
 
 def test_of_a_record_with_a_field_that_may_not_leave_nothing_leaves(state: Path) -> None:
     [order, *_], [reply, *_], _ = embedded(CELoRA())
-    leaves = {"ce_lora.Up": ("core", "examples"), "remote.Facts": ("rows", "majority", "data", "backbone", "version")}
+    leaves = {
+        "ce_lora.Up": ("core", "examples"),
+        "remote.ClientFacts": ("rows", "majority", "data", "backbone", "version"),
+    }
     leaves |= {"messages.Reply": ("frame", "scores", "error")}
     bench = Bench(state, CELoRA(), Policy(leaves=leaves, floor=1))
     assert "labels (tuple)" in (bench.begin().error or "")
     bench = Bench(
-        state, CELoRA(), Policy(leaves={**leaves, "remote.Facts": (*leaves["remote.Facts"], "labels")}, floor=1)
+        state,
+        CELoRA(),
+        Policy(leaves={**leaves, "remote.ClientFacts": (*leaves["remote.ClientFacts"], "labels")}, floor=1),
     )
     bench.begin()
-    up: Any = unpack(CELoRA.card.up, reply.frame, bench.schema)
+    up: Any = unpack(CELoRA.info.up, reply.frame, bench.schema)
     secret = windows(tensors_in(up))
     assert len(secret) > 100
-    frame = bench.frame("order", pack(order))
-    answer = unpack(Answer, frame)
+    frame = bench.frame("instruction", pack(order))
+    answer = unpack(Response, frame)
     assert answer.body == b"" and "ce_lora.Up does not leave this site: found summary (Mixture)" in (answer.error or "")
     assert not {frame[at : at + 32] for at in range(len(frame) - 31)} & secret
     assert {reply.frame[at : at + 32] for at in range(len(reply.frame) - 31)} >= secret
@@ -266,7 +272,7 @@ def test_a_frame_over_the_budget_does_not_leave(state: Path) -> None:
     [order, *_], _, _ = embedded(FedSALoRA())
     free = Bench(state.with_name("free"))
     free.begin()
-    size = len(free.frame("order", pack(order)))
+    size = len(free.frame("instruction", pack(order)))
     bench = Bench(state, policy=Policy(floor=1, round_bytes=size - 1))
     assert bench.begin().error is None
     answer = bench.order(order)
@@ -279,14 +285,14 @@ def test_required_filters_change_what_leaves_and_not_what_is_kept(state: Path) -
     bench = Bench(state, policy=Policy(floor=1, filters=(Clip(name="clip", norm=1e-3),)))
     bench.begin()
     sent = unpack(Reply, bench.order(order).body)
-    mine, its = (unpack(FedSALoRA.card.up, frame, bench.schema).weights for frame in (sent.frame, reply.frame))
-    assert _distance(mine, bench.world.initial) < 1.01e-3
-    assert _distance(its, bench.world.initial) > 0.1
+    mine, its = (unpack(FedSALoRA.info.up, frame, bench.schema).weights for frame in (sent.frame, reply.frame))
+    assert _distance(mine, bench.population.initial) < 1.01e-3
+    assert _distance(its, bench.population.initial) > 0.1
     assert sent.scores == reply.scores and any("clip" in text for text in bench.said)
     free = Bench(state.with_name("free"))
     free.begin()
     free.order(order)
-    assert bench.shelf() == free.shelf()
+    assert bench.store() == free.store()
 
 
 def _distance(one: Tensors, other: Tensors) -> float:
@@ -314,14 +320,22 @@ def test_what_the_ledger_cannot_record_does_not_leave(state: Path, monkeypatch: 
 def test_the_ledger_has_a_line_with_the_hash_of_each_frame_that_left(state: Path) -> None:
     orders, _, _ = embedded(FedSALoRA())
     bench = Bench(state, faults={("c0", 2): ValueError(SECRET)})
-    frames = [bench.frame("begin", pack(BEGIN)), *(bench.frame("order", pack(order)) for order in orders[:2])]
-    frames.append(bench.frame("order", pack(orders[2])))
-    [model, *_] = [name for name in bench.shelf() if "private" not in name and name != "notes"]
+    frames = [bench.frame("start", pack(BEGIN)), *(bench.frame("instruction", pack(order)) for order in orders[:2])]
+    frames.append(bench.frame("instruction", pack(orders[2])))
+    [model, *_] = [name for name in bench.store() if "private" not in name and name != "notes"]
     frames += [bench.frame("export", model.encode()), bench.frame("end"), bench.site(b"garbage")]
     entries = list(bench.ledger.entries())
     assert [entry.sha256 for entry in entries] == [hashlib.sha256(frame).hexdigest() for frame in frames]
     assert [entry.bytes for entry in entries] == list(map(len, frames))
-    kinds = ["remote.Facts", "fedsa_lora.Up", "error", "messages.Reply", "remote.Answer", "remote.Answer", "error"]
+    kinds = [
+        "remote.ClientFacts",
+        "fedsa_lora.Up",
+        "error",
+        "messages.Reply",
+        "remote.Response",
+        "remote.Response",
+        "error",
+    ]
     assert [entry.kind for entry in entries] == kinds
     assert [entry.round for entry in entries] == [0, 1, 2, 3, 0, 0, 0]
     assert {(entry.federation, entry.job, entry.client) for entry in entries[:-1]} == {("fed", "job", "c0")}
@@ -335,9 +349,9 @@ def test_folders_and_files_are_for_their_owner_alone(state: Path) -> None:
     bench.begin()
     for order in orders:
         bench.order(order)
-    bench.answer("export", next(name for name in bench.shelf() if name.startswith("personal")).encode())
+    bench.answer("export", next(name for name in bench.store() if name.startswith("personal")).encode())
     found = {path: oct(stat.S_IMODE(path.stat().st_mode)) for path in (state, *state.rglob("*"))}
-    assert {path.name for path in found} >= {"begin.bin", "private@2.bin", "ledger.jsonl", "adapter"}
+    assert {path.name for path in found} >= {"start.bin", "private@2.bin", "ledger.jsonl", "adapter"}
     kept = {path: mode for path, mode in found.items() if "adapter" not in path.parts[len(state.parts) :]}
     assert {p: mode for p, mode in kept.items() if mode != ("0o700" if p.is_dir() else "0o600")} == {}
 
@@ -347,7 +361,7 @@ def test_what_a_client_is_told_at_its_site_is_said_there_once_and_does_not_leave
     orders, _, _ = embedded(algorithm)
     bench = Bench(state, algorithm)
     bench.begin()
-    frames = [bench.frame("order", pack(order)) for order in orders]
+    frames = [bench.frame("instruction", pack(order)) for order in orders]
     note = "no class reaches the disclosure floor: this client is known by its core alone"
     assert bench.said.count(note) == 1
     assert not any(b"disclosure" in frame for frame in frames)

@@ -11,18 +11,18 @@ from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.local import LocalOnly
 from celora.core.messages import Reply
-from celora.engines.remote import Facts
+from celora.engines.remote import ClientFacts
 from celora.errors import ConfigError, PolicyError
 from celora.maths.mixtures import Mixture
 from celora.site import policy as module
 from celora.site.filters import Clip
 from celora.site.ledger import Ledger
-from celora.site.policy import NO_FILE, Policy, read
+from celora.site.policy import NO_FILE, Policy, read_policy
 from celora.wire.records import name_of
 
 SUMMARY = Mixture(torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, 2), torch.ones(1, 2))
 CORE = {"q.C": torch.eye(2)}
-FACTS = Facts({"train": 40}, ("a", "b"), 0.5, "00", "11", "0.1.0")
+FACTS = ClientFacts({"train": 40}, ("a", "b"), 0.5, "00", "11", "0.1.0")
 
 
 def written(folder: Path, text: str) -> Path:
@@ -33,7 +33,7 @@ def written(folder: Path, text: str) -> Path:
 
 def problems(folder: Path, text: str) -> list[str]:
     with pytest.raises(ConfigError) as refused:
-        read(written(folder, text))
+        read_policy(written(folder, text))
     assert all(problem.startswith("policy.toml: ") for problem in refused.value.problems)
     return [problem.removeprefix("policy.toml: ") for problem in refused.value.problems]
 
@@ -49,11 +49,11 @@ def refused(act: Any, *args: Any) -> str:
 
 def test_everything_in_a_file_is_in_the_policy(tmp_path: Path) -> None:
     text = "\n".join(line[4:] for line in str(module.__doc__).splitlines() if line.startswith("    "))
-    assert read(written(tmp_path, text)) == Policy(  # the example in the documentation
+    assert read_policy(written(tmp_path, text)) == Policy(  # the example in the documentation
         leaves={
             "ce_lora.Up": ("core", "examples"),
             "messages.Reply": ("frame", "scores", "error"),
-            "remote.Facts": ("rows", "labels", "majority", "data", "backbone", "version"),
+            "remote.ClientFacts": ("rows", "labels", "majority", "data", "backbone", "version"),
         },
         round_bytes=1_000_000,
         total_bytes=100_000_000,
@@ -63,28 +63,28 @@ def test_everything_in_a_file_is_in_the_policy(tmp_path: Path) -> None:
 
 
 def test_a_file_that_says_nothing_is_as_none(tmp_path: Path) -> None:
-    assert read(written(tmp_path, "version = 1")) == NO_FILE == Policy()
+    assert read_policy(written(tmp_path, "version = 1")) == NO_FILE == Policy()
     assert (NO_FILE.leaves, NO_FILE.round_bytes, NO_FILE.total_bytes, NO_FILE.floor) == (None, None, None, 10)
 
 
 def test_a_section_leaves_without_a_line_lets_nothing_leave(tmp_path: Path) -> None:
-    assert read(written(tmp_path, "version = 1\n[leaves]")).leaves == {}
+    assert read_policy(written(tmp_path, "version = 1\n[leaves]")).leaves == {}
 
 
 def test_a_record_may_stand_without_quotes(tmp_path: Path) -> None:
-    with_quotes = read(written(tmp_path, 'version = 1\n[leaves]\n"fedit.Up" = ["weights"]\n"local.Up" = []'))
-    without = read(written(tmp_path, 'version = 1\n[leaves]\nfedit.Up = ["weights"]\nlocal.Up = []'))
+    with_quotes = read_policy(written(tmp_path, 'version = 1\n[leaves]\n"fedit.Up" = ["weights"]\n"local.Up" = []'))
+    without = read_policy(written(tmp_path, 'version = 1\n[leaves]\nfedit.Up = ["weights"]\nlocal.Up = []'))
     assert with_quotes == without == Policy(leaves={"fedit.Up": ("weights",), "local.Up": ()})
 
 
 def test_the_records_of_all_algorithms_can_be_named(tmp_path: Path) -> None:
-    kinds = [*(algorithm.card.up for algorithm in ALGORITHMS.values()), Reply, Facts]
+    kinds = [*(algorithm.info.up for algorithm in ALGORITHMS.values()), Reply, ClientFacts]
     text = "version = 1\n[leaves]\n" + "\n".join(f'"{name_of(kind)}" = []' for kind in kinds)
-    assert len(read(written(tmp_path, text)).leaves or ()) == len(ALGORITHMS) + 2
+    assert len(read_policy(written(tmp_path, text)).leaves or ()) == len(ALGORITHMS) + 2
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    records = ", ".join([*(name_of(a.card.up) for a in ALGORITHMS.values()), "messages.Reply", "remote.Facts"])
+    records = ", ".join([*(name_of(a.info.up) for a in ALGORITHMS.values()), "messages.Reply", "remote.ClientFacts"])
     text = """
         versoin = 1
         [leaves]
@@ -149,11 +149,11 @@ def test_a_mistake_is_told(tmp_path: Path, text: str, problem: str) -> None:
 
 def test_a_file_that_is_missing_or_no_toml_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"policy.toml: there is no such file"):
-        read(tmp_path / "policy.toml")
+        read_policy(tmp_path / "policy.toml")
     for text in (b"version = ", b"\xff"):
         (tmp_path / "policy.toml").write_bytes(text)
         with pytest.raises(ConfigError, match=r"policy.toml: cannot be read as TOML: "):
-            read(tmp_path / "policy.toml")
+            read_policy(tmp_path / "policy.toml")
 
 
 def test_unknown_keys_are_refused_in_python_too() -> None:
@@ -166,7 +166,7 @@ def test_unknown_keys_are_refused_in_python_too() -> None:
 
 def test_without_a_section_leaves_everything_declared_may_leave() -> None:
     NO_FILE.admit("ce_lora.Up", ce_lora.Up(CORE, 12, SUMMARY))
-    NO_FILE.admit("remote.Facts", FACTS)
+    NO_FILE.admit("remote.ClientFacts", FACTS)
 
 
 def test_listed_fields_leave_and_so_do_empty_ones_that_are_not_listed() -> None:
@@ -192,16 +192,16 @@ def test_a_field_that_is_not_listed_does_not_leave() -> None:
 
 def test_a_refusal_tells_nothing_of_what_it_holds_back() -> None:
     secret = "the text of a row"
-    policy = Policy(leaves={"messages.Reply": ("frame", "scores"), "remote.Facts": ()})
+    policy = Policy(leaves={"messages.Reply": ("frame", "scores"), "remote.ClientFacts": ()})
     assert secret not in refused(policy.admit, "messages.Reply", Reply(b"", {}, secret))
-    assert "40" not in refused(policy.admit, "remote.Facts", FACTS)
+    assert "40" not in refused(policy.admit, "remote.ClientFacts", FACTS)
 
 
 def test_a_record_that_is_not_named_does_not_leave() -> None:
     policy = Policy(leaves={"fedit.Up": ("weights",), "messages.Reply": ("frame",)})
-    assert refused(policy.admit, "remote.Facts", FACTS) == (
-        "remote.Facts does not leave this site: its policy lets only fedit.Up, messages.Reply leave; change the policy "
-        "at the site ([leaves])"
+    assert refused(policy.admit, "remote.ClientFacts", FACTS) == (
+        "remote.ClientFacts does not leave this site: its policy lets only fedit.Up, messages.Reply leave; change the "
+        "policy at the site ([leaves])"
     )
     assert refused(Policy(leaves={}).admit, "fedit.Up", fedit.Up({}, 1)) == (
         "fedit.Up does not leave this site: its policy lets nothing leave; change the policy at the site ([leaves])"

@@ -1,4 +1,4 @@
-"""celora.site.store: whatever moment a process is killed at, each value on the shelf is whole."""
+"""celora.site.store: whatever moment a process is killed at, each value on the store is whole."""
 
 import errno
 import os
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from celora.core.client import _base
-from celora.core.messages import Model, Notes, Shelf, frame_of, opened
+from celora.core.messages import ClientStore, KeptModel, Notes, frame_of, unpacked
 from celora.errors import FederationError, RunFolderError, WireError
-from celora.site.store import SiteShelf
+from celora.site.store import SiteStore
 from celora.wire import Schema
 
 SCHEMA = Schema.of({"layer.A": torch.zeros(64)})
 TURNS: list[dict[str, object]] = [
-    {name: Model({"layer.A": torch.full((64,), float(number))}) for name, number in turn.items()}
+    {name: KeptModel({"layer.A": torch.full((64,), float(number))}) for name, number in turn.items()}
     for turn in (
         {"private@1": 1, "personal@1": 1},
         {"private@1": 1, "private@2": 2, "personal@1": 1, "received@1": 3, "personal@2": 2, "notes": 7},
@@ -37,13 +37,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "site" / "north"
 
 
-def numbers(shelf: Mapping[str, object]) -> dict[str, float]:
-    return {name: float(opened(Model, kept, SCHEMA).weights["layer.A"][0]) for name, kept in shelf.items()}
+def numbers(store: Mapping[str, object]) -> dict[str, float]:
+    return {name: float(unpacked(KeptModel, kept, SCHEMA).weights["layer.A"][0]) for name, kept in store.items()}
 
 
 def kept(folder: Path) -> dict[str, float]:
-    with SiteShelf(folder, SCHEMA) as shelf:
-        return numbers(shelf)
+    with SiteStore(folder, SCHEMA) as store:
+        return numbers(store)
 
 
 def files(folder: Path) -> set[str]:
@@ -70,28 +70,28 @@ def writes(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int], None]) -> I
 
 
 def test_what_was_kept_is_there_in_the_next_process(folder: Path) -> None:
-    with SiteShelf(folder, SCHEMA) as shelf:
-        assert (len(shelf), list(shelf)) == (0, [])
+    with SiteStore(folder, SCHEMA) as store:
+        assert (len(store), list(store)) == (0, [])
         for turn in TURNS:
-            shelf.keep(turn)
-            assert numbers(shelf) == numbers(turn)
-    with SiteShelf(folder, SCHEMA) as shelf:
-        assert list(shelf) == ["notes", "private@2", "private@3"]
-        assert (len(shelf), "notes" in shelf, "private@1" in shelf, 3 in shelf) == (3, True, False, False)
-        assert shelf["private@3"] == frame_of(TURNS[-1]["private@3"], SCHEMA)
+            store.keep(turn)
+            assert numbers(store) == numbers(turn)
+    with SiteStore(folder, SCHEMA) as store:
+        assert list(store) == ["notes", "private@2", "private@3"]
+        assert (len(store), "notes" in store, "private@1" in store, 3 in store) == (3, True, False, False)
+        assert store["private@3"] == frame_of(TURNS[-1]["private@3"], SCHEMA)
     assert files(folder) == {"notes.bin", "private@2.bin", "private@3.bin"}
 
 
 def test_it_is_a_shelf(folder: Path) -> None:
-    with SiteShelf(folder, SCHEMA) as kept:
-        shelf: Shelf = kept
-        shelf["notes"] = Notes(("one",))
-        assert opened(Notes, shelf["notes"], SCHEMA).lines == ("one",)
-        shelf["notes"] = Notes(("two",))
-        assert opened(Notes, shelf["notes"], SCHEMA).lines == ("two",)
-        assert shelf.get("private@1") is None
-        del shelf["notes"]
-        for act in (lambda: shelf["notes"], lambda: shelf.__delitem__("notes")):
+    with SiteStore(folder, SCHEMA) as kept:
+        store: ClientStore = kept
+        store["notes"] = Notes(("one",))
+        assert unpacked(Notes, store["notes"], SCHEMA).lines == ("one",)
+        store["notes"] = Notes(("two",))
+        assert unpacked(Notes, store["notes"], SCHEMA).lines == ("two",)
+        assert store.get("private@1") is None
+        del store["notes"]
+        for act in (lambda: store["notes"], lambda: store.__delitem__("notes")):
             with pytest.raises(KeyError, match="notes"):
                 act()
 
@@ -104,8 +104,8 @@ def test_killed_before_any_write_each_value_is_the_old_or_the_new_one(
     moment, done = 0, False
     while not done:
         moment += 1
-        with SiteShelf(folder, SCHEMA) as shelf:
-            shelf.keep(TURNS[first])
+        with SiteStore(folder, SCHEMA) as store:
+            store.keep(TURNS[first])
 
             def kill(call: int, moment: int = moment) -> None:
                 if call == moment:
@@ -113,7 +113,7 @@ def test_killed_before_any_write_each_value_is_the_old_or_the_new_one(
 
             for _ in writes(monkeypatch, kill):
                 try:
-                    shelf.keep(TURNS[first + 1])
+                    store.keep(TURNS[first + 1])
                     done = True
                 except Killed:
                     pass
@@ -135,30 +135,30 @@ def test_a_full_disk_is_told_and_what_was_kept_is_intact(
         if call <= 1:
             raise OSError(error, os.strerror(error))
 
-    with SiteShelf(folder, SCHEMA) as shelf:
-        shelf.keep(TURNS[2])
+    with SiteStore(folder, SCHEMA) as store:
+        store.keep(TURNS[2])
         for _ in writes(monkeypatch, full):
             with pytest.raises(RunFolderError) as told:
-                shelf.keep(TURNS[3])
+                store.keep(TURNS[3])
         assert str(told.value).startswith(
             f"cannot write {folder / 'private@3.bin'}: {os.strerror(error)}. Nothing written so far is lost; "
         )
-        assert numbers(shelf) == numbers(TURNS[2])
+        assert numbers(store) == numbers(TURNS[2])
         assert not [name for name in files(folder) if name.endswith(".tmp")]  # its room may be needed
-        shelf.keep(TURNS[3])
-        assert numbers(shelf) == numbers(TURNS[3])
+        store.keep(TURNS[3])
+        assert numbers(store) == numbers(TURNS[3])
 
 
 def test_what_has_not_changed_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with SiteShelf(folder, SCHEMA) as shelf:
-        shelf.keep(TURNS[1])
+    with SiteStore(folder, SCHEMA) as store:
+        store.keep(TURNS[1])
         moved = list[str]()
         replace = os.replace
         monkeypatch.setattr(os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
-        shelf.keep(TURNS[1])
-        shelf.keep(dict(shelf))  # frames, as they are read
+        store.keep(TURNS[1])
+        store.keep(dict(store))  # frames, as they are read
         assert moved == []
-        shelf.keep({**dict(shelf), "notes": TURNS[2]["notes"]})
+        store.keep({**dict(store), "notes": TURNS[2]["notes"]})
         assert moved == ["notes.bin"]
 
 
@@ -172,8 +172,8 @@ def test_only_the_owner_may_read_it_whatever_the_umask_and_whatever_it_was(folde
     (folder / "personal@1.bin.tmp").chmod(0o666)
     before = os.umask(umask)
     try:
-        with SiteShelf(folder, SCHEMA) as shelf:
-            shelf.keep(TURNS[1])
+        with SiteStore(folder, SCHEMA) as store:
+            store.keep(TURNS[1])
             modes = {file.name: stat.S_IMODE(os.stat(file).st_mode) for file in folder.iterdir()}
     finally:
         os.umask(before)
@@ -190,9 +190,9 @@ def test_a_temporary_file_is_never_wider_than_its_owner(folder: Path, monkeypatc
 
     before = os.umask(0)
     try:
-        with SiteShelf(folder, SCHEMA) as shelf:
+        with SiteStore(folder, SCHEMA) as store:
             for _ in writes(monkeypatch, look):
-                shelf.keep(TURNS[0])
+                store.keep(TURNS[0])
     finally:
         os.umask(before)
     assert found == {0o600}
@@ -201,7 +201,7 @@ def test_a_temporary_file_is_never_wider_than_its_owner(folder: Path, monkeypatc
 def test_a_new_folder_is_the_owners_alone_under_a_permissive_umask(folder: Path) -> None:
     before = os.umask(0)
     try:
-        SiteShelf(folder, SCHEMA).close()
+        SiteStore(folder, SCHEMA).close()
     finally:
         os.umask(before)
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
@@ -217,47 +217,47 @@ def test_left_over_temporary_files_go_and_other_files_stay(folder: Path) -> None
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "..", ".", ".lock", "x.bin.tmp", "", "Zürich", "a\0b", "a%2Fb"])
 def test_no_name_leaves_the_folder(folder: Path, name: str) -> None:
-    with SiteShelf(folder, SCHEMA) as shelf:
-        shelf[name] = b"frame"
-        assert dict(shelf) == {name: b"frame"}
+    with SiteStore(folder, SCHEMA) as store:
+        store[name] = b"frame"
+        assert dict(store) == {name: b"frame"}
     assert len(files(folder)) == 1
     assert len(list(folder.parent.iterdir())) == 1
-    with SiteShelf(folder, SCHEMA) as shelf:
-        assert dict(shelf) == {name: b"frame"}
-        del shelf[name]
-        assert dict(shelf) == {}
+    with SiteStore(folder, SCHEMA) as store:
+        assert dict(store) == {name: b"frame"}
+        del store[name]
+        assert dict(store) == {}
 
 
 def test_two_at_once_are_refused_and_one_after_another_are_not(folder: Path) -> None:
-    first = SiteShelf(folder, SCHEMA)
+    first = SiteStore(folder, SCHEMA)
     with pytest.raises(FederationError) as refused:
-        SiteShelf(folder, SCHEMA)
+        SiteStore(folder, SCHEMA)
     assert str(refused.value) == (
         f"{folder} is in use by another process of this site: wait for it, or end it; two clients need two folders"
     )
     first.close()
-    with SiteShelf(folder, SCHEMA), pytest.raises(FederationError):
-        SiteShelf(folder, SCHEMA)
-    SiteShelf(folder, SCHEMA).close()
+    with SiteStore(folder, SCHEMA), pytest.raises(FederationError):
+        SiteStore(folder, SCHEMA)
+    SiteStore(folder, SCHEMA).close()
 
 
 def test_a_folder_in_use_is_left_as_it_is_by_who_is_refused(folder: Path) -> None:
-    with SiteShelf(folder, SCHEMA):
+    with SiteStore(folder, SCHEMA):
         (folder / "private@1.bin.tmp").write_bytes(b"being written")
         with pytest.raises(FederationError):
-            SiteShelf(folder, SCHEMA)
+            SiteStore(folder, SCHEMA)
         assert files(folder) == {"private@1.bin.tmp"}
 
 
 def test_a_file_in_place_of_the_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "north").touch()
     with pytest.raises(RunFolderError, match=r"cannot write .*north: File exists"):
-        SiteShelf(tmp_path / "north", SCHEMA)
+        SiteStore(tmp_path / "north", SCHEMA)
 
 
 def test_a_value_that_cannot_be_read_is_told(folder: Path) -> None:
-    with SiteShelf(folder, SCHEMA) as shelf:
+    with SiteStore(folder, SCHEMA) as store:
         (folder / "notes.bin").mkdir()
         with pytest.raises(WireError) as told:
-            shelf["notes"]
+            store["notes"]
     assert str(told.value) == f"{folder / 'notes.bin'} cannot be read: Is a directory; check who owns it"

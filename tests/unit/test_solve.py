@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celora.core.adapters import Family, Lora, Tri
-from celora.core.learner import Encode, Fit, Learner, Recipe, Score, Turn
+from celora.core.learner import ClientUpdate, Features, Fit, Learner, Recipe, Score
 from celora.core.solve import solve, solve_together
 from celora.core.training import FILLING, PASS, fit, fit_together, passes
-from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Rows, initial, load
+from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, initial, load
 from celora.tensors import Tensors, but, only
-from tests.toy import RECIPE, World, image
+from tests.toy import RECIPE, Population, image
 
 EVERYTHING = but()
 SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 200)), max_size=40)
@@ -44,7 +44,7 @@ def test_batches_of_one_shape_share_passes_up_to_the_capacity() -> None:
 def test_rows_of_unlike_length_are_cut_and_go_with_their_like() -> None:
     """Two clients' batches of a short and a long text: padded 4 × 40 tokens, cut and joined 2 × 5 and 2 × 40."""
     backbone = load(Model(device="cpu"), Adapter(), Path())
-    shared = Passes(backbone, Lora())
+    shared = BatchedForward(backbone, Lora())
     rows = Rows([[101] * 5, [101] * 40, [101] * 41, [101] * 42], torch.arange(4))
     uneven, even = shared.batch(rows, [0, 1]), shared.batch(rows, [1, 2, 3])
     assert [shared.size(piece) for piece in shared.cut(uneven)] == [(1, 5), (1, 40)]
@@ -57,9 +57,9 @@ def test_rows_of_unlike_length_are_cut_and_go_with_their_like() -> None:
 # --- toy clients ---------------------------------------------------------------------------------------------------
 
 
-def fits(world: World, *penalties: Any, train: Any = EVERYTHING) -> Any:
+def fits(population: Population, *penalties: Any, train: Any = EVERYTHING) -> Any:
     more = dict(enumerate(penalties))
-    return [(world(client, 1), Fit({}, train, more.get(at))) for at, client in enumerate(("c0", "c1", "c2"))]
+    return [(population(client, 1), Fit({}, train, more.get(at))) for at, client in enumerate(("c0", "c1", "c2"))]
 
 
 def close(one: Tensors, other: Tensors) -> None:
@@ -72,10 +72,10 @@ def close(one: Tensors, other: Tensors) -> None:
 @pytest.mark.parametrize("train", [but(), only("B"), only("C", "head")])
 def test_unequal_numbers_of_steps_rows_and_recipes(change: dict[str, Any], train: Any) -> None:
     """24, 30 and 36 rows in batches of 7: 4, 5 and 6 steps, the last ones of 3, 2 and 1 rows."""
-    world = World(Tri(), recipe=replace(RECIPE, batch_size=7, **change))
-    together = fit_together(fits(world, train=train))
-    assert max(world.shared.clients) > 1
-    for fitted, (learner, problem) in zip(together, fits(world, train=train), strict=True):
+    population = Population(Tri(), recipe=replace(RECIPE, batch_size=7, **change))
+    together = fit_together(fits(population, train=train))
+    assert max(population.shared.clients) > 1
+    for fitted, (learner, problem) in zip(together, fits(population, train=train), strict=True):
         alone = fit(learner, problem)
         close(fitted.weights, alone.weights)
         assert fitted.metrics == pytest.approx(alone.metrics, abs=1e-5)
@@ -89,32 +89,32 @@ def test_penalties_are_each_clients_own() -> None:
         assert weights["layer.A"].shape == (4, 6)
         return 5 * (weights["layer.A"] - 1).square().sum()
 
-    world = World(Lora())
-    together = fit_together(fits(world, near_zero, near_one))
-    ends = [fit(*problem) for problem in fits(world, near_zero, near_one)]
+    population = Population(Lora())
+    together = fit_together(fits(population, near_zero, near_one))
+    ends = [fit(*problem) for problem in fits(population, near_zero, near_one)]
     for fitted, alone in zip(together, ends, strict=True):
         close(fitted.weights, alone.weights)
     assert ends[0].weights["layer.A"].norm() < ends[2].weights["layer.A"].norm()
 
 
 def test_frozen_parts_may_differ_from_client_to_client() -> None:
-    world = World(Lora())
+    population = Population(Lora())
     problems = [
-        (world(client, 1), Fit({"layer.A": torch.full((4, 6), 0.1 * at)}, only("B", "head")))
+        (population(client, 1), Fit({"layer.A": torch.full((4, 6), 0.1 * at)}, only("B", "head")))
         for at, client in enumerate(("c0", "c1", "c2"))
     ]
     for fitted, (learner, problem) in zip(fit_together(problems), problems, strict=True):
         again = replace(problem)
-        close(fitted.weights, fit(world(learner.client, 1), again).weights)
+        close(fitted.weights, fit(population(learner.client, 1), again).weights)
         assert fitted.weights["layer.A"] is problem.weights["layer.A"]
 
 
 def test_clients_that_train_other_names_or_by_another_recipe_are_not_stacked() -> None:
     """They are still solved, each with its like."""
-    one, other = World(Tri()), World(Tri(), recipe=replace(RECIPE, lr=1e-3))
+    one, other = Population(Tri()), Population(Tri(), recipe=replace(RECIPE, lr=1e-3))
     other.shared = one.shared
     problems = [*fits(one, train=only("B")), *fits(one, train=only("C")), *fits(other, train=only("C"))]
-    expected = [fit(learner.world(learner.client, 1), problem) for learner, problem in problems]
+    expected = [fit(learner.population(learner.client, 1), problem) for learner, problem in problems]
     for fitted, alone in zip(fit_together(problems), expected, strict=True):
         close(fitted.weights, alone.weights)
 
@@ -122,11 +122,11 @@ def test_clients_that_train_other_names_or_by_another_recipe_are_not_stacked() -
 @pytest.mark.parametrize("fault", ["raises", "diverges"])
 def test_one_clients_fault_is_its_own(fault: str) -> None:
     torn = ZeroDivisionError("no rows")
-    world = World(Tri(), faults={("c1", 1): torn} if fault == "raises" else {})
-    problems = fits(world)
+    population = Population(Tri(), faults={("c1", 1): torn} if fault == "raises" else {})
+    problems = fits(population)
     if fault == "diverges":
         problems[1] = (problems[1][0], Fit({"layer.A": torch.full((4, 6), torch.nan)}, EVERYTHING))
-    together, healthy = fit_together(problems), World(Tri())
+    together, healthy = fit_together(problems), Population(Tri())
     for at, client in ((0, "c0"), (2, "c2")):
         close(together[at].weights, fit(healthy(client, 1), Fit({}, EVERYTHING)).weights)
     if fault == "raises":
@@ -137,29 +137,29 @@ def test_one_clients_fault_is_its_own(fault: str) -> None:
 
 
 def test_nothing_to_train_is_that_clients_error() -> None:
-    world = World(Lora())
-    problems = [(world("c0", 1), Fit({}, only("C"))), (world("c1", 1), Fit({}, only("B")))]
+    population = Population(Lora())
+    problems = [(population("c0", 1), Fit({}, only("C"))), (population("c1", 1), Fit({}, only("B")))]
     refused, fitted = fit_together(problems)
     assert "nothing to train" in str(refused)
-    close(fitted.weights, fit(world("c1", 1), Fit({}, only("B"))).weights)
+    close(fitted.weights, fit(population("c1", 1), Fit({}, only("B"))).weights)
 
 
-def everything(learner: Learner, log: list[str]) -> Turn[Any]:
+def everything(learner: Learner, log: list[str]) -> ClientUpdate[Any]:
     """A turn of two fits, a score and features."""
     first = yield Fit({}, only("B"))
     log.append("fit")
     metrics = yield Score(first.weights, "validation")
-    features, labels = yield Encode()
+    features, labels = yield Features()
     second = yield Fit(first.weights, but())
     return second.weights, metrics, features, labels
 
 
 def test_turns_that_ask_for_several_things_go_side_by_side() -> None:
-    world, log = World(Tri()), list[str]()
-    learners = [world(client, 1) for client in ("c0", "c1", "c2")]
+    population, log = Population(Tri()), list[str]()
+    learners = [population(client, 1) for client in ("c0", "c1", "c2")]
     together = solve_together([(it, everything(it, log)) for it in learners])
     assert log == ["fit"] * 3
-    alone = solve([(it, everything(it, log)) for it in (world(client, 1) for client in ("c0", "c1", "c2"))])
+    alone = solve([(it, everything(it, log)) for it in (population(client, 1) for client in ("c0", "c1", "c2"))])
     for one, other in zip(together, alone, strict=True):
         close(one[0], other[0])
         assert one[1] == pytest.approx(other[1], abs=1e-5)
@@ -167,20 +167,20 @@ def test_turns_that_ask_for_several_things_go_side_by_side() -> None:
 
 
 def test_a_turn_may_handle_its_failed_problem_and_one_that_does_not_fails_alone() -> None:
-    world = World(Tri(), faults={("c0", 1): ValueError("torn"), ("c1", 1): ValueError("torn")})
+    population = Population(Tri(), faults={("c0", 1): ValueError("torn"), ("c1", 1): ValueError("torn")})
 
-    def careful(learner: Learner) -> Turn[str]:
+    def careful(learner: Learner) -> ClientUpdate[str]:
         try:
             yield Fit({}, but())
         except ValueError as error:
             return f"handled {error}"
         return "fitted"
 
-    def careless(learner: Learner) -> Turn[str]:
+    def careless(learner: Learner) -> ClientUpdate[str]:
         yield Fit({}, but())
         return "fitted"
 
-    learners = [world(client, 1) for client in ("c0", "c1", "c2")]
+    learners = [population(client, 1) for client in ("c0", "c1", "c2")]
     turns = [careful(learners[0]), careless(learners[1]), careless(learners[2])]
     handled, failed, fitted = solve_together(list(zip(learners, turns, strict=True)))
     assert (handled, fitted) == ("handled torn", "fitted")
@@ -197,7 +197,7 @@ def vit(**more: Any) -> tuple[Backbone, Adapter]:
 
 def clients(backbone: Backbone, adapter: Adapter, family: Family = Tri()) -> list[ModelLearner]:
     """Five of 5, 8, 11, 14 and 17 rows, in batches of 4."""
-    found, shared, draw = [], Passes(backbone, family), torch.Generator().manual_seed(0)
+    found, shared, draw = [], BatchedForward(backbone, family), torch.Generator().manual_seed(0)
     weights = initial(backbone, adapter, family, 2, seed=0)
     for client in range(5):
         labels = torch.arange(5 + 3 * client) % 2
@@ -218,7 +218,7 @@ def test_learners_of_one_backbone(kind: str, family: Any) -> None:
     backbone, adapter = vit() if kind == "image" else (load(Model(device="cpu"), Adapter(), Path()), Adapter())
     joined: list[int] = []
 
-    def watched(batches: Any, join: Any = Passes.join) -> Any:
+    def watched(batches: Any, join: Any = BatchedForward.join) -> Any:
         joined.append(len(batches))
         return join(shared, batches)
 

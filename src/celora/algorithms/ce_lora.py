@@ -43,13 +43,13 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Tri
-from celora.core.algorithm import Card, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import Encode, Fit, Learner, Turn
-from celora.fields import Count, NonNegative, Positive, Share, setting, settings
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Features, Fit, Learner
+from celora.fields import Count, Fraction, NonNegative, Positive, setting, settings
 from celora.maths.cka import Estimator, cka, points
-from celora.maths.mixtures import Mixture, summarise
+from celora.maths.mixtures import Mixture, fit_mixture
 from celora.maths.neighbours import average, likeness, most_alike
-from celora.maths.transport import distance_matrix, nearest
+from celora.maths.transport import distance_matrix, nearest_clients
 from celora.maths.weights import Combination, Kernel, Normalisation, SelfWeight, combine, kernel, row_weights
 from celora.rng import generator
 from celora.tensors import Names, Tensors, only, select
@@ -115,7 +115,7 @@ class Up:
 class CELoRA:
     """Tri-matrix adaptation with personal averages of the cores."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Li et al., Communication-Efficient and Personalized Federated Foundation Model Fine-Tuning via "
         "Tri-Matrix Adaptation (CE-LoRA, re-implementation), IEEE TMM 2026",
         link="https://arxiv.org/abs/2503.23869",
@@ -135,7 +135,7 @@ class CELoRA:
 
     head: Head = setting("private", "the task head: private, shared (averaged like C) or frozen as drawn")
 
-    data_share: Share = setting(0.5, "λ, the say of the data in the mean and in the geometric mean")
+    data_share: Fraction = setting(0.5, "λ, the say of the data in the mean and in the geometric mean")
     combination: Combination = setting("mean", "how the two similarities become one")
     kernel: Kernel = setting("gaussian", "similarity of two clients' data from their distance")
     label_cost: NonNegative = setting(1.0, "weight of the distance between classes in the ground cost")
@@ -144,7 +144,7 @@ class CELoRA:
     normalise: Normalisation = setting("sum", "rows of W: divided by their sum, or a softmax")
     temperature: Positive = setting(0.1, "of the softmax")
     self_weight: SelfWeight = setting("natural", "the client's own core: counts by S_ii, is excluded, or is fixed")
-    self_share: Share = setting(0.5, "W_ii where self_weight is fixed")
+    self_share: Fraction = setting(0.5, "W_ii where self_weight is fixed")
     by_rows: bool = setting(False, "whether n_j multiplies W_ij")
     neighbours: Count | None = setting(
         None, "how many others, the most alike, enter an average; none: all, or 32 where there are over 1,000 clients"
@@ -182,20 +182,20 @@ class CELoRA:
         reads_data = self.rule == "similarity" and (self.data_share > 0 or self.combination == "product")
         return Down(server.received.get(client, {}), reads_data and client not in server.summaries)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train A, B and C from (A_i, B_i, C̄_i), keep A and B, send C."""
         bases = ("A", "B") if self.freeze_bases else ()
         if self.freeze_bases and not any(w.any() for w in select(learner.initial, only("B")).values()):
             raise ValueError("freeze_bases: B is 0, so no core could ever matter; set adapter.init = 'orthonormal'")
         fitted = yield Fit(self.model(local, down), train=trained(self.head, *bases))
-        summary, notes = self.introduce(learner, *(yield Encode())) if down.introduce else (None, ())
+        summary, notes = self.introduce(learner, *(yield Features())) if down.introduce else (None, ())
         mine = select(fitted.weights, private(self.head, "C", *bases))
         up = Up(select(fitted.weights, self.shares), learner.examples, summary)
         return Trained(Local(mine), up, fitted.weights, notes)
 
     def introduce(self, learner: Learner, features: Tensor, labels: Tensor) -> tuple[Mixture, tuple[str, ...]]:
         """The data summary, and what to tell the client of the classes that the disclosure floor withholds."""
-        mixture, withheld = summarise(
+        mixture, withheld = fit_mixture(
             features,
             labels,
             components=self.components,
@@ -270,7 +270,7 @@ class CELoRA:
             still = (pairs >= 0).all(dim=-1)
             known = pairs[still], server.distances[still]
         mixtures = list(told.values())
-        near, distances = nearest(mixtures, count, label_cost=self.label_cost, known=known)
+        near, distances = nearest_clients(mixtures, count, label_cost=self.label_cost, known=known)
         some = mixtures[:: -(-len(mixtures) // SAMPLE)]
         among = distance_matrix(some, label_cost=self.label_cost)
         return distances, near, among[torch.ones_like(among).triu(1).bool()]

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
 from celora.fields import NonNegative, setting, settings
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
@@ -63,7 +63,7 @@ class Up:
 class Ditto:
     """FedAvg, and a personal model near it."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Li et al., Ditto: Fair and Robust Federated Learning Through Personalization (on LoRA), ICML 2021",
         link="https://arxiv.org/abs/2012.04221",
         server=Server,
@@ -105,7 +105,7 @@ class Ditto:
         """The same w to everybody."""
         return Down(server.weights)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train w_i and send it; train v_i and keep it."""
         received, names = self.model(local, down), trained(self.head)
         ours = yield Fit(received, train=names)

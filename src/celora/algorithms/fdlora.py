@@ -35,8 +35,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Score, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner, Score
 from celora.errors import ModelError
 from celora.fields import Count, NonNegative, Positive, setting, settings
 from celora.tensors import Names, Tensors, mean, select
@@ -83,7 +83,7 @@ class Up:
 class FDLoRA:
     """Dual LoRA with an outer optimiser and adaptive fusion."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Qi et al., FDLoRA: Personalized Federated Learning of Large Language Model via Dual LoRA Tuning, 2024",
         link="https://arxiv.org/abs/2406.07925",
         server=Server,
@@ -136,7 +136,7 @@ class FDLoRA:
         """The same θ_s to everybody."""
         return Down(server.weights)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Stage 1 if there is no θ_p yet, and stage 2 if there is a θ_s."""
         names, personal = trained(self.head), local.personal
         if not personal:
@@ -156,7 +156,7 @@ class FDLoRA:
         up = Up(select(common, self.shares), learner.examples)
         return Trained(Local(personal, mine, turns, fusion), up, fused(fusion, common, personal))
 
-    def _fusion(self, learner: Learner, common: Tensors, personal: Tensors) -> Turn[tuple[float, ...]]:
+    def _fusion(self, learner: Learner, common: Tensors, personal: Tensors) -> ClientUpdate[tuple[float, ...]]:
         """AdaFusion's w: the best of `budget` tries on the first validation rows."""
         tries = search(self.budget, int(torch.randint(2**31, (), generator=learner.rng)))
         best, least = HALF, float("inf")

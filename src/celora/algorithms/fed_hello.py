@@ -35,8 +35,8 @@ from pydantic import Field
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Gradient, Learner, Slope, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Gradient, GradientResult, Learner
 from celora.fields import Count, Whole, setting, settings
 from celora.rng import generator
 from celora.tensors import Names, Tensors, but, mean, part, select
@@ -84,7 +84,7 @@ class Up:
 class FedHeLLo:
     """FedAvg of A and B where each client trains some layers."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Zhang et al., Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Heterogeneous LoRA "
         "Allocation, IEEE TNNLS 2025",
         link="https://arxiv.org/abs/2506.12213",
@@ -150,7 +150,7 @@ class FedHeLLo:
         measure = self.allocation == "fim" and now >= self.first and (now - self.first) % self.every == 0
         return Down(server.weights, tuple(chosen), measure)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors of the client's layers; the others have no gradient and no optimiser's memory."""
         start, place = self.model(local, down), layers(learner.initial)
         importance = (yield from self.importance(learner, start)) if down.measure else None
@@ -162,13 +162,13 @@ class FedHeLLo:
         up = Up(select(fitted.weights, chosen(self.shares)), importance)
         return Trained(Local(select(fitted.weights, private(self.head, "A", "B"))), up, fitted.weights)
 
-    def importance(self, learner: Learner, start: Tensors) -> Turn[Tensor]:
+    def importance(self, learner: Learner, start: Tensors) -> ClientUpdate[Tensor]:
         """F (L,) at `start`: ‖mean of squared gradients‖_F, summed over the matrices of each layer."""
         place, rows = layers(learner.initial), 0
         squares = {name: torch.zeros_like(learner.initial[name]) for name in place}
         for batch in islice(learner.batches(1), self.fim_rows):
-            slope: Slope = yield Gradient(start, batch, but("head"))
-            squares = {name: square + slope.gradient[name] ** 2 for name, square in squares.items()}
+            gradient_at: GradientResult = yield Gradient(start, batch, but("head"))
+            squares = {name: square + gradient_at.gradient[name] ** 2 for name, square in squares.items()}
             rows += 1
         found = torch.zeros(len(set(place.values())))
         for name, square in squares.items():

@@ -43,8 +43,8 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, FixedBases, modules
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Gradient, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
 from celora.fields import Count, Positive, Whole, setting, settings
 from celora.rng import generator
 from celora.tensors import Names, Tensors, mean, only, select
@@ -98,7 +98,7 @@ class Up:
 class FedSB:
     """FedAvg of a core between frozen bases that fit the first gradient."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Singhal et al., Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in "
         "(Private) Federated LoRA Fine-Tuning, TMLR 2026",
         link="https://arxiv.org/abs/2502.15436",
@@ -149,7 +149,7 @@ class FedSB:
         bases = server.bases if server.fitted and client not in server.told else {}
         return Down(server.weights, bases, introduce=not server.fitted)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train C, or measure the gradient and train the head alone."""
         if self.start != "random" and not (down.introduce or down.bases or local.bases):
             raise ValueError("the fitted bases are not here: this client's state was lost; they come in the next round")
@@ -163,15 +163,15 @@ class FedSB:
         mine = Local(select(weights, private(self.head, "A", "B", "C")), {**local.bases, **down.bases})
         return Trained(mine, Up(select(weights, self.shares), learner.examples, summary), weights)
 
-    def slopes(self, learner: Learner, weights: Tensors) -> Turn[Slopes | None]:
+    def slopes(self, learner: Learner, weights: Tensors) -> ClientUpdate[Slopes | None]:
         """The mean over mini-batches; None where there are none."""
         total: dict[str, Tensor] = {}
         probe, count = self.probe(select(weights, only("A", "B"))), 0
         for count, batch in enumerate(islice(learner.batches(learner.recipe.batch_size), self.batches), 1):  # noqa: B007
-            slope = yield Gradient(
+            gradient_at = yield Gradient(
                 {**weights, **probe}, batch, only("A") if self.start == "gradient" else only("A", "B")
             )
-            total = {name: total.get(name, 0) + gradient for name, gradient in self.cut(slope.gradient).items()}
+            total = {name: total.get(name, 0) + gradient for name, gradient in self.cut(gradient_at.gradient).items()}
         return Slopes({name: summed / count for name, summed in total.items()}) if count else None
 
     def probe(self, bases: Tensors) -> dict[str, Tensor]:

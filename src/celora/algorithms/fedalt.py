@@ -25,8 +25,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from celora.core.adapters import Family, Gated
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
@@ -69,7 +69,7 @@ class Up:
 class FedALT:
     """A LoRA of one's own and the mean of the others', gated."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Bian et al., FedALT: Federated Fine-Tuning through Adaptive Local Training with Rest-of-World LoRA, "
         "AAAI 2026",
         link="https://arxiv.org/abs/2503.11880",
@@ -118,7 +118,7 @@ class FedALT:
         dtypes = {name: w.dtype for name, w in next(iter(server.adapters.values())).items()}
         return Down({**{f"{name}2": (w / count).to(dtypes[name]) for name, w in rest.items()}, **server.head})
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train the client's own LoRA and its gate."""
         fitted = yield Fit(self.model(local, down), train=trained(self.head, "A2", "B2"))
         mine = select(fitted.weights, private(self.head, "A", "B", "A2", "B2"))

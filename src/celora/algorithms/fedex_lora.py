@@ -25,11 +25,11 @@ from typing import ClassVar
 import torch
 
 from celora.core.adapters import Family, Residual, modules
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
-from celora.core.merged import NOTHING, Delivery, Factors, Ledger, Merged
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
 from celora.fields import Count, setting, settings
-from celora.maths.lowrank import nearest
+from celora.maths.lowrank import truncated_svd
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
 
@@ -38,7 +38,7 @@ from celora.wire import record
 class Server:
     """W with the last residual, and the averages (none before round 2)."""
 
-    base: Ledger
+    base: MergeLog
     weights: Tensors
 
 
@@ -70,7 +70,7 @@ class Up:
 class FedExLoRA:
     """FedAvg of A and B, with its error merged into W."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation "
         "Models, ACL 2025",
         link="https://arxiv.org/abs/2410.09432",
@@ -104,7 +104,7 @@ class FedExLoRA:
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """W = 0, and nothing to send yet."""
-        return Server(Ledger(NOTHING, {}, {}), {})
+        return Server(MergeLog(NOTHING, {}, {}), {})
 
     def client_init(self, learner: Learner) -> Local:
         """W = 0."""
@@ -114,7 +114,7 @@ class FedExLoRA:
         """What the client lacks of W, and the averages."""
         return Down(server.base.delivery(client), server.weights)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors over W."""
         fitted = yield Fit(self.model(local, down), train=trained(self.head, "W"))
         mine = select(fitted.weights, private(self.head, "A", "B", "W"))
@@ -129,7 +129,7 @@ class FedExLoRA:
         for module, w in modules(average).items():
             b = torch.cat([up.weights[f"{module}.B"] - w["B"] for up in ups], dim=1)
             a = torch.cat([up.examples / rows * (up.weights[f"{module}.A"] - w["A"]) for up in ups])
-            residual[f"{module}.W"] = Factors(*((b, a) if self.rank is None else nearest(b, a, self.rank)))
+            residual[f"{module}.W"] = Factors(*((b, a) if self.rank is None else truncated_svd(b, a, self.rank)))
         return Server(server.base.after(residual, heard), average)
 
     def model(self, local: Local, down: Down) -> Tensors:

@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Pair
-from celora.core.algorithm import Card, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import Fit, Gradient, Learner, Turn
-from celora.fields import Count, NonNegative, Positive, Share, Whole, setting, settings
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
+from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights
 from celora.rng import generator
@@ -90,7 +90,7 @@ class Up:
 class FedMosaic:
     """Small maps between common bases, averaged over the others by likeness of gradients."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Seo et al., Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients "
         "(FedMosaic), ICLR 2026",
         link="https://arxiv.org/abs/2506.11024",
@@ -113,7 +113,7 @@ class FedMosaic:
     batches: Count = setting(4, "mini-batches of which the gradient is taken in a round")
     coordinates: Count = setting(256, "how many of the gradient's numbers are sent")
     sketch_seed: Whole = setting(0, "of the draw that says which, the same everywhere")
-    memory: Share = setting(0.5, "share of the earlier rounds' average in the moving average")
+    memory: Fraction = setting(0.5, "share of the earlier rounds' average in the moving average")
     noise: NonNegative = setting(0.1, "standard deviation of the noise, in root mean squares of what it is added to")
 
     @property
@@ -139,7 +139,7 @@ class FedMosaic:
         """The client's own average of the others; nothing if nobody else, or not the client, has been heard."""
         return Down({**server.received.get(client, {}), **server.head})
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Take the gradient; train the client's own P, Q and gate."""
         gradient = yield from self.gradient(learner, local)
         fitted = yield Fit(self.model(local, down), train=trained(self.head, "A", "B", "P2", "Q2"))
@@ -148,12 +148,12 @@ class FedMosaic:
         up = Up(select(fitted.weights, self.shares), learner.examples, self.blurred(gradient, learner.rng))
         return Trained(Local(mine, gradient, own), up, fitted.weights)
 
-    def gradient(self, learner: Learner, local: Local) -> Turn[Tensor | None]:
+    def gradient(self, learner: Learner, local: Local) -> ClientUpdate[Tensor | None]:
         """The moving average (n,) of what is sent of the head's gradient, without noise."""
         taken: list[Tensor] = []
         for batch in islice(learner.batches(learner.recipe.batch_size), self.batches):
-            slope = yield Gradient({}, batch, only("head"))
-            taken.append(flatten(slope.gradient))
+            gradient_at = yield Gradient({}, batch, only("head"))
+            taken.append(flatten(gradient_at.gradient))
         if not taken:
             return local.gradient
         whole = torch.stack(taken).mean(0)

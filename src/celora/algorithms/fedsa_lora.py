@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
@@ -56,7 +56,7 @@ class Up:
 class FedSALoRA:
     """FedAvg of A; B is personal."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning (FedSA-LoRA), ICLR 2025",
         link="https://arxiv.org/abs/2410.01463",
         server=Server,
@@ -98,7 +98,7 @@ class FedSALoRA:
         """The same average to everybody."""
         return Down(server.weights)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors, send A."""
         fitted = yield Fit(self.model(local, down), train=trained(self.head))
         mine = select(fitted.weights, private(self.head, "A"))

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
@@ -55,7 +55,7 @@ class Up:
 class FFALoRA:
     """FedAvg of B over a frozen, common A."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Sun et al., Improving LoRA in Privacy-preserving Federated Learning (FFA-LoRA), ICLR 2024",
         link="https://arxiv.org/abs/2403.12313",
         server=Server,
@@ -97,7 +97,7 @@ class FFALoRA:
         """The same average to everybody."""
         return Down(server.weights)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train B over the frozen A."""
         fitted = yield Fit(self.model(local, down), train=trained(self.head, "A"))
         mine = select(fitted.weights, private(self.head, "A", "B"))

@@ -28,10 +28,10 @@ from typing import ClassVar
 import torch
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
 from celora.fields import setting, settings
-from celora.maths.lowrank import Sum, nearest
+from celora.maths.lowrank import Sum, truncated_svd
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
 
@@ -72,7 +72,7 @@ class Up:
 class FlexLoRA:
     """FedAvg of ΔW, redistributed by SVD."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
         "Resources (FlexLoRA), NeurIPS 2024",
         link="https://arxiv.org/abs/2402.11505",
@@ -118,7 +118,7 @@ class FlexLoRA:
         rank = server.ranks.get(client)
         return Down(server.weights if rank is None else truncated(server.weights, rank))
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors at the client's rank."""
         fitted = yield Fit(self.model(local, down), train=trained(self.head))
         mine = select(fitted.weights, private(self.head, "A", "B"))
@@ -139,7 +139,7 @@ class FlexLoRA:
         for module, total in sums.items():
             b, a = total.factors()
             old_b, old_a = server.weights[f"{module}.B"], server.weights[f"{module}.A"]
-            b, a = nearest(b, a / rows, len(old_a))
+            b, a = truncated_svd(b, a / rows, len(old_a))
             left = len(old_a) - len(a)
             weights[f"{module}.B"] = torch.cat([b.to(old_b.dtype), torch.zeros_like(old_b[:, :left])], dim=1)
             weights[f"{module}.A"] = torch.cat([a.to(old_a.dtype), old_a[len(a) :]])

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Residual, modules
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
-from celora.core.merged import NOTHING, Delivery, Factors, Ledger, Merged
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
@@ -40,7 +40,7 @@ from celora.wire import record
 class Server:
     """W with the last stack, and a shared head."""
 
-    base: Ledger
+    base: MergeLog
     head: Tensors
 
 
@@ -72,7 +72,7 @@ class Up:
 class FLoRA:
     """Stacking of A and B, merged into W."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank "
         "Adaptations, NeurIPS 2024",
         link="https://arxiv.org/abs/2409.05976",
@@ -105,7 +105,7 @@ class FLoRA:
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """W = 0."""
-        return Server(Ledger(NOTHING, {}, {}), {})
+        return Server(MergeLog(NOTHING, {}, {}), {})
 
     def client_init(self, learner: Learner) -> Local:
         """W = 0."""
@@ -115,7 +115,7 @@ class FLoRA:
         """What the client lacks of W, and the head."""
         return Down(server.base.delivery(client), server.head)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Merge, train a new adapter, send it and forget it."""
         base = local.base.after(down.base)
         fresh = {name: rearranged(w, learner.rng) for name, w in select(learner.initial, only("A")).items()}

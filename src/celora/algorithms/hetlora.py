@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
-from celora.fields import Count, NonNegative, Share, setting, settings
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.fields import Count, Fraction, NonNegative, setting, settings
 from celora.maths.lowrank import norm
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
@@ -74,7 +74,7 @@ class Up:
 class HetLoRA:
     """FedAvg of zero-padded A and B, weighted by ‖B_i A_i‖."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models (HetLoRA), "
         "EMNLP 2024",
         link="https://arxiv.org/abs/2401.06432",
@@ -97,7 +97,7 @@ class HetLoRA:
 
     pruning: bool = setting(True, "whether ranks prune themselves; without, no tail is penalised either")
     lam: NonNegative = setting(1e-3, "λ, the weight of the tail's norm in the loss")
-    gamma: Share = setting(0.99, "γ: the tail are the rows from ⌊γ r⌋ on, and pruning leaves ⌊γ r⌋")
+    gamma: Fraction = setting(0.99, "γ: the tail are the rows from ⌊γ r⌋ on, and pruning leaves ⌊γ r⌋")
     smallest: Count = setting(1, "the rank that is never gone below")
     weighting: Literal["module", "all"] = setting("module", "‖B_i A_i‖ of each module by itself, or of all together")
 
@@ -126,7 +126,7 @@ class HetLoRA:
         rank = server.ranks.get(client)
         return Down(server.weights if rank is None else truncated(server.weights, rank))
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors with their tail held down, and cut it off if it has shrunk."""
         start = truncated({**learner.initial, **self.model(local, down)}, local.rank)
         penalised = self.pruning and self.lam > 0

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, trained
-from celora.core.learner import Fit, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
@@ -43,7 +43,7 @@ class Up:
 class LocalOnly:
     """Train alone."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Each client alone, at the same budget",
         link="",
         server=Server,
@@ -90,7 +90,7 @@ class LocalOnly:
         """Nothing."""
         return Down()
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Go on from where the last round ended."""
         fitted = yield Fit(local.mine, train=trained(self.head))
         return Trained(Local(select(fitted.weights, private(self.head))), Up(), fitted.weights)

@@ -27,8 +27,8 @@ from itertools import cycle, islice
 from typing import ClassVar, Literal
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Gradient, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Gradient, Learner
 from celora.core.optim import descend
 from celora.fields import Count, Positive, setting, settings
 from celora.tensors import Names, Tensors, mean, select
@@ -68,7 +68,7 @@ class Up:
 class PerFedAvg:
     """Federated meta-learning."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Fallah et al., Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic "
         "Meta-Learning Approach (Per-FedAvg, on LoRA), NeurIPS 2020",
         link="https://arxiv.org/abs/2002.07948",
@@ -115,7 +115,7 @@ class PerFedAvg:
         """The same w to everybody."""
         return Down(server.weights)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train w_i, then adapt the received w."""
         w = received = {**learner.initial, **self.model(local, down)}
         names, clip, batches = trained(self.head), learner.recipe.clip, list(learner.batches())
@@ -131,8 +131,8 @@ class PerFedAvg:
             w = descend(w, v, self.beta, clip)
         adapted = received
         for batch in islice(cycle(batches), self.adapt):
-            slope = yield Gradient(adapted, batch, names)
-            adapted = descend(adapted, slope.gradient, self.alpha, clip)
+            gradient_at = yield Gradient(adapted, batch, names)
+            adapted = descend(adapted, gradient_at.gradient, self.alpha, clip)
         mine = select(w, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(w, self.shares), learner.examples), adapted)
 

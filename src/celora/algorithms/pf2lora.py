@@ -29,8 +29,8 @@ from typing import ClassVar, Literal
 import torch
 
 from celora.core.adapters import Dual, Family
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Gradient, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Gradient, Learner
 from celora.core.optim import AdamW, descend, unflatten
 from celora.fields import Count, Positive, setting, settings
 from celora.tensors import Names, Tensors, flatten, mean, only, select
@@ -70,7 +70,7 @@ class Up:
 class PF2LoRA:
     """Two levels of LoRA."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Hao et al., Personalized Federated Fine-tuning for Heterogeneous Data: An Automatic Rank Learning "
         "Approach via Two-Level LoRA (PF2LoRA), 2025",
         link="https://arxiv.org/abs/2503.03920",
@@ -116,7 +116,7 @@ class PF2LoRA:
         """The same x to everybody."""
         return Down(server.weights)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Lines 5 and 6 for each mini-batch."""
         weights = {**learner.initial, **self.model(local, down)}
         own, both, recipe = only("A2", "B2"), trained(self.head), learner.recipe

@@ -25,8 +25,8 @@ from typing import ClassVar, Literal
 import torch
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained
-from celora.core.learner import Fit, Learner, Losses, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained
+from celora.core.learner import ClientUpdate, Fit, Learner, Losses
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, but, mean, only, part, select
 from celora.wire import record
@@ -65,7 +65,7 @@ class Up:
 class PFedLoRA:
     """One small adapter beside models that may all differ."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Yi et al., pFedLoRA: Model-Heterogeneous Personalized Federated Learning with LoRA Tuning, "
         "IEEE TMC 2026",
         link="https://arxiv.org/abs/2310.13283",
@@ -114,7 +114,7 @@ class PFedLoRA:
         """The same adapter to everybody."""
         return Down(server.adapter)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """First the own model learns from the adapter, then the adapter from the own model."""
         own = but("A", "B", "head") if self.head == "frozen" else but("A", "B")
         held = {**learner.initial, **local.own, **down.adapter}

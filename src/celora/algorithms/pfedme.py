@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Gradient, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Gradient, Learner
 from celora.core.optim import descend
 from celora.fields import Count, Positive, setting, settings
 from celora.tensors import Names, Tensors, mean, select
@@ -63,7 +63,7 @@ class Up:
 class PFedMe:
     """Moreau envelopes."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Dinh et al., Personalized Federated Learning with Moreau Envelopes (pFedMe, on LoRA), NeurIPS 2020",
         link="https://arxiv.org/abs/2006.08848",
         server=Server,
@@ -109,14 +109,14 @@ class PFedMe:
         """The same w to everybody."""
         return Down(server.weights if server.started else {})
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """θ towards the minimum of f_i + λ/2 ‖θ − w_i‖², w_i after it."""
         start, names = {**learner.initial, **self.model(local, down)}, trained(self.head)
         w = theta = select(start, names)
         for batch in list(learner.batches()):
             for _ in range(self.inner_steps):
-                slope = yield Gradient({**start, **theta}, batch, names)
-                gradient = {name: g + self.lam * (theta[name] - w[name]) for name, g in slope.gradient.items()}
+                gradient_at = yield Gradient({**start, **theta}, batch, names)
+                gradient = {name: g + self.lam * (theta[name] - w[name]) for name, g in gradient_at.gradient.items()}
                 theta = descend(theta, gradient, self.inner_lr, learner.recipe.clip)
             w = descend(w, {name: w[name] - theta[name] for name in w}, self.eta * self.lam)
         mine = select(w, private(self.head, "A", "B"))

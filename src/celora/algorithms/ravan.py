@@ -25,8 +25,8 @@ from typing import ClassVar, Literal
 import torch
 
 from celora.core.adapters import Heads
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Gradient, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
 from celora.fields import Count, setting, settings
 from celora.tensors import Names, Tensors, mean, only, part, select
 from celora.wire import record
@@ -65,7 +65,7 @@ class Up:
 class Ravan:
     """Several cores between frozen orthogonal bases; only the cores travel."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Raje et al., Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning, NeurIPS 2025",
         link="https://arxiv.org/abs/2506.05568",
         server=Server,
@@ -112,7 +112,7 @@ class Ravan:
         """The same average to everybody."""
         return Down(server.weights)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train cores and scales, all or those of some heads; send their products."""
         start, trains = self.model(local, down), trained(self.head, "A", "B")
         idle = yield from self.idle(learner, start)
@@ -122,15 +122,15 @@ class Ravan:
         mine = select(fitted.weights, private(self.head, "A", "B", *self.family.cores, *self.family.scales))
         return Trained(Local(mine), Up(folded, learner.examples), fitted.weights)
 
-    def idle(self, learner: Learner, start: Tensors) -> Turn[set[str]]:
+    def idle(self, learner: Learner, start: Tensors) -> ClientUpdate[set[str]]:
         """The cores and scales that this client does not train in this round."""
         if self.train_heads is None or self.train_heads >= self.heads:
             return set()
         weights = select({**learner.initial, **start}, only(*self.family.cores))
         batch = next(iter(learner.batches()), None) if self.choose == "gradient" else None
         if batch is not None:
-            slope = yield Gradient(start, batch, only(*self.family.cores))
-            weights = slope.gradient
+            gradient_at = yield Gradient(start, batch, only(*self.family.cores))
+            weights = gradient_at.gradient
         idle = set[str]()
         for module in dict.fromkeys(name.rpartition(".")[0] for name in weights):
             cores = [f"{module}.{core}" for core in self.family.cores]

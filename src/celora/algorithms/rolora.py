@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Fit, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, Learner
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
@@ -79,7 +79,7 @@ class Up:
 class RoLoRA:
     """FedAvg of B and of A in turns."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Chen et al., Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA (RoLoRA), "
         "NeurIPS 2025",
         link="https://arxiv.org/abs/2502.01755",
@@ -124,7 +124,7 @@ class RoLoRA:
             return Down(server.turns, True, server.weights)
         return Down(server.turns, False, select(server.weights, only(HALVES[(server.turns - 1) % 2], "head")))
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train one half over the other."""
         (other,) = {*HALVES} - {down.half}
         fitted = yield Fit(self.model(local, down), train=trained(self.head, other))

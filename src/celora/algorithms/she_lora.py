@@ -45,10 +45,10 @@ from pydantic import Field
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import Card, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import Channels, Fit, Learner, Turn
+from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import ClientUpdate, Fit, InputNorms, Learner
 from celora.fields import Count, setting, settings
-from celora.maths.lowrank import Sum, nearest
+from celora.maths.lowrank import Sum, truncated_svd
 from celora.privacy import ckks, keys
 from celora.privacy.order import Code
 from celora.tensors import Names, Tensors, mean, only, part, select
@@ -133,7 +133,7 @@ class Up:
 class SHELoRA:
     """FedAvg of B A with the most sensitive columns of A encrypted, and clients of any rank."""
 
-    card: ClassVar[Card] = Card(
+    info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Liu et al., SHE-LoRA: Selective Homomorphic Encryption for Federated Tuning with Heterogeneous LoRA, "
         "ICLR 2026",
         link="https://arxiv.org/abs/2505.21051",
@@ -195,13 +195,13 @@ class SHELoRA:
         budget = server.budgets[client]
         return Down(weights, server.cipher, server.covered, server.agreed, server.mark, budget)
 
-    def train(self, learner: Learner, local: Local, down: Down) -> Turn[Trained[Local, Up]]:
+    def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors; the first time tell which columns to hide, from then on hide them."""
         fitted = yield Fit(self.model(local, down), train=trained(self.head))
         public = "key: none is given, so a public one is used: good for a simulation, and it protects nobody"
         notes = (public,) if self.key is None else ()
         if not down.agreed:
-            wishes = self.wishes(local, down.budget, fitted.weights, (yield Channels(self.calibration)))
+            wishes = self.wishes(local, down.budget, fitted.weights, (yield InputNorms(self.calibration)))
             up = Up(None, (), learner.examples, wishes, keys.mark(_secret(local)))
             mine = select(fitted.weights, trained(self.head))
         else:
@@ -279,7 +279,7 @@ class SHELoRA:
                 dtypes[module] = w["A"].dtype
         found: dict[str, Tensor] = {}
         for module, total in sums.items():
-            b, a = (factor.to(dtypes[module]) for factor in nearest(*total.factors(), rank))
+            b, a = (factor.to(dtypes[module]) for factor in truncated_svd(*total.factors(), rank))
             found |= {f"{module}.A": a.contiguous(), f"{module}.B": b.contiguous()}
         return found
 
@@ -318,7 +318,7 @@ class SHELoRA:
             ]
             a = w["A"].double()[:, _permutation(lists[module], d_in).argsort()]
             rows = [a, torch.eye(d_in, dtype=torch.float64)[places], a.new_zeros(missing, d_in)]
-            b_i, a_i = nearest(torch.cat(b, dim=1), torch.cat(rows), local.rank)
+            b_i, a_i = truncated_svd(torch.cat(b, dim=1), torch.cat(rows), local.rank)
             merged |= {f"{module}.A": a_i.to(w["A"].dtype), f"{module}.B": b_i.to(w["B"].dtype)}
         return {**local.mine, **select(down.weights, only("head")), **merged}
 

@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from celora import experiment
-from celora.exits import CODES, Session, explained
+from celora.exits import CODES, SessionState, explained
 from celora.track import tables
 from celora.track.folder import stamped
-from celora.track.progress import screen
+from celora.track.progress import live_progress
 
 Event = dict[str, Any]
 
@@ -56,16 +56,16 @@ def read(config: Path, sets: list[str] | None, group: int | None = None) -> expe
     return experiment.read(config, [*(sets or []), *([] if group is None else [f"engine.group={group}"])])
 
 
-def follow(start: Callable[[experiment.Say], Iterator[Event]], as_json: bool, quiet: bool) -> None:
+def follow(start: Callable[[experiment.Log], Iterator[Event]], as_json: bool, quiet: bool) -> None:
     """Show a session's events as they come, then what came of it.
 
     Args:
         start: given whom to tell what happens between two events.
     """
-    session, kind, end = Session(), "run", dict[str, Any]()
+    session, kind, end = SessionState(), "run", dict[str, Any]()
     with (
         explained(session, as_json=as_json),
-        screen(quiet=quiet or as_json) as show,
+        live_progress(quiet=quiet or as_json) as show,
         closing(_events(start(lambda text: show(stamped({"event": "said", "text": text}))))) as events,
     ):
         for event in events:

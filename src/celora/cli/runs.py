@@ -11,7 +11,7 @@ from rich.text import Text
 from celora import catalog, experiment
 from celora.cli.common import Config, Event, Group, Json, Out, Quiet, Sets, examples, follow, read, show_all
 from celora.errors import ConfigError
-from celora.exits import Session, explained
+from celora.exits import SessionState, explained
 
 
 def add(app: typer.Typer) -> None:
@@ -48,7 +48,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run the experiment in CONFIG.toml, after its local-only twin of equal budget."""
-    follow(lambda say: experiment.run(read(config, sets, group), out, where=engine), as_json, quiet)
+    follow(lambda log: experiment.run(read(config, sets, group), out, where=engine), as_json, quiet)
 
 
 def compare(
@@ -73,7 +73,7 @@ def compare(
 ) -> None:
     """Run several algorithms on the clients of CONFIG.toml, with every seed, and put them into one table."""
 
-    def start(say: experiment.Say) -> Iterator[Event]:
+    def start(log: experiment.Log) -> Iterator[Event]:
         labels, numbers, problems = _words(algorithms), _seeds(seeds), list[str]()
         if not labels:
             problems.append(f"--algorithms: found {algorithms!r}, expected names such as fedit,ce-lora")
@@ -94,7 +94,7 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Continue the run or comparison in RUN after its last whole round, as if it had never stopped."""
-    follow(lambda say: experiment.resume(folder, say), as_json, quiet)
+    follow(lambda log: experiment.resume(folder, log), as_json, quiet)
 
 
 def list_(
@@ -103,7 +103,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """The algorithms, what travels and what stays; of those that are named, every setting."""
-    with explained(Session(), as_json=as_json):
+    with explained(SessionState(), as_json=as_json):
         found = catalog.describe(names or [])
     if as_json:
         typer.echo(json.dumps(found, indent=2))

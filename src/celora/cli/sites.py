@@ -19,12 +19,12 @@ from rich.text import Text
 from celora import experiment
 from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, read, show_all
 from celora.errors import ConfigError
-from celora.exits import Session, explained
+from celora.exits import SessionState, explained
 from celora.site.ledger import Entry, Ledger
 from celora.track.text import printable
 
 if TYPE_CHECKING:
-    from celora.experiment.joining import Join
+    from celora.experiment.client import Join
 
 Secret = Annotated[
     Path | None,
@@ -97,7 +97,7 @@ def server(
 ) -> None:
     """Run the experiment in CONFIG.toml with sites that connect to this server; it needs none of their rows."""
 
-    def start(say: experiment.Say) -> Any:
+    def start(log: experiment.Log) -> Any:
         if (keys is None) != insecure:
             raise ConfigError(["expected either --keys FOLDER (make one with `celora keys dev`), or --insecure"])
         expected: tuple[str, ...] | int | None = None
@@ -107,7 +107,7 @@ def server(
         if insecure and not expected:
             raise ConfigError(["--clients: with --insecure, say whom to wait for (a,b,c), or how many"])
         where = experiment.Listen(listen, None if keys is None else str(keys.resolve()), expected, wait)
-        return experiment.run(read(config, sets), out, where=where, say=say)
+        return experiment.run(read(config, sets), out, where=where, log=log)
 
     follow(start, as_json, quiet)
 
@@ -130,8 +130,8 @@ def site(
     """Take part in a federation with this machine's rows; nothing but what the policy allows leaves."""
     if context.invoked_subcommand is not None:
         return
-    with explained(Session(), as_json=False), _stopping() as stop:
-        from celora.experiment.joining import join  # noqa: PLC0415  # an extra
+    with explained(SessionState(), as_json=False), _stopping() as stop:
+        from celora.experiment.client import join  # noqa: PLC0415  # an extra
 
         os.umask(0o077)  # what this process writes is its owner's
         taking = _join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure)
@@ -153,8 +153,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Look at everything that could stand in the way of taking part; exit code 2 if something does."""
-    with explained(Session(), as_json=as_json):
-        from celora.experiment.joining import check as look  # noqa: PLC0415  # an extra
+    with explained(SessionState(), as_json=as_json):
+        from celora.experiment.client import check as look  # noqa: PLC0415  # an extra
         from celora.site.check import passed, report  # noqa: PLC0415
 
         findings = look(_join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure))
@@ -168,7 +168,7 @@ def check(
 
 def ledger(*, state: State = None, as_json: Json = False) -> None:
     """Every frame that left this site: when, in which round, what, how many bytes, and its SHA-256."""
-    with explained(Session(), as_json=as_json):
+    with explained(SessionState(), as_json=as_json):
         if state is None or not (state / "ledger.jsonl").is_file():
             raise ConfigError(
                 [f"--state: found no ledger in {state or 'no folder'}, expected the one of `celora site`"]
@@ -191,7 +191,7 @@ def dev(
     days: Annotated[int, typer.Option(help="Until the certificates expire.")] = 365,
 ) -> None:
     """A development CA, a server certificate and a key pair for each site, in one folder: to try things out."""
-    with explained(Session(), as_json=False):
+    with explained(SessionState(), as_json=False):
         names, hosts = ([word.strip() for word in text.split(",") if word.strip()] for text in (sites, host))
         from celora.site.certificates import development  # noqa: PLC0415  # an extra
 
@@ -205,7 +205,7 @@ def own(
     name: Annotated[str, typer.Option(help="The client's name.")],
 ) -> None:
     """A site's own key pair: site.key stays there, NAME.pub goes to the server's operator."""
-    with explained(Session(), as_json=False):
+    with explained(SessionState(), as_json=False):
         from celora.site.certificates import site_key  # noqa: PLC0415  # an extra
 
         typer.echo(f"{site_key(out, name)}\n{out / name}.pub")
@@ -232,9 +232,9 @@ def _join(
         problems.append("--name: with --insecure, say which client this is")
     if problems or data is None or state is None or server is None:
         raise ConfigError(problems)
-    from celora.experiment.joining import Join, Rows  # noqa: PLC0415  # an extra
+    from celora.experiment.client import Join, SiteData  # noqa: PLC0415  # an extra
 
-    return Join(Rows(data, test, backbone, secret), server, state, keys, policy, name)
+    return Join(SiteData(data, test, backbone, secret), server, state, keys, policy, name)
 
 
 @contextmanager

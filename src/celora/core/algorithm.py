@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from celora.core.adapters import Family
-from celora.core.learner import Learner, Turn
+from celora.core.learner import ClientUpdate, Learner
 from celora.tensors import Names, Tensors, but, only
 from celora.wire import record
 
@@ -31,7 +31,7 @@ Head = Literal["private", "shared", "frozen"]
 
 
 @dataclass(frozen=True)
-class Card:
+class AlgorithmInfo:
     """What a reader wants to know of an algorithm before running it; `celora list` prints it.
 
     Attributes:
@@ -89,7 +89,7 @@ class Trained(Generic[L, U]):
 class Algorithm(Protocol[S, L, D, U]):
     """Six pure methods over four records; nothing handed in is changed, nothing is remembered in `self`."""
 
-    card: ClassVar[Card]
+    info: ClassVar[AlgorithmInfo]
 
     @property
     def family(self) -> Family:
@@ -112,7 +112,7 @@ class Algorithm(Protocol[S, L, D, U]):
     def send(self, server: S, client: ClientId) -> D:
         """What the server sends to a client."""
 
-    def train(self, learner: Learner, local: L, down: D) -> Turn[Trained[L, U]]:
+    def train(self, learner: Learner, local: L, down: D) -> ClientUpdate[Trained[L, U]]:
         """A client's turn: yields `Fit` problems and returns what it keeps, sends and predicts with."""
 
     def aggregate(self, server: S, heard: Mapping[ClientId, U]) -> S:

@@ -1,8 +1,8 @@
-"""The client's side of a round: `answer` takes an order, reads and leaves private state, and gives the reply."""
+"""The client's side of a round: `answer` takes an instruction, reads and leaves private state, and gives the reply."""
 
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.learner import Fitted, Gradient, Learner, Metrics, Score, Slope, Turn
-from celora.core.messages import Model, Moment, Notes, Order, Reply, Shelf, opened
+from celora.core.learner import ClientUpdate, Fitted, Gradient, GradientResult, Learner, Metrics, Score
+from celora.core.messages import ClientStore, Instruction, KeptModel, Moment, Notes, Reply, unpacked
 from celora.core.screen import not_finite
 from celora.errors import WireError
 from celora.tensors import Tensors
@@ -12,48 +12,50 @@ PRIVATE = "private@"
 MODELS = ("received@", "personal@")
 
 
-def answer(algorithm: AnyAlgorithm, learner: Learner, order: Order, shelf: Shelf, schema: Schema) -> Turn[Reply]:
-    """A client's whole turn, from the order to the reply; what it keeps is read from and left on `shelf`, unpacked."""
+def answer(
+    algorithm: AnyAlgorithm, learner: Learner, instruction: Instruction, store: ClientStore, schema: Schema
+) -> ClientUpdate[Reply]:
+    """A client's whole turn, from instruction to reply; what it keeps is read from and left in `store`, unpacked."""
     tested: dict[str, Metrics] = {}
-    if order.task == "test":
-        for name in [name for name in order.keep if name in shelf]:
-            tested[name] = yield Score(opened(Model, shelf[name], schema).weights, "test")
+    if instruction.task == "test":
+        for name in [name for name in instruction.keep if name in store]:
+            tested[name] = yield Score(unpacked(KeptModel, store[name], schema).weights, "test")
         return Reply(b"", tested, None)
-    for name in [name for name in shelf if name.startswith(MODELS) and name not in order.keep]:
-        del shelf[name]
-    down: object = unpack(algorithm.card.down, order.frame, schema)
-    base = _base(shelf, order.round)
+    for name in [name for name in store if name.startswith(MODELS) and name not in instruction.keep]:
+        del store[name]
+    down: object = unpack(algorithm.info.down, instruction.frame, schema)
+    base = _base(store, instruction.round)
     local: object = (
-        algorithm.client_init(learner) if base is None else opened(algorithm.card.local, shelf[base], schema)
+        algorithm.client_init(learner) if base is None else unpacked(algorithm.info.local, store[base], schema)
     )
     scores: dict[str, Metrics] = {}
 
-    def evaluate(moment: Moment, round: int, weights: Tensors) -> Turn[None]:
+    def evaluate(moment: Moment, round: int, weights: Tensors) -> ClientUpdate[None]:
         complete = {**learner.initial, **weights}
         scores[moment] = yield Score(complete, "validation")
-        shelf[f"{moment}@{round}"] = Model(complete)
+        store[f"{moment}@{round}"] = KeptModel(complete)
 
-    if order.evaluate:
-        yield from evaluate("received", order.round - 1, algorithm.model(local, down))
-    if order.task == "close":
+    if instruction.evaluate:
+        yield from evaluate("received", instruction.round - 1, algorithm.model(local, down))
+    if instruction.task == "close":
         return Reply(b"", scores, None)
     trained, scores["train"] = yield from _metered(algorithm.train(learner, local, down))
     if broken := not_finite(trained.local, "local"):
         return Reply(b"", scores, f"training diverged: found NaN or infinity in {broken}; its last state is kept")
-    if order.evaluate:
-        yield from evaluate("personal", order.round, trained.model)
-    if order.task == "evaluate":
+    if instruction.evaluate:
+        yield from evaluate("personal", instruction.round, trained.model)
+    if instruction.task == "evaluate":
         return Reply(b"", scores, None)
-    for name in [name for name in shelf if name.startswith(PRIVATE) and name != base]:
-        del shelf[name]
-    shelf[f"{PRIVATE}{order.round}"] = trained.local
+    for name in [name for name in store if name.startswith(PRIVATE) and name != base]:
+        del store[name]
+    store[f"{PRIVATE}{instruction.round}"] = trained.local
     if trained.notes:
-        told = opened(Notes, shelf.get("notes", Notes(())), schema).lines
-        shelf["notes"] = Notes(tuple(dict.fromkeys([*told, *trained.notes])))
+        told = unpacked(Notes, store.get("notes", Notes(())), schema).lines
+        store["notes"] = Notes(tuple(dict.fromkeys([*told, *trained.notes])))
     return Reply(pack(trained.up, schema), scores, None)
 
 
-def _base(shelf: Shelf, round: int) -> str | None:
+def _base(store: ClientStore, round: int) -> str | None:
     """The name of the private state to start a round from: the last one of an earlier round.
 
     A round may be asked for twice (its quorum was missed, the server fell over): what the first attempt left is then
@@ -62,14 +64,14 @@ def _base(shelf: Shelf, round: int) -> str | None:
     Raises:
         WireError: if all that is kept is of later rounds: the server has gone back further than one.
     """
-    rounds = [int(name.removeprefix(PRIVATE)) for name in shelf if name.startswith(PRIVATE)]
+    rounds = [int(name.removeprefix(PRIVATE)) for name in store if name.startswith(PRIVATE)]
     earlier = [kept for kept in rounds if kept < round]
     if len(rounds) > 1 and not earlier:
         raise WireError(f"the private state here is newer than round {round}: resume from a later checkpoint")
     return f"{PRIVATE}{max(earlier)}" if earlier else None
 
 
-def _metered(turn: Turn[Trained[object, object]]) -> Turn[tuple[Trained[object, object], Metrics]]:
+def _metered(turn: ClientUpdate[Trained[object, object]]) -> ClientUpdate[tuple[Trained[object, object], Metrics]]:
     """A turn, and the metrics of its last `Fit`; without one, the mean loss at its `Gradient`s."""
     metrics: Metrics = {}
     losses: list[float] = []
@@ -83,7 +85,7 @@ def _metered(turn: Turn[Trained[object, object]]) -> Turn[tuple[Trained[object, 
                 continue
             if isinstance(answer, Fitted):
                 metrics = answer.metrics
-            if isinstance(answer, Slope) and isinstance(problem, Gradient) and problem.along is None:
+            if isinstance(answer, GradientResult) and isinstance(problem, Gradient) and problem.along is None:
                 losses.append(answer.loss)
             problem = turn.send(answer)
     except StopIteration as end:

@@ -84,7 +84,7 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Slope:
+class GradientResult:
     """A solved `Gradient`: the loss (before any clipping, penalty or decay), and the gradient on the CPU."""
 
     loss: float
@@ -101,25 +101,25 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Encode:
+class Features:
     """The frozen backbone's features of the training rows, as `Learner.features` gives them."""
 
 
 @dataclass(frozen=True)
-class Channels:
+class InputNorms:
     """The norm of every input channel of every adapted module, as `Learner.channels` gives them."""
 
     rows: int
 
 
-Problem = Fit | Gradient | Score | Encode | Channels
-Turn = Generator[Problem, Any, T]
-"""A client's turn. A `Fit` is answered with `Fitted`, a `Gradient` with `Slope`, a `Score` with `Metrics`, an `Encode`
-with two tensors, `Channels` with a tensor for each module."""
+Problem = Fit | Gradient | Score | Features | InputNorms
+ClientUpdate = Generator[Problem, Any, T]
+"""The generator of a local update. A `Fit` is answered with `Fitted`, a `Gradient` with `GradientResult`, a `Score`
+with `Metrics`, `Features` with two tensors, `InputNorms` with a tensor for each module."""
 
 
 class Learner(Protocol):
-    """A client's own world in one round: its rows, the shared backbone, and its draws."""
+    """A client's own side of one round: its rows, the shared backbone, and its draws."""
 
     @property
     def examples(self) -> int:
@@ -161,7 +161,7 @@ class Learner(Protocol):
     def features(self) -> tuple[Tensor, Tensor]:
         """Frozen-backbone features (n, d) of the training rows and their class ids (n,)."""
 
-    def channels(self, rows: int) -> dict[str, Tensor]:
+    def input_norms(self, rows: int) -> dict[str, Tensor]:
         """Module -> ‖X_j‖₂ (d_in,) of its inputs X (tokens, d_in) over the first training rows, nothing adapted."""
 
 

@@ -73,7 +73,7 @@ class Merged:
 
 
 @record
-class Ledger:
+class MergeLog:
     """The server's W, its last increment, and the version that each client is known to have (0 if it is not listed)."""
 
     merged: Merged
@@ -87,11 +87,11 @@ class Ledger:
             return Delivery(version, {}, {})
         return Delivery(version, self.last, {}) if held == version - 1 else Delivery(version, {}, self.merged.total)
 
-    def after(self, increments: Increments, heard: Iterable[ClientId]) -> "Ledger":
+    def after(self, increments: Increments, heard: Iterable[ClientId]) -> "MergeLog":
         """One version on; whoever was heard has what is now the version before."""
         version = self.merged.version
         merged = Merged(version + 1, added(self.merged.total, increments))
-        return Ledger(merged, increments, {**self.held, **dict.fromkeys(heard, version)})
+        return MergeLog(merged, increments, {**self.held, **dict.fromkeys(heard, version)})
 
 
 NOTHING = Merged(0, {})

@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 Moment = Literal["received", "personal"]
 Task = Literal["train", "evaluate", "close", "test"]
-Shelf = MutableMapping[str, object]
-"""What a client keeps at its site, each a record or, as it comes from disk, its frame (`opened`, `frame_of`):
+ClientStore = MutableMapping[str, object]
+"""What a client keeps at its site, each a record or, as it comes from disk, its frame (`unpacked`, `frame_of`):
 
     private@3                 its private state after round 3; of the last two rounds in which it trained
-    received@2, personal@3    its `Model` at the moments worth keeping
+    received@2, personal@3    its `KeptModel` at the moments worth keeping
     notes                     `Notes`
 
-Nothing on a shelf is ever changed: a new value takes the place of the old one.
+Nothing on a store is ever changed: a new value takes the place of the old one.
 """
 
 
@@ -38,7 +38,7 @@ class Plan:
 
 
 @record
-class Order:
+class Instruction:
     """Server to client.
 
     Attributes:
@@ -68,12 +68,12 @@ class Reply:
     error: str | None
 
 
-Exchange = Callable[[Mapping[ClientId, Order]], Mapping[ClientId, Reply]]
+Exchange = Callable[[Mapping[ClientId, Instruction]], Mapping[ClientId, Reply]]
 
 
 @record
-class Model:
-    """All weights a client predicts with at one moment; stays on the client's shelf."""
+class KeptModel:
+    """All weights a client predicts with at one moment; stays on the client's store."""
 
     weights: Tensors
 
@@ -85,7 +85,7 @@ class Notes:
     lines: tuple[str, ...]
 
 
-def opened(kind: type[T], kept: object, schema: Schema) -> T:
+def unpacked(kind: type[T], kept: object, schema: Schema) -> T:
     """The record that is kept, whether it is kept as a record or as its frame.
 
     Raises:

@@ -8,22 +8,22 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from celora.core.learner import Channels, Encode, Fit, Gradient, Learner, Problem, Score, Shared, Turn
-from celora.core.training import caught, fit, fit_together, slope, slopes_together
+from celora.core.learner import ClientUpdate, Features, Fit, Gradient, InputNorms, Learner, Problem, Score, Shared
+from celora.core.training import caught, fit, fit_together, gradient_at, gradients_together
 
 T = TypeVar("T")
 
-Job = tuple[Learner, Turn[T]]
-Solve = Callable[[Sequence[Job[Any]]], list[Any]]
+LearnerUpdate = tuple[Learner, ClientUpdate[T]]
+Solve = Callable[[Sequence[LearnerUpdate[Any]]], list[Any]]
 """Runs turns to their ends; in place of a turn's value stands the `Exception` it raised."""
 
 
-def solve(jobs: Sequence[Job[T]]) -> list[T | Exception]:
+def solve(jobs: Sequence[LearnerUpdate[T]]) -> list[T | Exception]:
     """Run each turn to its end, one client after another."""
     return [value for job in jobs for value in _run([job], _one_by_one)]
 
 
-def solve_together(jobs: Sequence[Job[T]]) -> list[T | Exception]:
+def solve_together(jobs: Sequence[LearnerUpdate[T]]) -> list[T | Exception]:
     """Run all turns side by side, and what they ask for at the same time in as few passes as pay."""
     return _run(jobs, _together)
 
@@ -31,7 +31,7 @@ def solve_together(jobs: Sequence[Job[T]]) -> list[T | Exception]:
 Asked = Sequence[tuple[Learner, Problem]]
 
 
-def _run(jobs: Sequence[Job[T]], solver: Callable[[Asked], list[Any]]) -> list[T | Exception]:
+def _run(jobs: Sequence[LearnerUpdate[T]], solver: Callable[[Asked], list[Any]]) -> list[T | Exception]:
     ends: dict[int, T | Exception] = {}
     answers: dict[int, Any] = dict.fromkeys(range(len(jobs)))
     while answers:
@@ -47,7 +47,7 @@ def _run(jobs: Sequence[Job[T]], solver: Callable[[Asked], list[Any]]) -> list[T
     return [ends[at] for at in range(len(jobs))]
 
 
-def _go_on(turn: Turn[Any], answer: Any) -> Problem:
+def _go_on(turn: ClientUpdate[Any], answer: Any) -> Problem:
     """The turn's next problem; an answer that is an exception is raised inside it."""
     return turn.throw(answer) if isinstance(answer, Exception) else turn.send(answer)
 
@@ -62,13 +62,13 @@ def _alone(learner: Learner, problem: Problem) -> object:
         case Fit():
             return fit(learner, problem)
         case Gradient():
-            return slope(learner, problem)
+            return gradient_at(learner, problem)
         case Score(weights, split, rows):
             return learner.test(weights, split, rows)
-        case Encode():
+        case Features():
             return learner.features()
-        case Channels(rows):
-            return learner.channels(rows)
+        case InputNorms(rows):
+            return learner.input_norms(rows)
 
 
 def _together(asked: Asked) -> list[Any]:
@@ -86,17 +86,17 @@ def _together(asked: Asked) -> list[Any]:
 def _alike(asked: Asked) -> list[Any]:
     """Answers to problems of one kind; if together they fail, each alone, so that only the culprit does."""
     shared = asked[0][0].shared
-    if shared is None or isinstance(asked[0][1], Channels):
+    if shared is None or isinstance(asked[0][1], InputNorms):
         return _one_by_one(asked)
     if isinstance(asked[0][1], Fit):
         return fit_together([(learner, problem) for learner, problem in asked if isinstance(problem, Fit)])
     if isinstance(asked[0][1], Gradient):
-        return slopes_together([(learner, problem) for learner, problem in asked if isinstance(problem, Gradient)])
+        return gradients_together([(learner, problem) for learner, problem in asked if isinstance(problem, Gradient)])
     answers = caught(partial(_jointly, shared, asked))
     return _one_by_one(asked) if isinstance(answers, Exception) else answers
 
 
 def _jointly(shared: Shared, asked: Asked) -> list[Any]:
-    if isinstance(asked[0][1], Encode):
+    if isinstance(asked[0][1], Features):
         return list(shared.features([learner for learner, _ in asked]))
     return list(shared.scores([(learner, problem) for learner, problem in asked if isinstance(problem, Score)]))

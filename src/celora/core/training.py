@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from celora.core.learner import Batch, Fit, Fitted, Gradient, Learner, Slope
+from celora.core.learner import Batch, Fit, Fitted, Gradient, GradientResult, Learner
 from celora.core.optim import AdamW, unflatten
 from celora.tensors import Names, Tensors, common, flatten
 
@@ -60,18 +60,18 @@ def fit_together(problems: Sequence[tuple[Learner, Fit]]) -> list[Fitted | Excep
     return _stacked([caught(partial(_Task.of, *problem)) for problem in problems], _minimise)
 
 
-def slope(learner: Learner, problem: Gradient) -> Slope:
+def gradient_at(learner: Learner, problem: Gradient) -> GradientResult:
     """A `Gradient`'s answer.
 
     Raises:
         ValueError: if there is nothing to differentiate with respect to.
     """
-    return _slopes([_Task.at(learner, problem)], whole=True)[0]
+    return _gradients_at([_Task.at(learner, problem)], whole=True)[0]
 
 
-def slopes_together(problems: Sequence[tuple[Learner, Gradient]]) -> list[Slope | Exception]:
+def gradients_together(problems: Sequence[tuple[Learner, Gradient]]) -> list[GradientResult | Exception]:
     """Answer `Gradient`s of learners that share a backbone in as few passes as pay."""
-    return _stacked([caught(partial(_Task.at, *problem)) for problem in problems], _slopes)
+    return _stacked([caught(partial(_Task.at, *problem)) for problem in problems], _gradients_at)
 
 
 def _stacked(tasks: Sequence["_Task | Exception"], work: Callable[..., list[T]]) -> list[T | Exception]:
@@ -197,7 +197,7 @@ def _passes(tasks: Sequence[_Task], step: int, whole: bool) -> Iterator[list[_Pi
         yield [pieces[at] for at in chosen]
 
 
-def _slopes(tasks: Sequence[_Task], *, whole: bool = False) -> list[Slope]:
+def _gradients_at(tasks: Sequence[_Task], *, whole: bool = False) -> list[GradientResult]:
     """Each task's gradient at its start."""
     shapes = tasks[0].shapes
     stack = torch.stack([flatten({name: task.start[name] for name in shapes}) for task in tasks])
@@ -208,7 +208,7 @@ def _slopes(tasks: Sequence[_Task], *, whole: bool = False) -> list[Slope]:
         losses.index_add_(0, where, loss.float())
         gradient.index_add_(0, where, ascent)
     rows = [{name: w.clone() for name, w in unflatten(row, shapes).items()} for row in gradient.cpu()]
-    return [Slope(loss, row) for loss, row in zip(losses.tolist(), rows, strict=True)]
+    return [GradientResult(loss, row) for loss, row in zip(losses.tolist(), rows, strict=True)]
 
 
 def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,9 @@ def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]
     shares = torch.tensor([piece.share for piece in pieces]).to(start.device, non_blocking=True)
     shares = (shares[0] if alone else shares).to(start.dtype)
     if isinstance(first.problem, Gradient):
-        loss, gradient = _slope(first.learner, weights, batch, shares, vector, [piece.task.problem for piece in pieces])
+        loss, gradient = _gradient_at(
+            first.learner, weights, batch, shares, vector, [piece.task.problem for piece in pieces]
+        )
         return loss.detach().reshape(-1), gradient.view_as(start)
     losses = partial(first.learner.losses, batch=batch)
     loss = (losses(weights) if first.objective is None else first.objective(losses, weights)) * shares
@@ -237,7 +239,7 @@ def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]
     return loss.detach().reshape(-1), gradient.view_as(start)
 
 
-def _slope(
+def _gradient_at(
     learner: Learner,
     weights: dict[str, Tensor],
     batch: Batch,

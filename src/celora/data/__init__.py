@@ -1,4 +1,4 @@
-"""Where the rows come from and who holds them: `load(Data(...), base, seed)` -> `Federation`.
+"""Where the rows come from and who holds them: `load(Data(...), base, seed)` -> `FederatedDataset`.
 
     files, hub, docstrings, digits     a source -> Table (`columns` judges the rows of a text source)
     partition                          a Table -> the rows of each client
@@ -18,12 +18,12 @@ from celora.data.columns import Columns
 from celora.data.docstrings import read_docstrings
 from celora.data.files import read_files
 from celora.data.hub import read_hub
-from celora.data.split import carve
-from celora.data.table import Federation, Share, Table, counted, did_you_mean, listing
+from celora.data.row_split import split_rows
+from celora.data.table import ClientRows, FederatedDataset, Table, counted, did_you_mean, listing
 from celora.errors import DataError
 from celora.fields import Count, setting, settings
 
-__all__ = ["Data", "Federation", "Share", "Table", "load", "read"]
+__all__ = ["ClientRows", "Data", "FederatedDataset", "Table", "load", "read"]
 
 EMBEDDED = ("docstrings", "digits")
 
@@ -53,8 +53,8 @@ class Data:
     classes_per_client: Count = setting(2, "classes: how many labels each client holds")
     clients_per_group: Count = setting(1, "natural: cut each group at random into so many clients")
     rows: Count | None = setting(None, "at most so many training rows for each client; none: all")
-    validation: fields.Share = setting(0.2, "share of a client's rows for validation, unless the source fixes them")
-    test_share: fields.Share = setting(0.2, "share of a client's rows for testing, unless the source fixes them")
+    validation: fields.Fraction = setting(0.2, "share of a client's rows for validation, unless the source fixes them")
+    test_share: fields.Fraction = setting(0.2, "share of a client's rows for testing, unless the source fixes them")
     max_validation: Count | None = setting(None, "at most so many validation rows for each client; none: all")
     max_test: Count | None = setting(None, "at most so many test rows for each client; none: all")
 
@@ -74,7 +74,7 @@ class Data:
             raise ValueError("test and split both say which rows test; set one of them")
 
 
-def load(data: Data, base: Path, seed: int) -> Federation:
+def load(data: Data, base: Path, seed: int) -> FederatedDataset:
     """Read the source, deal its rows to the clients, and split each client's rows.
 
     Args:
@@ -87,7 +87,7 @@ def load(data: Data, base: Path, seed: int) -> Federation:
     table = read(data, base)
     by_default: partition.Kind = "dirichlet" if table.groups is None else "natural"
     kind = by_default if data.partition == "auto" else data.partition
-    hands = partition.deal(
+    hands = partition.partition_rows(
         table, kind, clients=data.clients, alpha=data.alpha, classes_per_client=data.classes_per_client,
         clients_per_group=data.clients_per_group, seed=seed,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def load(data: Data, base: Path, seed: int) -> Federation:
     return _carved(table, hands, data, seed, groups)
 
 
-def alone(data: Data, base: Path, client: str, seed: int) -> Federation:
+def alone(data: Data, base: Path, client: str, seed: int) -> FederatedDataset:
     """One client with all rows of the source: a site. Its splits are those it has where all clients are read at once.
 
     Raises:
@@ -103,11 +103,15 @@ def alone(data: Data, base: Path, client: str, seed: int) -> Federation:
     """
     table = read(data, base)
     splits = table.splits or ["train"] * len(table)
-    hand = Share(*([row for row, of in enumerate(splits) if of == split] for split in ("train", "validation", "test")))
+    hand = ClientRows(
+        *([row for row, of in enumerate(splits) if of == split] for split in ("train", "validation", "test"))
+    )
     return _carved(table, {client: hand}, data, seed, {})
 
 
-def _carved(table: Table, hands: Mapping[str, Share], data: Data, seed: int, empty: Mapping[str, str]) -> Federation:
+def _carved(
+    table: Table, hands: Mapping[str, ClientRows], data: Data, seed: int, empty: Mapping[str, str]
+) -> FederatedDataset:
     """Each client's own training, validation and test rows."""
     fixed = set(table.splits or ())
     wanted = {
@@ -115,7 +119,7 @@ def _carved(table: Table, hands: Mapping[str, Share], data: Data, seed: int, emp
         "test": 0.0 if "test" in fixed else data.test_share,
     }
     clients = {
-        client: carve(
+        client: split_rows(
             held, table.labels, client, validation=wanted["validation"], test=wanted["test"], rows=data.rows,
             max_validation=data.max_validation, max_test=data.max_test, seed=seed,
         )
@@ -128,7 +132,7 @@ def _carved(table: Table, hands: Mapping[str, Share], data: Data, seed: int, emp
             f"found the label {foreign[0]!r}, which data.classes does not list; expected one of {listing(data.classes)}"
         )
     expected = [name for name in ("validation", "test") if name in fixed or wanted[name] > 0]
-    return Federation(
+    return FederatedDataset(
         table=table, classes=sorted(data.classes or found), clients=clients, excluded=excluded,
         notices=(*table.notices, *_oddities(table, clients, expected)),
     )  # fmt: skip
@@ -157,7 +161,7 @@ def read(data: Data, base: Path) -> Table:
     return read_files(data.source, base, columns, data.test)
 
 
-def _oddities(table: Table, clients: dict[str, Share], expected: list[str]) -> Iterable[str]:
+def _oddities(table: Table, clients: dict[str, ClientRows], expected: list[str]) -> Iterable[str]:
     """What the user should know about the clients before reading their scores."""
     single = [client for client, share in clients.items() if len({table.labels[row] for row in share.train}) == 1]
     if single:

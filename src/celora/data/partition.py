@@ -26,7 +26,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from celora.data.table import Share, Table, counted, did_you_mean, listing, natural_key
+from celora.data.table import ClientRows, Table, counted, did_you_mean, listing, natural_key
 from celora.errors import DataError
 from celora.rng import Address, numpy_generator
 
@@ -36,10 +36,10 @@ Hands = dict[str, list[int]]
 Weights = NDArray[np.float64]
 
 
-def deal(
+def partition_rows(
     table: Table, kind: Kind, *, clients: int = 8, alpha: float = 0.5, classes_per_client: int = 2,
     clients_per_group: int = 1, seed: int = 0,
-) -> dict[str, Share]:  # fmt: skip
+) -> dict[str, ClientRows]:  # fmt: skip
     """Deal every row of the table to exactly one client; only the test rows of an empty group go to nobody.
 
     Args:
@@ -69,7 +69,7 @@ def deal(
             for split, rows in fixed.items()
         )
         for client in hands:
-            shares[client] = Share(sorted(hands[client]), sorted(validation[client]), sorted(test[client]))
+            shares[client] = ClientRows(sorted(hands[client]), sorted(validation[client]), sorted(test[client]))
     return {client: shares[client] for client in sorted(shares, key=natural_key)}
 
 

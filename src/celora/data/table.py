@@ -1,4 +1,4 @@
-"""What a source yields and what the clients hold: `Table` -> `Federation` of `Share`s.
+"""What a source yields and what the clients hold: `Table` -> `FederatedDataset` of `ClientRows`s.
 
 A row is named by its position in the table; texts and images stay in one place, never copied for a client.
 """
@@ -56,7 +56,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Share:
+class ClientRows:
     """One client's rows of the table; the three lists are disjoint."""
 
     train: list[int]
@@ -65,13 +65,13 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Federation:
+class FederatedDataset:
     """A table, dealt out."""
 
     table: Table
     classes: list[str]
     """Sorted label names; the id of a label is its position."""
-    clients: dict[str, Share]
+    clients: dict[str, ClientRows]
     """Client id -> its rows, in natural order of the ids ("bank2" before "bank10")."""
     excluded: dict[str, str]
     """Client id -> why it takes no part ("has no training rows")."""

@@ -11,14 +11,14 @@ import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.client import answer
-from celora.core.learner import Learner, Turn
-from celora.core.messages import Notes, Order, Reply, Shelf, opened
+from celora.core.learner import ClientUpdate, Learner
+from celora.core.messages import ClientStore, Instruction, Notes, Reply, unpacked
 from celora.core.solve import Solve, solve, solve_together
 from celora.errors import RunFolderError
 from celora.fields import Count, Whole, setting, settings
 from celora.wire import Schema
 
-World = Callable[[ClientId, int], Learner]
+Learners = Callable[[ClientId, int], Learner]
 """A client's learner in a round."""
 REPLIES = 16 * 2**20
 """Bytes of a round's reply frames that are held in memory; the rest lies in a temporary file."""
@@ -45,14 +45,14 @@ class Engine:
 
 
 class Embedded:
-    """An `Exchange` that runs the clients here: `cohort` of them at a time, in the order of the orders.
+    """An `Exchange` that runs the clients here: `cohort` of them at a time, in the order of the instructions.
 
-    A client that raises is a client that did not deliver: its reply names the error, and its shelf is as it was. After
-    `Order.deadline` seconds no further client is started; orders with a deadline are run one after another, so that
-    one slow client makes no other one late.
+    A client that raises is a client that did not deliver: its reply names the error, and its store is as it was. After
+    `Instruction.deadline` seconds no further client is started; instructions with a deadline run one after another, so
+    that one slow client makes no other one late.
 
     Args:
-        shelves: what each client keeps. A shelf that changed is assigned, so that whoever keeps it knows.
+        stores: what each client keeps. A store that changed is assigned, so that whoever keeps it knows.
 
     Attributes:
         notes: client -> what it was told at its site, of the clients that had a turn here.
@@ -61,60 +61,60 @@ class Embedded:
     def __init__(
         self,
         algorithm: AnyAlgorithm,
-        world: World,
-        shelves: MutableMapping[ClientId, Shelf],
+        learners: Learners,
+        stores: MutableMapping[ClientId, ClientStore],
         schema: Schema,
         solve: Solve = solve,
         cohort: int = 1,
     ) -> None:
-        self.algorithm, self.world, self.shelves, self.schema, self.solve = (
+        self.algorithm, self.learners, self.stores, self.schema, self.solve = (
             algorithm,
-            world,
-            shelves,
+            learners,
+            stores,
             schema,
             solve,
         )
         self.cohort = cohort
         self.notes: dict[ClientId, tuple[str, ...]] = {}
 
-    def __call__(self, orders: Mapping[ClientId, Order]) -> "Replies":
+    def __call__(self, instructions: Mapping[ClientId, Instruction]) -> "Replies":
         """Run each client's turn."""
         began = time.monotonic()
-        replies, waiting = Replies(), list(orders)
+        replies, waiting = Replies(), list(instructions)
         while waiting:
-            deadline = orders[waiting[0]].deadline
+            deadline = instructions[waiting[0]].deadline
             if deadline is not None and time.monotonic() - began > deadline:
                 break
             count = self.cohort if deadline is None else 1
             cohort, waiting = waiting[:count], waiting[count:]
-            for client, reply in self._run({client: orders[client] for client in cohort}).items():
+            for client, reply in self._run({client: instructions[client] for client in cohort}).items():
                 replies.add(client, reply)
         return replies
 
-    def _run(self, orders: Mapping[ClientId, Order]) -> dict[ClientId, Reply]:
+    def _run(self, instructions: Mapping[ClientId, Instruction]) -> dict[ClientId, Reply]:
         """The turns of one cohort."""
         replies: dict[ClientId, Reply] = {}
-        jobs: dict[ClientId, tuple[Learner, Turn[Reply]]] = {}
-        kept: dict[ClientId, Shelf] = {}
-        shelves: dict[ClientId, Shelf] = {}
-        for client, order in orders.items():
+        jobs: dict[ClientId, tuple[Learner, ClientUpdate[Reply]]] = {}
+        kept: dict[ClientId, ClientStore] = {}
+        stores: dict[ClientId, ClientStore] = {}
+        for client, instruction in instructions.items():
             try:
-                learner, kept[client] = self.world(client, order.round), self.shelves.get(client, {})
+                learner, kept[client] = self.learners(client, instruction.round), self.stores.get(client, {})
             except Exception as error:
                 replies[client] = _failed(error)
                 continue
-            shelves[client] = dict(kept[client])
-            jobs[client] = learner, answer(self.algorithm, learner, order, shelves[client], self.schema)
+            stores[client] = dict(kept[client])
+            jobs[client] = learner, answer(self.algorithm, learner, instruction, stores[client], self.schema)
         for client, value in zip(jobs, self.solve(list(jobs.values())), strict=True):
             if isinstance(value, Exception):
                 replies[client] = _failed(value)
                 continue
             replies[client] = value
-            if (notes := shelves[client].get("notes")) is not None:
-                self.notes[client] = opened(Notes, notes, self.schema).lines
-            if shelves[client] != kept[client]:
-                self.shelves[client] = shelves[client]
-        return {client: replies[client] for client in orders}
+            if (notes := stores[client].get("notes")) is not None:
+                self.notes[client] = unpacked(Notes, notes, self.schema).lines
+            if stores[client] != kept[client]:
+                self.stores[client] = stores[client]
+        return {client: replies[client] for client in instructions}
 
 
 class Replies(Mapping[ClientId, Reply]):

@@ -1,7 +1,7 @@
 """Flower carries the bytes: its simulation (Ray) and its deployment engine. The only module that imports flwr.
 
-    simulation(...)   nodes are processes of this machine     -> `GridPost`, over Flower's Grid
-    Fleet(...)        SuperLink's Fleet API, in this process  -> `FleetPost`, over its state
+    simulation(...)   nodes are processes of this machine     -> `GridTransport`, over Flower's Grid
+    Fleet(...)        SuperLink's Fleet API, in this process  -> `FleetTransport`, over its state
     attend(...)       a SuperNode: asks the Fleet API for messages and answers them, here
 
 One message holds one frame, in one ConfigRecord. Of a SuperLink the Fleet API alone is served: no Control API, through
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from celora.engines.remote import NodeId, Post
+from celora.engines.remote import NodeId, Transport
 from celora.errors import FederationError
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -124,7 +124,7 @@ def client_app(handle: Callable[[Context], Handle]) -> ClientApp:
 # --- simulation
 
 
-class GridPost(Post):
+class GridTransport(Transport):
     """Letters as messages of Flower's Grid.
 
     Args:
@@ -145,17 +145,17 @@ class GridPost(Post):
         [name] = self.grid.push_messages([message])
         return str(name)
 
-    def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
+    def collect(self, requests: Sequence[str]) -> Mapping[str, bytes | str]:
         """Replies that have come."""
-        found = self.grid.pull_messages(letters) if letters else []
+        found = self.grid.pull_messages(requests) if requests else []
         return {m.metadata.reply_to_message_id: m.error.reason or "" if m.has_error() else frame_in(m) for m in found}
 
-    def forget(self, letters: Sequence[str]) -> None:
+    def forget(self, requests: Sequence[str]) -> None:
         """Nothing to do: they end with the simulation."""
 
 
 @contextlib.contextmanager
-def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Path) -> Iterator[GridPost]:
+def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Path) -> Iterator[GridTransport]:
     """Flower's simulation, as long as the context lasts; Ray listens on the loopback interface only, and ends with it.
 
     Args:
@@ -213,7 +213,7 @@ def simulation(nodes: int, handle: Callable[[int], Handle], cpus: float, log: Pa
             while grids.empty():
                 check()
                 time.sleep(0.05)
-            post = GridPost(grids.get(), check)
+            post = GridTransport(grids.get(), check)
             while len(post.nodes()) < nodes:
                 time.sleep(0.05)
             yield post
@@ -330,7 +330,7 @@ class Fleet:
         return app
 
     def _known(self, request: Request) -> NodeId | None:
-        """Whose registered key has signed a request, by the headers that `Line.offer` sends."""
+        """Whose registered key has signed a request, by the headers that `NodeConnection.offer` sends."""
         try:
             key, when = bytes.fromhex(request.headers["celora-key"]), request.headers["celora-time"]
             signature = bytes.fromhex(request.headers["celora-signature"])
@@ -342,7 +342,7 @@ class Fleet:
             pass
         return None
 
-    def __enter__(self) -> "FleetPost":
+    def __enter__(self) -> "FleetTransport":
         with contextlib.ExitStack() as closing:
             closing.enter_context(logged(self.log))
             listening = closing.enter_context(self._listening())
@@ -365,7 +365,7 @@ class Fleet:
                 time.sleep(0.01)
             threading.Thread(target=self._beat, name="fleet-beat", daemon=True).start()
             self._closing = closing.pop_all()
-        return FleetPost(self)
+        return FleetTransport(self)
 
     def _listening(self) -> socket.socket:
         """The socket to listen on; from here on `address` says which port it is."""
@@ -394,7 +394,7 @@ class Fleet:
         self._closing.close()
 
 
-class FleetPost(Post):
+class FleetTransport(Transport):
     """Letters as messages in the Fleet's state, as SuperLink keeps them."""
 
     def __init__(self, fleet: Fleet) -> None:
@@ -423,12 +423,12 @@ class FleetPost(Post):
                 self.state.store_object(self.run, session, part, objects[part].deflate())
         return str(name)
 
-    def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
+    def collect(self, requests: Sequence[str]) -> Mapping[str, bytes | str]:
         """Replies whose objects are all here."""
         found: dict[str, bytes | str] = {}
         replies, kept = self.state.message_ins_id_to_message_res_id, self.state.message_res_store
         with self.state.lock:  # not by `get_message_res`, for which a node that has answered and gone has not answered
-            come = [kept[replies[name]] for name in letters if name in replies and name not in self._arriving]
+            come = [kept[replies[name]] for name in requests if name in replies and name not in self._arriving]
         for reply in come:
             asked, name = reply.metadata.reply_to_message_id, reply.metadata.message_id
             if reply.has_error():
@@ -440,7 +440,7 @@ class FleetPost(Post):
                     found[asked] = "the reply is no message of celora's: its objects are another message's"
                     continue
                 self._arriving[asked] = name, [part.object_id for part in iterate_object_tree(tree)]
-        for asked in [asked for asked in self._arriving if asked in letters]:
+        for asked in [asked for asked in self._arriving if asked in requests]:
             name, parts = self._arriving[asked]
             contents = {part: self.state.get_object(self.run, part) for part in parts}
             if any(value == b"" for value in contents.values()):
@@ -456,9 +456,9 @@ class FleetPost(Post):
         self.forget(list(found))
         return found
 
-    def forget(self, letters: Sequence[str]) -> None:
+    def forget(self, requests: Sequence[str]) -> None:
         """Delete messages, their replies and their objects."""
-        for name in letters:
+        for name in requests:
             self._arriving.pop(name, None)
             with self.state.lock:  # a reply that has come and was not looked at has objects too
                 reply = self.state.message_ins_id_to_message_res_id.get(name)
@@ -477,7 +477,7 @@ RETRY = 2.0
 """Seconds between tries to reach a server that is away."""
 
 
-class Line:
+class NodeConnection:
     """A node's connection to the server: TLS, signed requests, bytes counted on the sockets.
 
     Args:
@@ -580,8 +580,11 @@ class Line:
             return False
 
 
-def attend(
-    line: Line, handler: Callable[[Mapping[str, Any]], Handle], stop: threading.Event, say: Callable[[str], None]
+def run_node(
+    line: NodeConnection,
+    handler: Callable[[Mapping[str, Any]], Handle],
+    stop: threading.Event,
+    log: Callable[[str], None],
 ) -> None:
     """Be a node until `stop`: answer what the server sends; when it falls silent, keep trying to come back.
 
@@ -598,12 +601,12 @@ def attend(
             app = client_app(_always(handler(offer)))
             with line.client() as fleet:
                 node = _enter(fleet, line, offer)
-                say(f"connected to {line.address}")
+                log(f"connected to {line.address}")
                 silent = False
                 _serve(fleet, node, app, stop)
         except (httpx.HTTPError, OSError, ValueError) as error:
             if not silent:
-                say(f"the server at {line.address} cannot be reached ({error or type(error).__name__}); still trying")
+                log(f"the server at {line.address} cannot be reached ({error or type(error).__name__}); still trying")
             silent = True
             stop.wait(RETRY)
 
@@ -612,7 +615,7 @@ def _always(handle: Handle) -> Callable[[Context], Handle]:
     return lambda context: handle
 
 
-def _enter(fleet: FleetHttpClient, line: Line, offer: Mapping[str, Any]) -> node_pb2.Node:
+def _enter(fleet: FleetHttpClient, line: NodeConnection, offer: Mapping[str, Any]) -> node_pb2.Node:
     """Go online, at once also where an earlier process of this site was killed and still counts as online."""
     if line.registers:
         with contextlib.suppress(httpx.HTTPStatusError):  # after a break in the line it is registered already

@@ -1,11 +1,11 @@
 """Clients on other machines: an `Exchange` over anything that carries bytes to nodes and back.
 
     server                                            node
-    Call(job, "begin", Begin)   ── one frame ──►      reads its rows, loads its backbone
-                                ◄── one frame ──      Answer(client, Facts)          who is there, and with what
-    Call(job, "order", Order)   ── one frame ──►      celora.core.client.answer
-                                ◄── one frame ──      Answer(client, Reply)
-    Call(job, "export", name)   ── one frame ──►      writes its adapter, at the site
+    Request(job, "start", JobStart)           ── one frame ──►   reads its rows, loads its backbone
+                                              ◄── one frame ──   Response(client, ClientFacts)     who is there
+    Request(job, "instruction", Instruction)  ── one frame ──►   celora.core.client.answer
+                                              ◄── one frame ──   Response(client, Reply)
+    Request(job, "export", name)              ── one frame ──►   writes its adapter, at the site
 
 Clients are named by us; which node speaks for which client is learned by asking. A node that restarts, or comes back
 under another id, is asked again, and what it still owes is sent to it once more: a turn may be asked for twice and
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from celora.core.algorithm import ClientId
-from celora.core.messages import Order, Reply
+from celora.core.messages import Instruction, Reply
 from celora.errors import QuorumError, WireError
 from celora.wire import pack, record, unpack
 
@@ -32,13 +32,13 @@ FAILURES = 3
 
 
 @record
-class Call:
+class Request:
     """Server to node.
 
     Attributes:
         job: one algorithm with one seed in one federation; the node keeps private state by it.
-        kind: "begin", "order", "export" or "end".
-        body: `Begin`, `Order`, the name of the model to export in UTF-8, or nothing.
+        kind: "start", "instruction", "export" or "end".
+        body: `JobStart`, `Instruction`, the name of the model to export in UTF-8, or nothing.
     """
 
     job: str
@@ -47,7 +47,7 @@ class Call:
 
 
 @record
-class Begin:
+class JobStart:
     """What a node needs to know of a job.
 
     Attributes:
@@ -66,7 +66,7 @@ class Begin:
 
 
 @record
-class Facts:
+class ClientFacts:
     """What a node tells of its client before training.
 
     Attributes:
@@ -87,12 +87,12 @@ class Facts:
 
 
 @record
-class Answer:
+class Response:
     """Node to server.
 
     Attributes:
         client: who speaks.
-        body: `Facts` or `Reply`, packed; empty where `error` says why there is none.
+        body: `ClientFacts` or `Reply`, packed; empty where `error` says why there is none.
         error: what went wrong at the node, or what its policy refused to send.
         socket: bytes that the node's sockets have sent and received since its process began, where they can be counted.
     """
@@ -103,7 +103,7 @@ class Answer:
     socket: tuple[int, ...]
 
 
-class Post(Protocol):
+class Transport(Protocol):
     """What carries bytes to nodes and back."""
 
     def nodes(self) -> Mapping[NodeId, str]:
@@ -112,45 +112,45 @@ class Post(Protocol):
     def send(self, node: NodeId, frame: bytes, seconds: float) -> str:
         """Send a frame that is of no use after so many seconds; the letter's name."""
 
-    def collect(self, letters: Sequence[str]) -> Mapping[str, bytes | str]:
-        """Of those letters that have come to an end: the answer's frame, or why there is none."""
+    def collect(self, requests: Sequence[str]) -> Mapping[str, bytes | str]:
+        """Of those letters that have come to an end: the response's frame, or why there is none."""
 
-    def forget(self, letters: Sequence[str]) -> None:
+    def forget(self, requests: Sequence[str]) -> None:
         """Nobody waits for these any more."""
 
 
 @dataclass
-class _Letter:
+class _PendingRequest:
     node: NodeId
     since: str
-    client: ClientId | None  # None: a `Begin`, which asks who is there
+    client: ClientId | None  # None: a `JobStart`, which asks who is there
 
 
 @dataclass
 class Remote:
-    """The clients behind a `Post`; lasts for a session of many jobs.
+    """The clients behind a `Transport`; lasts for a session of many jobs.
 
     Args:
         names: node -> the client whose key it has; None where nodes are believed (`--insecure`, simulation).
         patience: seconds after which a client whose node has gone is given up for the round.
-        poll: seconds between looks at the post.
+        poll: seconds between looks at the transport.
         say: told what happened to a node, a line each.
 
     Attributes:
-        facts: client -> what its node told at the last `muster`, or after.
+        facts: client -> what its node told at the last `start_job`, or after.
         refused: client -> why its node cannot take part in the job.
-        sockets: client -> bytes its node sent and received between its last two answers, where it counts them.
+        sockets: client -> bytes its node sent and received between its last two responses, where it counts them.
     """
 
-    post: Post
+    transport: Transport
     names: Callable[[NodeId], ClientId | None] | None = None
     patience: float = 30.0
     poll: float = 0.05
-    say: Callable[[str], None] = lambda text: None
-    facts: dict[ClientId, Facts] = field(default_factory=dict)
+    log: Callable[[str], None] = lambda text: None
+    facts: dict[ClientId, ClientFacts] = field(default_factory=dict)
     refused: dict[ClientId, str] = field(default_factory=dict)
     sockets: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
-    _begin: bytes = b""
+    _start: bytes = b""
     _job: str = ""
     _met: dict[NodeId, tuple[str, bytes]] = field(default_factory=dict)
     _home: dict[ClientId, NodeId] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class Remote:
     _failures: Counter[NodeId] = field(default_factory=Counter)  # of its carrier, in this round
     _said: dict[ClientId, str] = field(default_factory=dict)
 
-    def muster(self, job: str, begin: Begin, expected: Iterable[ClientId] | int, seconds: float) -> None:
+    def start_job(self, job: str, start: JobStart, expected: Iterable[ClientId] | int, seconds: float) -> None:
         """Begin a job with every node that is there or comes in time; results are in `facts` and `refused`.
 
         Args:
@@ -168,7 +168,7 @@ class Remote:
         Raises:
             QuorumError: if nobody has come.
         """
-        self._job, self._begin = job, pack(Call(job, "begin", pack(begin)))
+        self._job, self._start = job, pack(Request(job, "start", pack(start)))
         self.facts.clear()
         self.refused.clear()
         wanted = expected if isinstance(expected, int) else set(expected)
@@ -184,67 +184,72 @@ class Remote:
             why = "; ".join(f"{client}: {reason}" for client, reason in sorted(self.refused.items()))
             raise QuorumError(f"no site takes part ({why}). Mend that, and resume the run")
 
-    def __call__(self, orders: Mapping[ClientId, Order]) -> dict[ClientId, Reply]:
-        """Send each client its order and bring back the replies that come within the deadline."""
-        seconds = min((order.deadline or DEADLINE for order in orders.values()), default=0.0)
-        answers = self._work({c: Call(self._job, "order", pack(order)) for c, order in orders.items()}, seconds)
-        return {client: _reply(answer) for client, answer in answers.items()}
+    def __call__(self, instructions: Mapping[ClientId, Instruction]) -> dict[ClientId, Reply]:
+        """Send each client its instruction and bring back the replies that come within the deadline."""
+        seconds = min((instruction.deadline or DEADLINE for instruction in instructions.values()), default=0.0)
+        responses = self._work(
+            {c: Request(self._job, "instruction", pack(instruction)) for c, instruction in instructions.items()},
+            seconds,
+        )
+        return {client: _reply(response) for client, response in responses.items()}
 
     def export(self, clients: Iterable[ClientId], name: str, seconds: float = DEADLINE) -> dict[ClientId, str]:
         """Let every client write its kept model at its site; client -> what went wrong, where something did."""
-        call = Call(self._job, "export", name.encode())
-        answers = self._work(dict.fromkeys(clients, call), seconds)
-        problems = {c: found if isinstance(found, str) else found.error for c, found in answers.items()}
+        wanted = Request(self._job, "export", name.encode())
+        responses = self._work(dict.fromkeys(clients, wanted), seconds)
+        problems = {c: found if isinstance(found, str) else found.error for c, found in responses.items()}
         return {client: problem for client, problem in problems.items() if problem is not None}
 
     def end(self, seconds: float = 10.0) -> None:
         """Tell the nodes that are there that nothing more will come."""
-        here = [client for client, node in self._home.items() if node in self.post.nodes()]
-        self._work(dict.fromkeys(here, Call(self._job, "end", b"")), seconds)
+        here = [client for client, node in self._home.items() if node in self.transport.nodes()]
+        self._work(dict.fromkeys(here, Request(self._job, "end", b"")), seconds)
 
     def _work(
-        self, calls: Mapping[ClientId, Call], seconds: float, until: Callable[[], bool] = lambda: True
-    ) -> dict[ClientId, "Answer | str"]:
-        """Carry calls and bring back answers, or what happened instead, until all are here or the time is up."""
-        end, done = time.monotonic() + seconds, dict[ClientId, Answer | str]()
-        frames = {client: pack(call) for client, call in calls.items()}
-        letters: dict[str, _Letter] = {}
+        self, outgoing: Mapping[ClientId, Request], seconds: float, until: Callable[[], bool] = lambda: True
+    ) -> dict[ClientId, "Response | str"]:
+        """Carry outgoing and bring back responses, or what happened instead, until all are here or the time is up."""
+        end, done = time.monotonic() + seconds, dict[ClientId, Response | str]()
+        frames = {client: pack(request) for client, request in outgoing.items()}
+        requests: dict[str, _PendingRequest] = {}
         self.sockets.clear()
         self._failures.clear()
         while time.monotonic() < end:
-            online = self.post.nodes()
-            for name, found in self.post.collect(list(letters)).items():  # a node may have answered and gone since
-                self._take(letters.pop(name), found, done)
-            for name in [name for name, letter in letters.items() if online.get(letter.node) != letter.since]:
-                self.post.forget([name])  # its node has gone, or has come back and knows nothing of it
-                del letters[name]
-            self._ask_who(online, letters, end)
+            online = self.transport.nodes()
+            for name, found in self.transport.collect(
+                list(requests)
+            ).items():  # a node may have answered and gone since
+                self._take(requests.pop(name), found, done)
+            for name in [name for name, request in requests.items() if online.get(request.node) != request.since]:
+                self.transport.forget([name])  # its node has gone, or has come back and knows nothing of it
+                del requests[name]
+            self._ask_who(online, requests, end)
             for client in [client for client in frames if client not in done]:
-                self._send(client, frames[client], online, letters, done, end)
+                self._send(client, frames[client], online, requests, done, end)
             if len(done) == len(frames) and until():
                 break
             time.sleep(self.poll)
-        self.post.forget(list(letters))
+        self.transport.forget(list(requests))
         for client in frames:
             if client in self._gone and client not in done:
                 done[client] = f"its node has been gone for {time.monotonic() - self._gone[client]:.0f} s"
         return done
 
-    def _ask_who(self, online: Mapping[NodeId, str], letters: dict[str, _Letter], end: float) -> None:
+    def _ask_who(self, online: Mapping[NodeId, str], requests: dict[str, _PendingRequest], end: float) -> None:
         """Begin the job with every node that has not begun it yet."""
-        asked = {letter.node for letter in letters.values() if letter.client is None}
+        asked = {request.node for request in requests.values() if request.client is None}
         for node, since in online.items():
-            if self._met.get(node) != (since, self._begin) and node not in asked:
-                name = self.post.send(node, self._begin, end - time.monotonic())
-                letters[name] = _Letter(node, since, None)
+            if self._met.get(node) != (since, self._start) and node not in asked:
+                name = self.transport.send(node, self._start, end - time.monotonic())
+                requests[name] = _PendingRequest(node, since, None)
 
     def _send(
         self,
         client: ClientId,
         frame: bytes,
         online: Mapping[NodeId, str],
-        letters: dict[str, _Letter],
-        done: dict[ClientId, "Answer | str"],
+        requests: dict[str, _PendingRequest],
+        done: dict[ClientId, "Response | str"],
         end: float,
     ) -> None:
         """Send a client its call if its node is there and ready; give it up if its node stays away."""
@@ -258,73 +263,77 @@ class Remote:
                 done[client] = f"its node has been gone for {self.patience:g} s"
             return
         if self._gone.pop(client, None) is not None:
-            self.say(f"{client} is back")
-        ready = self._met.get(node) == (online[node], self._begin)
-        if ready and all(letter.client != client for letter in letters.values()):
-            letters[self.post.send(node, frame, end - time.monotonic())] = _Letter(node, online[node], client)
+            self.log(f"{client} is back")
+        ready = self._met.get(node) == (online[node], self._start)
+        if ready and all(request.client != client for request in requests.values()):
+            requests[self.transport.send(node, frame, end - time.monotonic())] = _PendingRequest(
+                node, online[node], client
+            )
 
-    def _take(self, letter: _Letter, found: bytes | str, done: dict[ClientId, "Answer | str"]) -> None:
+    def _take(self, request: _PendingRequest, found: bytes | str, done: dict[ClientId, "Response | str"]) -> None:
         """What came back for a letter."""
-        if isinstance(found, str):  # its carrier failed: the node is asked again, an order is not lost
-            self._failures[letter.node] += 1
-            self._met.pop(letter.node, None)
-            if self._failures[letter.node] >= FAILURES:
-                self._met[letter.node] = letter.since, self._begin
-                self.say(f"node {letter.node} fails again and again: {found}")
-                if letter.client is not None:
-                    done[letter.client] = f"its node failed {FAILURES} times: {found}"
+        if isinstance(found, str):  # its carrier failed: the node is asked again, an instruction is not lost
+            self._failures[request.node] += 1
+            self._met.pop(request.node, None)
+            if self._failures[request.node] >= FAILURES:
+                self._met[request.node] = request.since, self._start
+                self.log(f"node {request.node} fails again and again: {found}")
+                if request.client is not None:
+                    done[request.client] = f"its node failed {FAILURES} times: {found}"
             return
         try:
-            answer = unpack(Answer, found)
-            facts = unpack(Facts, answer.body) if letter.client is None and answer.error is None else None
+            response = unpack(Response, found)
+            facts = unpack(ClientFacts, response.body) if request.client is None and response.error is None else None
         except WireError as error:
-            if letter.client is not None:
-                done[letter.client] = str(error)
-            self._met[letter.node] = letter.since, self._begin  # nothing to wait for from this one
-            self.say(f"node {letter.node} sent what cannot be read: {error}")
+            if request.client is not None:
+                done[request.client] = str(error)
+            self._met[request.node] = request.since, self._start  # nothing to wait for from this one
+            self.log(f"node {request.node} sent what cannot be read: {error}")
             return
-        expected = self.names(letter.node) if self.names else answer.client
-        if answer.client != expected or letter.client not in (None, answer.client):
-            self._met[letter.node] = letter.since, self._begin
-            wrong = f"node {letter.node} speaks for {answer.client!r}, expected {letter.client or expected!r}: ignored"
-            if letter.client is not None:  # else it would be asked again and again
-                done[letter.client] = wrong
-            self.say(wrong)
+        expected = self.names(request.node) if self.names else response.client
+        if response.client != expected or request.client not in (None, response.client):
+            self._met[request.node] = request.since, self._start
+            wrong = (
+                f"node {request.node} speaks for {response.client!r}, expected {request.client or expected!r}: ignored"
+            )
+            if request.client is not None:  # else it would be asked again and again
+                done[request.client] = wrong
+            self.log(wrong)
             return
-        self._count(answer)
-        if letter.client is not None:
-            done[letter.client] = answer
+        self._count(response)
+        if request.client is not None:
+            done[request.client] = response
             return
-        self._met[letter.node] = letter.since, self._begin
-        if (held := self._home.get(answer.client)) not in (None, letter.node) and held in self.post.nodes():
-            self.say(f"node {letter.node} speaks for {answer.client}, as node {held} does already: ignored")
+        self._met[request.node] = request.since, self._start
+        if (held := self._home.get(response.client)) not in (None, request.node) and held in self.transport.nodes():
+            self.log(f"node {request.node} speaks for {response.client}, as node {held} does already: ignored")
             return
-        self._home[answer.client] = letter.node
+        self._home[response.client] = request.node
         if facts is None:
-            self.refused[answer.client] = answer.error or ""
-            self.say(f"{answer.client} cannot take part: {answer.error}")
+            self.refused[response.client] = response.error or ""
+            self.log(f"{response.client} cannot take part: {response.error}")
         else:
-            self.refused.pop(answer.client, None)
+            self.refused.pop(response.client, None)
             rows = ", ".join(f"{n} {split}" for split, n in facts.rows.items())
-            if self._said.get(answer.client) != rows:  # it is asked anew for each job
-                self._said[answer.client] = rows
-                self.say(f"{answer.client} has joined: {rows}")
-            self.facts[answer.client] = facts
+            if self._said.get(response.client) != rows:  # it is asked anew for each job
+                self._said[response.client] = rows
+                self.log(f"{response.client} has joined: {rows}")
+            self.facts[response.client] = facts
 
-    def _count(self, answer: Answer) -> None:
-        """Bytes on the node's sockets since its last answer; a process that began anew counts from 0 again."""
-        if len(answer.socket) != 2:
+    def _count(self, response: Response) -> None:
+        """Bytes on the node's sockets since its last response; a process that began anew counts from 0 again."""
+        if len(response.socket) != 2:
             return
-        sent, received = answer.socket
-        before = self._counted.get(answer.client, (0, 0))
+        sent, received = response.socket
+        before = self._counted.get(response.client, (0, 0))
         if sent < before[0] or received < before[1]:
             before = 0, 0
-        up, down = self.sockets.get(answer.client, (0, 0))
-        self.sockets[answer.client] = up + sent - before[0], down + received - before[1]
-        self._counted[answer.client] = sent, received
+        up, down = self.sockets.get(response.client, (0, 0))
+        self.sockets[response.client] = up + sent - before[0], down + received - before[1]
+        self._counted[response.client] = sent, received
 
 
-def _reply(found: Answer | str) -> Reply:
+def _reply(found: Response | str) -> Reply:
     if isinstance(found, str):
         return Reply(b"", {}, found)
     if found.error is not None:

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from celora.core.federation import run as federate
+from celora.core.rounds import run_rounds as federate
 from celora.errors import ConfigError, FederationError, QuorumError, RunFolderError
 from celora.experiment import budget
 from celora.experiment.config import Experiment, dump, read, resolve, written
-from celora.experiment.places import Here, Place, simulated
-from celora.experiment.sites import Listen, check_server, serving
-from celora.experiment.summary import round_event, summarise
-from celora.experiment.world import Workshop, manifest
+from celora.experiment.population import ResourceCache, manifest
+from celora.experiment.runtimes import LocalRuntime, Runtime, simulated
+from celora.experiment.server import Listen, check_server, serving
+from celora.experiment.summary import build_summary, round_event
 from celora.track import report
 from celora.track.folder import Event, RunFolder, stamped
 
@@ -44,10 +44,10 @@ class Job:
 ENGINES = ("embedded", "flower-sim")
 Where = str | Listen
 """Where the clients are: an engine of this machine, or sites that connect to a `Listen`."""
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def print_nothing(text: str) -> None:
+def ignore_log(text: str) -> None:
     """For whoever only wants events."""
 
 
@@ -76,7 +76,7 @@ def run(
     *,
     twin: bool = True,
     where: Where = "embedded",
-    say: Say = print_nothing,
+    log: Log = ignore_log,
 ) -> Iterator[Event]:
     """The experiment's algorithm, after its local-only twin of equal budget (in the sub-folder `local`).
 
@@ -96,7 +96,7 @@ def run(
         jobs.insert(0, Job("local", experiment.plan.seed, root / "local"))
     if isinstance(where, str) and where not in ENGINES:
         raise ConfigError([f"--engine: found {where!r}, expected one of {', '.join(ENGINES)}"])
-    yield from _start(experiment, root, jobs, Session("run", where=where), say)
+    yield from _start(experiment, root, jobs, Session("run", where=where), log)
 
 
 def compare(
@@ -125,7 +125,7 @@ def compare(
     yield from _start(experiment, root, jobs, Session("compare", match=chosen))
 
 
-def resume(root: Path, say: Say = print_nothing) -> Iterator[Event]:
+def resume(root: Path, log: Log = ignore_log) -> Iterator[Event]:
     """Continue a run or a comparison where its last whole round ended; jobs that are done are not repeated.
 
     Raises:
@@ -146,7 +146,7 @@ def resume(root: Path, say: Say = print_nothing) -> Iterator[Event]:
         where=where if isinstance(where, str) else Listen(**{**where, "clients": _frozen(where["clients"])}),
     )
     with folder.lock():
-        yield from _session(experiment, root, jobs, plan, Workshop(), say)
+        yield from _session(experiment, root, jobs, plan, ResourceCache(), log)
 
 
 def _frozen(clients: list[str] | int | None) -> tuple[str, ...] | int | None:
@@ -155,7 +155,7 @@ def _frozen(clients: list[str] | int | None) -> tuple[str, ...] | int | None:
 
 
 def _start(
-    experiment: Experiment, root: Path, jobs: list[Job], session: Session, say: Say = print_nothing
+    experiment: Experiment, root: Path, jobs: list[Job], session: Session, log: Log = ignore_log
 ) -> Iterator[Event]:
     labels, problems = list(dict.fromkeys(job.label for job in jobs)), list[str]()
     for label in labels:  # all mistakes of all algorithms, before anything is run
@@ -165,48 +165,50 @@ def _start(
             problems += [p for p in error.problems if p not in problems]
     if problems:
         raise ConfigError(problems)
-    workshop = Workshop()
+    resources = ResourceCache()
     for seed in dict.fromkeys(job.seed for job in jobs):  # all that can be known to fail, before a folder is made
         for label in labels:
             try:
-                _check(experiment.variant(label, seed), workshop, session.where)
+                _check(experiment.variant(label, seed), resources, session.where)
             except ValueError as error:
                 raise ConfigError([f"{label}: {error}"]) from error
     if session.match == "floats":  # from here on the ranks are part of what was written, so that resuming knows them
-        experiment = budget.matched(experiment, labels, workshop.modules)
+        experiment = budget.matched(experiment, labels, resources.modules)
     folder = RunFolder.create(root)
     with folder.lock():
         folder.write("experiment.toml", written(experiment))
         places = [{"label": j.label, "seed": j.seed, "folder": str(j.folder.relative_to(root))} for j in jobs]
         base = str(experiment.base.resolve())
         folder.write_json(SESSION, {**dataclasses.asdict(session), "base": base, "jobs": places})
-        yield from _session(experiment, root, jobs, session, workshop, say)
+        yield from _session(experiment, root, jobs, session, resources, log)
 
 
-def _check(variant: Experiment, workshop: Workshop, where: Where) -> None:
+def _check(variant: Experiment, resources: ResourceCache, where: Where) -> None:
     """Whether an algorithm can be run there, as far as it can be known now."""
     if isinstance(where, Listen):
-        check_server(variant, workshop, where)
+        check_server(variant, resources, where)
     else:
-        world = workshop.world(variant)
-        variant.algorithm.client_init(world.learner(world.clients[0], 1))
+        population = resources.population(variant)
+        variant.algorithm.client_init(population.learner(population.clients[0], 1))
 
 
 @contextmanager
-def _place(session: Session, experiment: Experiment, workshop: Workshop, root: Path, say: Say) -> Iterator[Place]:
+def _place(
+    session: Session, experiment: Experiment, resources: ResourceCache, root: Path, log: Log
+) -> Iterator[Runtime]:
     where = session.where
     if isinstance(where, Listen):
-        with serving(where, experiment, workshop, root, session.federation, say) as sites:
+        with serving(where, experiment, resources, root, session.federation, log) as sites:
             yield sites
     elif where == "flower-sim":
-        with simulated(experiment, workshop, root, say) as simulation:
+        with simulated(experiment, resources, root, log) as simulation:
             yield simulation
     else:
-        yield Here(workshop)
+        yield LocalRuntime(resources)
 
 
 def _session(
-    experiment: Experiment, root: Path, jobs: list[Job], session: Session, workshop: Workshop, say: Say
+    experiment: Experiment, root: Path, jobs: list[Job], session: Session, resources: ResourceCache, log: Log
 ) -> Iterator[Event]:
     kind = session.kind
     states = [
@@ -223,7 +225,7 @@ def _session(
     summaries: list[dict[str, Any]] = []
     twins: dict[int, Job] = {job.seed: job for job in jobs if job.label == "local"}
     with ExitStack() as open_places:
-        place: Place | None = None
+        place: Runtime | None = None
         for job in jobs:
             variant = experiment.variant(job.label, job.seed)
             twin = twins.get(job.seed)
@@ -233,9 +235,9 @@ def _session(
                     yield stamped({"event": "end", **who, "folder": str(job.folder), "summary": summary})
                 else:
                     if place is None:
-                        place = open_places.enter_context(_place(session, experiment, workshop, root, say))
+                        place = open_places.enter_context(_place(session, experiment, resources, root, log))
                     alone = RunFolder(twin.folder) if twin and twin != job else None
-                    yield from _job(variant, job, place, workshop, alone, session)
+                    yield from _job(variant, job, place, resources, alone, session)
             except (KeyboardInterrupt, GeneratorExit, QuorumError, FederationError) as reason:
                 why = str(reason) or type(reason).__name__
                 RunFolder(job.folder).event({"event": "stopped", "algorithm": job.label, "seed": job.seed, "why": why})
@@ -249,7 +251,7 @@ def _session(
 
 
 def _job(
-    experiment: Experiment, job: Job, place: Place, workshop: Workshop, twin: RunFolder | None, session: Session
+    experiment: Experiment, job: Job, place: Runtime, resources: ResourceCache, twin: RunFolder | None, session: Session
 ) -> Iterator[Event]:
     """One algorithm, one seed: every event of it, from wherever its folder stands to its summary."""
     folder = RunFolder(job.folder)
@@ -271,7 +273,7 @@ def _job(
                 told.add(text)
                 yield folder.event({"event": "notice", **who, "text": text})
 
-    sending = budget.uplink(experiment, session.match, workshop.modules)
+    sending = budget.uplink(experiment, session.match, resources.modules)
     yield from notices([*budget.notices(experiment, sending), *known.notices, *(found[3] if found else [])])
     twin_rounds = {e["index"]: e["validation"] for e in twin.events() if e["event"] == "round"} if twin else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
@@ -280,12 +282,12 @@ def _job(
         sent += sum(traffic.up_frame for traffic in done.traffic.values())
         event = {
             **round_event(done, twin_rounds.get(done.index), team.sockets()),
-            "clients": sorted(team.shelves),
+            "clients": sorted(team.stores),
             "up_bytes": sent,
         }
         event |= {**who, "rounds": plan.rounds}
         folder.mixing(done.server, done.index)
-        folder.save(done.checkpoint, team.shelves, event)
+        folder.save(done.checkpoint, team.stores, event)
         best = done.checkpoint.best
         del done  # the server's state and its frame, before the next round makes others
         line = folder.event(event)
@@ -294,7 +296,7 @@ def _job(
     if best is None:
         raise RunFolderError(f"{job.folder}: no round was run")
     alone = {c: row["score"] for c, row in twin.read_json("summary.json")["clients"].items()} if twin else None
-    summary = summarise(experiment, known, team.exchange, best, folder.events(), alone)
+    summary = build_summary(experiment, known, team.exchange, best, folder.events(), alone)
     summary |= {"uplink": sending, "folder": str(job.folder), "adapters": team.adapters}
     yield from notices(team.export(f"{summary['moment']}@{summary['round']}"))
     events = folder.events()

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 from celora.algorithms.fedit import FedIT
 from celora.core.adapters import Family
-from celora.core.algorithm import Card
+from celora.core.algorithm import AlgorithmInfo
 from celora.errors import ConfigError
 from celora.experiment.config import Experiment
 from celora.models import Adapter, Model
@@ -72,22 +72,22 @@ def matched(experiment: Experiment, labels: Sequence[str], modules: Modules) -> 
 def budget(experiment: Experiment, modules: Modules) -> float:
     """Numbers that FedIT would send in a round at the rank and the modules of `[model]` and `[adapter]`."""
     plain = _as_written(experiment)
-    return _total(FedIT.card, plain.adapter.rank, modules(plain))
+    return _total(FedIT.info, plain.adapter.rank, modules(plain))
 
 
 def rank_within(most: float, experiment: Experiment, shapes: Shapes) -> int:
     """The rank at which the algorithm sends as many numbers as it can within the budget; at least 1."""
-    card, own = experiment.algorithm.card, experiment.adapter.rank
-    if not _total(card, own, shapes):
+    info, own = experiment.algorithm.info, experiment.adapter.rank
+    if not _total(info, own, shapes):
         return own
     ranks = range(1, 1 + min(map(min, shapes)))
-    totals = {rank: _total(card, rank, shapes) for rank in ranks if _can(experiment.algorithm.family, rank, shapes)}
+    totals = {rank: _total(info, rank, shapes) for rank in ranks if _can(experiment.algorithm.family, rank, shapes)}
     return max((rank for rank, total in totals.items() if total <= most), key=totals.__getitem__, default=1)
 
 
 def uplink(experiment: Experiment, match: Match, modules: Modules) -> dict[str, Any]:
     """For `summary.json`: the rank, the adapter's numbers that a client sends in a round, and the budget."""
-    sent = _total(experiment.algorithm.card, experiment.adapter.rank, modules(experiment))
+    sent = _total(experiment.algorithm.info, experiment.adapter.rank, modules(experiment))
     most = budget(experiment, modules) if match == "floats" else None
     return {"match": match, "rank": experiment.adapter.rank, "floats": sent, "budget": most}
 
@@ -110,8 +110,8 @@ def _as_written(experiment: Experiment) -> Experiment:
     return replace(experiment, model=Model(**model), adapter=Adapter(**adapter))
 
 
-def _total(card: Card, rank: int, shapes: Shapes) -> float:
-    return sum(card.floats(rank, d_in, d_out) for d_out, d_in in shapes)
+def _total(info: AlgorithmInfo, rank: int, shapes: Shapes) -> float:
+    return sum(info.floats(rank, d_in, d_out) for d_out, d_in in shapes)
 
 
 def _can(family: Family, rank: int, shapes: Shapes) -> bool:

@@ -28,7 +28,7 @@ from celora.core.messages import Plan
 from celora.data import Data
 from celora.engines.embedded import Engine
 from celora.errors import ConfigError
-from celora.fields import did_you_mean, told, unknown
+from celora.fields import did_you_mean, error_lines, unknown
 from celora.models import Adapter, Model
 
 Tree = dict[str, Any]
@@ -160,23 +160,23 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
 
 def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
     """Settings that are fine alone and not together."""
-    card, found = algorithm.card, []
-    if adapter.bases == "secret" and not card.private_bases:
+    info, found = algorithm.info, []
+    if adapter.bases == "secret" and not info.private_bases:
         found.append(f"adapter.bases: found 'secret', but {name} needs the same A at every client; expected 'shared'")
     draws = {part.draw for part in algorithm.family.parts(adapter.rank, adapter.rank, adapter.rank).values()}
     if adapter.init == "orthonormal" and "core" not in draws:
         found.append(
             f"adapter.init: found 'orthonormal', which is for a core C between A and B; {name} draws its own way"
         )
-    if own and not card.own_models:
-        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.card.own_models)
+    if own and not info.own_models:
+        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.own_models)
         found.append(f"model.own: {name} is for adapters in a frozen backbone; expected one of {able}")
     if not own and getattr(algorithm, "mix", "loss") == "logit":
         found.append("algorithm.mix: logits can be mixed where the adapter stands beside the head; set [model] own")
     if own and (adapter.init, adapter.bases) != ("kaiming", "shared"):
         found.append("model.own: needs adapter.init = 'kaiming' and adapter.bases = 'shared'")
-    if adapter.ranks is not None and not card.mixed_ranks:
-        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.card.mixed_ranks)
+    if adapter.ranks is not None and not info.mixed_ranks:
+        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.mixed_ranks)
         found.append(
             f"adapter.ranks: {name} needs one rank for all clients; ranks of their own work with {able or 'none'}"
         )
@@ -196,7 +196,7 @@ def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> An
     try:
         return TypeAdapter(kind).validate_python(table)
     except ValidationError as error:
-        problems += told(error, section, [field.name for field in fields(kind)])
+        problems += error_lines(error, section, [field.name for field in fields(kind)])
         return None
 
 

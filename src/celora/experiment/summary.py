@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from celora.core.algorithm import ClientId
-from celora.core.federation import test as score_on_test
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Exchange, Moment, Round
+from celora.core.rounds import test as score_on_test
 from celora.errors import DataError
 from celora.experiment.config import Experiment
-from celora.experiment.world import Known
+from celora.experiment.population import FederationInfo
 from celora.track import scores
 from celora.track.folder import Event
 
@@ -56,9 +56,9 @@ def round_event(done: Round, twin: Mapping[str, Any] | None, sockets: Mapping[Cl
     }
 
 
-def summarise(
+def build_summary(
     experiment: Experiment,
-    known: Known,
+    known: FederationInfo,
     exchange: Exchange,
     best: Mapping[str, Best],
     events: Sequence[Event],

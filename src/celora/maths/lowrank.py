@@ -6,7 +6,7 @@
     Sum        Σ w_i B_i A_i, term by term, as one pair of factors: [B_1 B_2 …] times [w_1 A_1; w_2 A_2; …]
 
 The core is (min(k, R), min(d, R)): as large as the matrix only where R is as large as both its sides. All is computed
-in float64 and given in float64, but for `nearest`, which gives what it was given.
+in float64 and given in float64, but for `truncated_svd`, which gives what it was given.
 """
 
 import torch
@@ -36,7 +36,7 @@ def svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u * sign.mT + 0.0, s, vt * sign + 0.0  # no -0.0
 
 
-def nearest(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncated_svd(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B (k, r) = U_r S_r and A (r, d) = V_rᵀ, r = min(rank, k, d, R): of all pairs of that rank the one whose product
     is nearest to B A, at a distance (Frobenius) of sqrt Σ_{j > r} S_j². Pairs of lower rank are their first columns and
     rows.
@@ -68,7 +68,7 @@ class Sum:
         self._a.append(weight * a.double())
         full = min(len(b), a.shape[1])
         if sum(map(len, self._a)) > 2 * full:
-            b, a = nearest(*self.factors(), full)
+            b, a = truncated_svd(*self.factors(), full)
             self._b, self._a = [b], [a]
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ class Mixture:
             raise ValueError(f"the masses of a mixture sum to 1: found {float(self.masses.double().sum())}")
 
 
-def summarise(
+def fit_mixture(
     features: Tensor,
     labels: Tensor,
     *,

@@ -180,7 +180,7 @@ def pair_distances(mixtures: Sequence[Mixture], pairs: Tensor, *, label_cost: fl
     return distances
 
 
-def nearest(
+def nearest_clients(
     mixtures: Sequence[Mixture],
     count: int,
     *,

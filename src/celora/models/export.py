@@ -118,7 +118,7 @@ def export_peft(
                 sources.random_vit().save_pretrained(new / "backbone")
 
 
-def export_own(folder: Path, architecture: str, weights: Tensors, *, classes: Sequence[str]) -> None:
+def export_private(folder: Path, architecture: str, weights: Tensors, *, classes: Sequence[str]) -> None:
     """Write a client's own model with the adapter beside it: `model.safetensors`, `celora.json`, `README.md`."""
     text = (
         f"# A model of {len(classes)} classes: {architecture}\n\n"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from celora.core.learner import Batch, Metrics, Recipe, Score, Split
-from celora.models.passes import Passes, Rows, mini_batches
+from celora.models.batching import BatchedForward, Rows, mini_batches
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -28,7 +28,7 @@ class ModelLearner:
 
     def __init__(
         self,
-        passes: Passes,
+        passes: BatchedForward,
         splits: Mapping[Split, Rows],
         initial: Tensors,
         recipe: Recipe,
@@ -53,7 +53,7 @@ class ModelLearner:
         return len(self.rows("train"))
 
     @property
-    def shared(self) -> Passes | None:
+    def shared(self) -> BatchedForward | None:
         """The passes, which clients share; None with dropout, whose masks are drawn for one client's rows."""
         return None if self._dropout else self._passes
 
@@ -86,6 +86,6 @@ class ModelLearner:
         """Frozen-backbone features (n, d) of the training rows, pooled, and their labels (n,), on the CPU."""
         return self._passes.features([self])[0]
 
-    def channels(self, rows: int) -> dict[str, Tensor]:
+    def input_norms(self, rows: int) -> dict[str, Tensor]:
         """Module -> ‖X_j‖₂ (d_in,) of its inputs over the first training rows, padding and adapters aside."""
-        return self._passes.channels(self.rows("train").first(rows))
+        return self._passes.input_norms(self.rows("train").first(rows))

@@ -5,7 +5,7 @@
     [leaves]                                  # without this section: whatever the algorithm declares
     "ce_lora.Up" = ["core", "examples"]       # so the data summary stays
     "messages.Reply" = ["frame", "scores", "error"]
-    "remote.Facts" = ["rows", "labels", "majority", "data", "backbone", "version"]
+    "remote.ClientFacts" = ["rows", "labels", "majority", "data", "backbone", "version"]
 
     [budget]
     round_bytes = 1_000_000
@@ -33,9 +33,9 @@ from pydantic import ValidationError
 from celora.algorithms import ALGORITHMS
 from celora.core.algorithm import AnyAlgorithm
 from celora.core.messages import Reply
-from celora.engines.remote import Facts
+from celora.engines.remote import ClientFacts
 from celora.errors import ConfigError, PolicyError
-from celora.fields import Count, did_you_mean, setting, settings, told, unknown
+from celora.fields import Count, did_you_mean, error_lines, setting, settings, unknown
 from celora.site.filters import Clip, clip, is_empty
 from celora.site.ledger import Ledger
 from celora.tensors import Tensors
@@ -78,8 +78,8 @@ class Policy:
                 f"{self.floor}, its policy's disclosure.floor; raise min_rows in the experiment, or change the policy "
                 "at the site"
             )
-        if _fields(algorithm.card.up):
-            self._allowed(name_of(algorithm.card.up))
+        if _fields(algorithm.info.up):
+            self._allowed(name_of(algorithm.info.up))
 
     def filtered(self, up: Any, down: object, initial: Tensors) -> tuple[Any, tuple[str, ...]]:
         """The uplink record after all filters, and a note of each, which is for the site alone.
@@ -170,7 +170,7 @@ NO_FILE = Policy(**dict[str, Any]())
 """What holds at a site without a policy file."""
 
 
-def read(path: Path) -> Policy:
+def read_policy(path: Path) -> Policy:
     """The policy in a file.
 
     Raises:
@@ -208,7 +208,7 @@ def read(path: Path) -> Policy:
 
 def _leaves(table: dict[str, Any], problems: list[str]) -> dict[str, tuple[str, ...]]:
     """The section [leaves]; without quotes `fedit.Up = …` is a table in a table, and means the same."""
-    records = {name_of(kind): kind for kind in (*(a.card.up for a in ALGORITHMS.values()), Reply, Facts)}
+    records = {name_of(kind): kind for kind in (*(a.info.up for a in ALGORITHMS.values()), Reply, ClientFacts)}
     flat, leaves = list[tuple[str, Any]](), dict[str, tuple[str, ...]]()
     for key, value in table.items():
         nested = isinstance(value, dict)
@@ -243,7 +243,7 @@ def _valid(section: str, kind: type, table: dict[str, Any], problems: list[str])
     try:
         return kind(**table)
     except ValidationError as error:
-        problems += told(error, section, [field.name for field in _fields(kind)])
+        problems += error_lines(error, section, [field.name for field in _fields(kind)])
         return None
 
 

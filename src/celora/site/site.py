@@ -1,8 +1,8 @@
-"""A site: it answers the server's calls with its own rows, keeps its private state on its own disk, and decides itself
-what may leave.
+"""A site: it answers the server's requests with its own rows, keeps its private state on its own disk, and decides
+itself what may leave.
 
-    state/<federation>/<client>/<job>/begin.bin    what the server said of the job: a site that restarts goes on with it
-    state/<federation>/<client>/<job>/shelf/       private state and kept models (`celora.site.store`)
+    state/<federation>/<client>/<job>/start.bin    what the server said of the job: a site that restarts goes on with it
+    state/<federation>/<client>/<job>/store/       private state and kept models (`celora.site.store`)
     state/<federation>/<client>/<job>/adapter/     the adapter, once the job is done
     state/ledger.jsonl                             every frame that left
 
@@ -20,13 +20,13 @@ from typing import Any, Protocol
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.client import answer
 from celora.core.learner import Learner
-from celora.core.messages import Model, Notes, Order, Reply, opened
+from celora.core.messages import Instruction, KeptModel, Notes, Reply, unpacked
 from celora.core.solve import solve
-from celora.engines.remote import Answer, Begin, Call, Facts
+from celora.engines.remote import ClientFacts, JobStart, Request, Response
 from celora.errors import CeloraError, FederationError, PolicyError, RunFolderError, WireError
 from celora.site.ledger import Ledger
 from celora.site.policy import Policy
-from celora.site.store import SiteShelf
+from celora.site.store import SiteStore
 from celora.tensors import Tensors
 from celora.track.disk import folder_name, owners, put, writing
 from celora.wire import Schema, name_of, pack, unpack
@@ -39,11 +39,11 @@ LAST = 10**9
 """No run has more rounds."""
 
 
-class Seat(Protocol):
+class JobContext(Protocol):
     """A client's place in a job: all that its turns need."""
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> ClientFacts:
         """What the server must know of the client."""
 
     @property
@@ -63,7 +63,7 @@ class Seat(Protocol):
 
 @dataclass
 class Site:
-    """Answers calls; a callable from frame to frame that raises nothing the server need not know.
+    """Answers requests; a callable from frame to frame that raises nothing the server need not know.
 
     Args:
         client: whom this site speaks for.
@@ -80,12 +80,12 @@ class Site:
     client: ClientId
     state: Path
     policy: Policy
-    enter: Callable[[Begin], Seat]
+    enter: Callable[[JobStart], JobContext]
     ledger: Ledger | None
     socket: Callable[[], tuple[int, ...]] = tuple
-    say: Callable[[str], None] = lambda text: None
+    log: Callable[[str], None] = lambda text: None
     over: bool = False
-    _seats: dict[str, Seat] = field(default_factory=dict)
+    _contexts: dict[str, JobContext] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -94,44 +94,46 @@ class Site:
             self.state.chmod(0o700)
 
     def __call__(self, frame: bytes) -> bytes:
-        """The answer to a call; of what went wrong, the words."""
+        """The answer to a request; of what went wrong, the words."""
         job, round, kind, body = "-/-", 0, "", b""
         try:
-            call = unpack(Call, frame)
-            if not JOB.fullmatch(call.job):
-                raise FederationError(f"found the job {call.job!r}, expected federation/job of letters, digits, . _ -")
-            job = call.job
-            match call.kind:
-                case "begin":
-                    kind, body = self._begin(job, call.body)
-                case "order":
-                    order = unpack(Order, call.body)
-                    if not 1 <= order.round <= LAST:  # the ledger counts by it
-                        raise FederationError(f"found an order for no round, expected one of 1 to {LAST}")
-                    round = order.round
-                    kind, body = self._order(job, order)
+            request = unpack(Request, frame)
+            if not JOB.fullmatch(request.job):
+                raise FederationError(
+                    f"found the job {request.job!r}, expected federation/job of letters, digits, . _ -"
+                )
+            job = request.job
+            match request.kind:
+                case "start":
+                    kind, body = self._start(job, request.body)
+                case "instruction":
+                    instruction = unpack(Instruction, request.body)
+                    if not 1 <= instruction.round <= LAST:  # the ledger counts by it
+                        raise FederationError(f"found an instruction for no round, expected one of 1 to {LAST}")
+                    round = instruction.round
+                    kind, body = self._instruct(job, instruction)
                 case "export":
-                    self._export(job, call.body.decode())
+                    self._export(job, request.body.decode())
                 case "end":
                     self.over = True
-                    self.say(f"{job.partition('/')[0]}: the server has finished")
+                    self.log(f"{job.partition('/')[0]}: the server has finished")
                 case _:
-                    raise FederationError(f"found a call of kind {call.kind!r}: update celora on the older side")
-            found = self._left(job, round, kind, Answer(self.client, body, None, self.socket()))
+                    raise FederationError(f"found a request of kind {request.kind!r}: update celora on the older side")
+            found = self._left(job, round, kind, Response(self.client, body, None, self.socket()))
         except Exception as problem:
-            self.say(f"not sent: {problem}" if isinstance(problem, PolicyError) else f"failed: {_words(problem)}")
+            self.log(f"not sent: {problem}" if isinstance(problem, PolicyError) else f"failed: {_words(problem)}")
             error = _told(problem)
-            found = pack(Answer(self.client, b"", error.encode(errors="replace").decode(), self.socket()))
+            found = pack(Response(self.client, b"", error.encode(errors="replace").decode(), self.socket()))
             with suppress(RunFolderError):  # a full disk; the notice has no content, and the server must know of it
                 self._note(job, round, "error", found)
         return found
 
-    def _left(self, job: str, round: int, kind: str, answer: Answer) -> bytes:
+    def _left(self, job: str, round: int, kind: str, response: Response) -> bytes:
         """The frame of an answer that the policy can afford, after the ledger knows of it."""
-        frame = pack(answer)
+        frame = pack(response)
         if self.ledger is not None:
             self.policy.afford(len(frame), round, self.ledger, job.partition("/")[0])
-        self._note(job, round, kind or "remote.Answer", frame)
+        self._note(job, round, kind or "remote.Response", frame)
         return frame
 
     def _note(self, job: str, round: int, kind: str, frame: bytes) -> None:
@@ -139,78 +141,81 @@ class Site:
             federation, _, name = job.partition("/")
             self.ledger.append(federation=federation, job=name, client=self.client, round=round, kind=kind, frame=frame)
 
-    def _begin(self, job: str, body: bytes) -> tuple[str, bytes]:
-        begin = unpack(Begin, body)
-        seat = self._entered(begin)
-        self.policy.admit(name_of(Facts), seat.facts)
-        if begin.classes:  # else this was only a question
+    def _start(self, job: str, body: bytes) -> tuple[str, bytes]:
+        start = unpack(JobStart, body)
+        job_context = self._entered(start)
+        self.policy.admit(name_of(ClientFacts), job_context.facts)
+        if start.classes:  # else this was only a question
             folder = self._folder(job)
             with writing(folder):
                 for place in (folder.parent.parent, folder.parent, folder):
                     place.mkdir(mode=0o700, exist_ok=True)
-                put(folder / "begin.tmp", body, owners)
-                os.replace(folder / "begin.tmp", folder / "begin.bin")
-            self._seats = {job: seat}  # of other jobs what it takes to take part again is on disk
-            self.say(f"{job}: {begin.label}, {seat.facts.rows.get('train', 0)} training rows")
-        return name_of(Facts), pack(seat.facts)
+                put(folder / "start.tmp", body, owners)
+                os.replace(folder / "start.tmp", folder / "start.bin")
+            self._contexts = {job: job_context}  # of other jobs what it takes to take part again is on disk
+            self.log(f"{job}: {start.label}, {job_context.facts.rows.get('train', 0)} training rows")
+        return name_of(ClientFacts), pack(job_context.facts)
 
-    def _entered(self, begin: Begin) -> Seat:
+    def _entered(self, start: JobStart) -> JobContext:
         """The rows and the backbone for a job that the policy accepts, as it is now."""
-        seat = self.enter(begin)
-        self.policy.accept(seat.algorithm, seat.facts.rows.get("train", 0))
-        return seat
+        job_context = self.enter(start)
+        self.policy.accept(job_context.algorithm, job_context.facts.rows.get("train", 0))
+        return job_context
 
-    def _seat(self, job: str) -> Seat:
-        """The seat of a job that has begun, here or in an earlier process."""
-        if job not in self._seats:
-            kept = self._folder(job) / "begin.bin"
+    def _context(self, job: str) -> JobContext:
+        """The context of a job that has begun, here or in an earlier process."""
+        if job not in self._contexts:
+            kept = self._folder(job) / "start.bin"
             if not kept.exists():
                 raise FederationError(f"the job {job} has not begun at this site")
-            self._seats[job] = self._entered(unpack(Begin, kept.read_bytes()))
-        return self._seats[job]
+            self._contexts[job] = self._entered(unpack(JobStart, kept.read_bytes()))
+        return self._contexts[job]
 
-    def _shelf(self, job: str, seat: Seat) -> SiteShelf:
-        return SiteShelf(self._folder(job) / "shelf", Schema.of(seat.initial))
+    def _store(self, job: str, job_context: JobContext) -> SiteStore:
+        return SiteStore(self._folder(job) / "store", Schema.of(job_context.initial))
 
-    def _order(self, job: str, order: Order) -> tuple[str, bytes]:
+    def _instruct(self, job: str, instruction: Instruction) -> tuple[str, bytes]:
         """A turn: train, keep, and only then let something leave."""
-        seat = self._seat(job)
-        schema, learner = Schema.of(seat.initial), seat.learner(order.round)
-        with self._shelf(job, seat) as kept:
-            shelf = dict[str, object](kept)
-            [reply] = solve([(learner, answer(seat.algorithm, learner, order, shelf, schema))])
+        job_context = self._context(job)
+        schema, learner = Schema.of(job_context.initial), job_context.learner(instruction.round)
+        with self._store(job, job_context) as kept:
+            store = dict[str, object](kept)
+            [reply] = solve([(learner, answer(job_context.algorithm, learner, instruction, store, schema))])
             if isinstance(reply, Exception):
                 raise reply
-            kept.keep(shelf)
-        self._tell(opened(Notes, shelf.get("notes", Notes(())), schema).lines)
+            kept.keep(store)
+        self._tell(unpacked(Notes, store.get("notes", Notes(())), schema).lines)
         kind = name_of(Reply)
         if reply.frame:
-            card = seat.algorithm.card
-            kind = name_of(card.up)
-            up: Any = unpack(card.up, reply.frame, schema)
+            info = job_context.algorithm.info
+            kind = name_of(info.up)
+            up: Any = unpack(info.up, reply.frame, schema)
             if self.policy.filters:
-                up, notes = self.policy.filtered(up, unpack(card.down, order.frame, schema), seat.initial)
+                up, notes = self.policy.filtered(up, unpack(info.down, instruction.frame, schema), job_context.initial)
                 reply = replace(reply, frame=pack(up, schema))
                 self._tell(notes)
             self.policy.admit(kind, up)
         self.policy.admit(name_of(Reply), reply)
         score = reply.scores.get("personal", {}).get("score")
-        self.say(f"round {order.round}: {order.task}" + (f", validation {score:.3f}" if score is not None else ""))
+        self.log(
+            f"round {instruction.round}: {instruction.task}"
+            + (f", validation {score:.3f}" if score is not None else "")
+        )
         return kind, pack(reply)
 
     def _tell(self, notes: Iterable[str]) -> None:
         """What is for this site alone; each note once."""
         for note in [note for note in notes if note not in self._told]:
             self._told.add(note)
-            self.say(note)
+            self.log(note)
 
     def _export(self, job: str, name: str) -> None:
-        seat, folder = self._seat(job), self._folder(job) / "adapter"
-        with self._shelf(job, seat) as kept:
+        job_context, folder = self._context(job), self._folder(job) / "adapter"
+        with self._store(job, job_context) as kept:
             if name not in kept:
-                raise WireError(f"there is no model {name} on this site's shelf")
-            seat.export(folder, opened(Model, kept[name], Schema.of(seat.initial)).weights)
-        self.say(f"adapter of {name}: {folder}")
+                raise WireError(f"there is no model {name} on this site's store")
+            job_context.export(folder, unpacked(KeptModel, kept[name], Schema.of(job_context.initial)).weights)
+        self.log(f"adapter of {name}: {folder}")
 
     def _folder(self, job: str) -> Path:
         return self.state / job_folder(self.client, job)

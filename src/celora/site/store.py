@@ -18,8 +18,8 @@ from celora.wire import Schema
 SUFFIX, TEMPORARY = ".bin", ".tmp"
 
 
-class SiteShelf(MutableMapping[str, object]):
-    """A `celora.core.messages.Shelf` in a folder that is for its owner alone: `private@3.bin` and so on.
+class SiteStore(MutableMapping[str, object]):
+    """A `celora.core.messages.ClientStore` in a folder that is for its owner alone: `private@3.bin` and so on.
 
     A value is written to a temporary name, flushed and renamed; `keep` writes none that has not changed. Read, it is
     its frame (`celora.core.messages.opened`). The folder is held until `close`, or the end of the process.
@@ -64,18 +64,18 @@ class SiteShelf(MutableMapping[str, object]):
     ) -> None:
         self.close()
 
-    def keep(self, shelf: Mapping[str, object]) -> None:
-        """Keep what `shelf` holds, and nothing else.
+    def keep(self, store: Mapping[str, object]) -> None:
+        """Keep what `store` holds, and nothing else.
 
         What is new or changed is written before anything is removed. In between there is more than is needed, which
         does no harm: a turn starts from the last private state of an earlier round, and a model that nobody asks for
         is forgotten in the next turn (`celora.core.client`).
         """
-        for name, value in shelf.items():
+        for name, value in store.items():
             frame = frame_of(value, self._schema)
             if name not in self or self[name] != frame:
                 self[name] = frame
-        for name in [name for name in self if name not in shelf]:
+        for name in [name for name in self if name not in store]:
             del self[name]
 
     def __getitem__(self, name: str) -> bytes:

@@ -4,7 +4,7 @@
     metrics.csv, bytes.csv  the same, a row for each client, round and moment, and for each client and round
     similarity/             who learned from whom: round_0003.npy (m, m), its clients in clients.json; .npz for many
     state/round_0003/       what resuming needs: server.bin, event.json, clients.json; the last two are kept
-    state/shelves/          what each client keeps: <name>.bin for each name in a clients.json (`track.shelves`)
+    state/stores/          what each client keeps: <name>.bin for each name in a clients.json (`track.stores`)
 
 A checkpoint is written to a temporary name, flushed, and renamed, after the files it names and before the journal
 line. Whatever moment a process is killed at, the newest whole checkpoint and the lines up to its round are one
@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 from celora.core.algorithm import ClientId, Mixing
 from celora.core.messages import Checkpoint
 from celora.errors import RunFolderError, WireError
+from celora.track.client_stores import ClientStores, sweep, verify_files
 from celora.track.disk import put, sync, writing
-from celora.track.shelves import Shelves, check, sweep
 from celora.wire import pack, unpack
 
 Event = dict[str, Any]
@@ -159,12 +159,12 @@ class RunFolder:
     # --- checkpoints
 
     @property
-    def shelves(self) -> Path:
-        """Where `Shelves` keeps its files."""
-        return self.path / "state" / "shelves"
+    def stores(self) -> Path:
+        """Where `ClientStores` keeps its files."""
+        return self.path / "state" / "stores"
 
-    def save(self, checkpoint: Checkpoint, shelves: Shelves, event: Event) -> None:
-        """Write the shelves that changed and `state/round_NNNN` whole, and forget all but the last two rounds.
+    def save(self, checkpoint: Checkpoint, stores: ClientStores, event: Event) -> None:
+        """Write the stores that changed and `state/round_NNNN` whole, and forget all but the last two rounds.
 
         Raises:
             RunFolderError: if the disk is full; the last checkpoint is intact.
@@ -172,7 +172,7 @@ class RunFolder:
         state = self.path / "state"
         target = state / f"round_{checkpoint.round:04d}"
         temporary = state / f".{target.name}.tmp"
-        names = shelves.flush()
+        names = stores.flush()
         with writing(target):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -188,10 +188,10 @@ class RunFolder:
         for kept in state.glob("round_*"):
             with suppress(OSError, ValueError):  # a damaged checkpoint names nothing
                 named |= set(_names(kept).values())
-        sweep(self.shelves, named)
+        sweep(self.stores, named)
 
     def latest(self) -> tuple[Checkpoint, dict[ClientId, str], Event, list[str]] | None:
-        """The newest whole checkpoint, the names of the clients' shelves, its event, what was wrong with newer ones.
+        """The newest whole checkpoint, the names of the clients' stores, its event, what was wrong with newer ones.
 
         Every file of the checkpoint is read once and held against its name.
 
@@ -206,7 +206,7 @@ class RunFolder:
                 names = _names(state)
                 if missing := sorted(set(event["clients"]) - set(names)):
                     raise WireError(f"the state of {missing[0]} is missing")
-                check(self.shelves, names)
+                verify_files(self.stores, names)
             except (OSError, ValueError, KeyError, WireError) as error:
                 damage.append(f"{state} is damaged ({error})")
                 continue
@@ -245,7 +245,7 @@ class RunFolder:
 
 
 def _names(state: Path) -> dict[ClientId, str]:
-    """client -> the name of its shelf's file, in a checkpoint."""
+    """client -> the name of its store's file, in a checkpoint."""
     names: dict[ClientId, str] = json.loads((state / "clients.json").read_bytes())
     return names
 

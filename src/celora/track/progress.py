@@ -17,7 +17,7 @@ Show = Callable[[Event], None]
 
 
 @contextmanager
-def screen(*, quiet: bool = False) -> Iterator[Show]:
+def live_progress(*, quiet: bool = False) -> Iterator[Show]:
     """What shows an event: nothing if quiet, bars in a terminal, else lines without control codes."""
     if quiet:
         yield lambda event: None

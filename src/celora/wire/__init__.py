@@ -1,6 +1,6 @@
 """Records and frames: a typed dataclass in, bytes out, and the same typed dataclass back.
 
-One codec serves the network, the client's private shelf and the checkpoint. A frame is
+One codec serves the network, the client's private store and the checkpoint. A frame is
 
     "celo" | version | kind | fingerprint (8) | body length | body | CRC-32 (4)
 

@@ -15,13 +15,13 @@ from celora.core.algorithm import ClientId
 from celora.core.learner import Learner, Split
 from celora.errors import ConfigError
 from celora.experiment.config import Experiment
-from celora.models import Backbone, ModelLearner, OwnLearner, Passes, Prefixes, Rows, Zoo
+from celora.models import ActivationCache, Backbone, BatchedForward, ModelLearner, ModelZoo, PrivateLearner, Rows
 from celora.rng import generator
 from celora.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class Known:
+class FederationInfo:
     """What the server of a job knows of its clients and of where they start.
 
     Attributes:
@@ -47,15 +47,15 @@ class Known:
 PACKAGES = ("celora", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "pydantic")
 
 
-class Workshop:
+class ResourceCache:
     """Loads a data set, a backbone and token ids once, however many algorithms and seeds use them."""
 
     def __init__(self) -> None:
         self._backbones: dict[object, Backbone] = {}
-        self._federations: dict[object, data.Federation] = {}
+        self._federations: dict[object, data.FederatedDataset] = {}
         self._inputs: dict[object, Any] = {}
-        self._prefixes: dict[object, Prefixes] = {}
-        self._zoos: dict[object, Zoo] = {}
+        self._activations: dict[object, ActivationCache] = {}
+        self._zoos: dict[object, ModelZoo] = {}
 
     def backbone(self, experiment: Experiment) -> Backbone:
         """The backbone, adapted where the experiment says; the rank is no matter to it, only s is."""
@@ -65,14 +65,14 @@ class Workshop:
             self._backbones[shape] = models.load(model, adapter, experiment.base)
         return self._backbones[shape]
 
-    def zoo(self, experiment: Experiment) -> Zoo:
+    def zoo(self, experiment: Experiment) -> ModelZoo:
         """The clients' own models."""
         drawn_as = (repr(experiment.model), experiment.plan.seed)
         if drawn_as not in self._zoos:
-            self._zoos[drawn_as] = Zoo(experiment.model, experiment.base, experiment.plan.seed)
+            self._zoos[drawn_as] = ModelZoo(experiment.model, experiment.base, experiment.plan.seed)
         return self._zoos[drawn_as]
 
-    def federation(self, experiment: Experiment) -> data.Federation:
+    def federation(self, experiment: Experiment) -> data.FederatedDataset:
         """The rows, dealt to the clients."""
         dealt = (repr(experiment.data), experiment.plan.seed)
         if dealt not in self._federations:
@@ -95,21 +95,21 @@ class Workshop:
         """SHA-256 of the backbone, or of the clients' own models."""
         return (self.backbone(experiment) if experiment.model.own is None else self.zoo(experiment)).fingerprint()
 
-    def world(self, experiment: Experiment) -> "World":
+    def population(self, experiment: Experiment) -> "Population":
         """The clients of an experiment, with their rows ready for its backbone."""
         federation = self.federation(experiment)
         check_quorum(experiment, len(federation.clients))
         return self.populated(experiment, federation)
 
-    def populated(self, experiment: Experiment, federation: data.Federation, **site: Any) -> "World":
-        """The world of a federation whose rows are given; `site` as for `World`."""
+    def populated(self, experiment: Experiment, federation: data.FederatedDataset, **site: Any) -> "Population":
+        """The population of a dataset whose rows are given; `site` as for `Population`."""
         model = experiment.model
         read_as = (federation.table.fingerprint(), repr(model))
         if model.own is not None:
             zoo = self.zoo(experiment)
             if read_as not in self._inputs:
                 self._inputs[read_as] = zoo.read(federation.table.inputs)
-            return World(experiment, federation, zoo, self._inputs[read_as], **site)
+            return Population(experiment, federation, zoo, self._inputs[read_as], **site)
         backbone = self.backbone(experiment)
         if read_as not in self._inputs:
             inputs = federation.table.inputs
@@ -117,18 +117,18 @@ class Workshop:
             backbone.check(ready)
             self._inputs[read_as] = ready
         frozen = (read_as, backbone.depth, experiment.engine.cache_mb)
-        if backbone.depth and frozen not in self._prefixes:
-            self._prefixes[frozen] = Prefixes(backbone, experiment.engine.cache_mb << 20)
-        passes = Passes(backbone, experiment.algorithm.family, self._prefixes.get(frozen))
-        return World(experiment, federation, passes, self._inputs[read_as], **site)
+        if backbone.depth and frozen not in self._activations:
+            self._activations[frozen] = ActivationCache(backbone, experiment.engine.cache_mb << 20)
+        passes = BatchedForward(backbone, experiment.algorithm.family, self._activations.get(frozen))
+        return Population(experiment, federation, passes, self._inputs[read_as], **site)
 
 
-def drawn(experiment: Experiment, backbone: Backbone | Zoo, classes: int, secret: int | None = None) -> Tensors:
+def drawn(experiment: Experiment, backbone: Backbone | ModelZoo, classes: int, secret: int | None = None) -> Tensors:
     """Every weight at round 0; without the secret of secret bases their shapes, and values that nobody uses."""
     adapter, family, seed = experiment.adapter, experiment.algorithm.family, experiment.plan.seed
     if secret is None:
         adapter = replace(adapter, bases="shared")
-    if isinstance(backbone, Zoo):
+    if isinstance(backbone, ModelZoo):
         return backbone.initial(adapter, family, classes, seed)
     return models.initial(backbone, adapter, family, classes, seed, secret)
 
@@ -143,7 +143,7 @@ def check_quorum(experiment: Experiment, clients: int) -> None:
         raise ConfigError([f"plan.quorum: found {experiment.plan.quorum}, but only {drawn} clients train in a round"])
 
 
-class World:
+class Population:
     """Every client of one experiment: its rows, its start, and its learner in any round.
 
     Args:
@@ -155,8 +155,8 @@ class World:
     def __init__(
         self,
         experiment: Experiment,
-        federation: data.Federation,
-        models: Passes | Zoo,
+        federation: data.FederatedDataset,
+        models: BatchedForward | ModelZoo,
         inputs: Any,
         everyone: Sequence[ClientId] | None = None,
         secret: Callable[[ClientId], int] | None = None,
@@ -190,13 +190,13 @@ class World:
             )
 
     @property
-    def _backbone(self) -> Backbone | Zoo:
-        return self.models if isinstance(self.models, Zoo) else self.models.backbone
+    def _backbone(self) -> Backbone | ModelZoo:
+        return self.models if isinstance(self.models, ModelZoo) else self.models.backbone
 
     def start(self, client: ClientId) -> Tensors:
         """The client's weights at round 0; with secret bases A (and an orthonormal B) are its own."""
         adapter = self.experiment.adapter
-        if isinstance(self.models, Zoo):
+        if isinstance(self.models, ModelZoo):
             return {**self.models.of(client, self.everyone).start, **self.initial}
         if adapter.ranks is not None:
             return truncated(self.initial, adapter.rank_of(client, self.everyone))
@@ -212,17 +212,17 @@ class World:
         """The client's learner in a round."""
         experiment, rows, start = self.experiment, self.rows[client], self.start(client)
         address: Any = {"seed": experiment.plan.seed, "client": client, "round": round}
-        if isinstance(self.models, Passes):
+        if isinstance(self.models, BatchedForward):
             return ModelLearner(self.models, rows, start, experiment.train, **address)
         adapts: Any = {"family": experiment.algorithm.family, "scaling": experiment.adapter.scaling}
         own = self.models.of(client, self.everyone)
-        return OwnLearner(own, rows, start, experiment.train, **adapts, **address)
+        return PrivateLearner(own, rows, start, experiment.train, **adapts, **address)
 
     @property
-    def known(self) -> Known:
-        """What the server knows of this world."""
+    def known(self) -> FederationInfo:
+        """What the server knows of this population."""
         table = self.federation.table
-        return Known(
+        return FederationInfo(
             clients=self.clients,
             classes=self.federation.classes,
             rows={client: {split: len(rows) for split, rows in splits.items()} for client, splits in self.rows.items()},
@@ -245,8 +245,8 @@ class World:
     def export(self, folder: Path, client: ClientId, weights: Tensors) -> None:
         """A client's adapter as plain PEFT LoRA, or its own model and the adapter beside it."""
         experiment, classes = self.experiment, self.federation.classes
-        if isinstance(self.models, Zoo):
-            models.export_own(folder, self.models.of(client, self.everyone).name, weights, classes=classes)
+        if isinstance(self.models, ModelZoo):
+            models.export_private(folder, self.models.of(client, self.everyone).name, weights, classes=classes)
             return
         models.export_peft(
             folder,
@@ -259,7 +259,7 @@ class World:
         )
 
 
-def manifest(experiment: Experiment, known: Known) -> dict[str, Any]:
+def manifest(experiment: Experiment, known: FederationInfo) -> dict[str, Any]:
     """What a reader needs to repeat the run: versions, hashes of data and backbone, seed, hardware."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -1,7 +1,7 @@
 """Where the clients of a job are: in this process, in Flower's simulation, or at sites of their own.
 
-A place is a context, open for a session; for each job it gives a `Team`: what the server knows of the clients, and the
-`Exchange` that reaches them.
+A runtime is a context, open for a session; for each job it gives a `ClientPool`: what the server knows of the clients,
+and the `Exchange` that reaches them.
 """
 
 import hashlib
@@ -17,81 +17,81 @@ from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.learner import Learner
-from celora.core.messages import Exchange, Model, opened
+from celora.core.messages import Exchange, KeptModel, unpacked
 from celora.engines.embedded import Embedded
-from celora.engines.remote import Begin, Facts, Remote
+from celora.engines.remote import ClientFacts, JobStart, Remote
 from celora.experiment.config import Experiment, dump, resolve
-from celora.experiment.world import Known, Workshop, World
+from celora.experiment.population import FederationInfo, Population, ResourceCache
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
 from celora.tensors import Tensors
+from celora.track.client_stores import ClientStores
 from celora.track.disk import folder_name
 from celora.track.folder import RunFolder
-from celora.track.shelves import Shelves
 from celora.wire import Schema
 
 Sockets = Mapping[ClientId, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Team:
+class ClientPool:
     """The clients of one job, from where the server stands.
 
     Attributes:
-        shelves: what checkpoints must keep of the clients; nothing where they keep it themselves.
+        stores: what checkpoints must keep of the clients; nothing where they keep it themselves.
         told: what is to be said of them so far.
         export: a kept model's name -> every client's adapter is written; gives what did not work.
         sockets: bytes each client's sockets sent and received in the last exchange, where they are counted.
         adapters: the folder that they are written to; None: each client has its own at its site.
     """
 
-    known: Known
+    known: FederationInfo
     exchange: Exchange
-    shelves: Shelves
+    stores: ClientStores
     told: Callable[[], Sequence[str]]
     export: Callable[[str], Sequence[str]]
     sockets: Callable[[], Sockets]
     adapters: str | None
 
 
-class Place(Protocol):
+class Runtime(Protocol):
     """Where clients are."""
 
-    def team(self, experiment: Experiment, folder: RunFolder, job: str, shelves: Mapping[ClientId, str]) -> Team:
+    def team(self, experiment: Experiment, folder: RunFolder, job: str, stores: Mapping[ClientId, str]) -> ClientPool:
         """The clients of a job.
 
         Args:
             job: its name, the same when it is resumed.
-            shelves: the names of the clients' shelves in the checkpoint that the job goes on from.
+            stores: the names of the clients' stores in the checkpoint that the job goes on from.
         """
 
 
-class Here:
+class LocalRuntime:
     """All clients in this process."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self.workshop = workshop
+    def __init__(self, resources: ResourceCache) -> None:
+        self.resources = resources
 
-    def team(self, experiment: Experiment, folder: RunFolder, job: str, shelves: Mapping[ClientId, str]) -> Team:
-        """As `Place.team`."""
-        world = self.workshop.world(experiment)
-        schema = Schema.of(world.initial)
-        kept = Shelves(folder.shelves, schema, experiment.engine.state_mb * 2**20, shelves)
+    def team(self, experiment: Experiment, folder: RunFolder, job: str, stores: Mapping[ClientId, str]) -> ClientPool:
+        """As `Runtime.team`."""
+        population = self.resources.population(experiment)
+        schema = Schema.of(population.initial)
+        kept = ClientStores(folder.stores, schema, experiment.engine.state_mb * 2**20, stores)
         engine = Embedded(
-            experiment.algorithm, world.learner, kept, schema, *experiment.engine.solver(world.models.device)
+            experiment.algorithm, population.learner, kept, schema, *experiment.engine.solver(population.models.device)
         )
 
         def told() -> list[str]:
             notes = [f"{client}: {note}" for client, notes in sorted(engine.notes.items()) for note in notes]
-            return [*notes, *world.models.notices]
+            return [*notes, *population.models.notices]
 
         def export(name: str) -> list[str]:
-            for client in world.clients:
+            for client in population.clients:
                 if (model := kept.get(client, {}).get(name)) is not None:
-                    world.export(adapters(folder, client), client, opened(Model, model, schema).weights)
+                    population.export(adapters(folder, client), client, unpacked(KeptModel, model, schema).weights)
             return []
 
-        return Team(world.known, engine, kept, told, export, dict, str(folder.path / "adapters"))
+        return ClientPool(population.known, engine, kept, told, export, dict, str(folder.path / "adapters"))
 
 
 def adapters(folder: RunFolder, client: ClientId) -> Path:
@@ -100,40 +100,40 @@ def adapters(folder: RunFolder, client: ClientId) -> Path:
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A client's place in a job (`celora.site.site.Seat`)."""
+class JobContext:
+    """A client's place in a job (`celora.site.site.JobContext`)."""
 
-    world: World
+    population: Population
     client: ClientId
-    facts: Facts
+    facts: ClientFacts
 
     @property
     def algorithm(self) -> AnyAlgorithm:
         """What is run."""
-        return self.world.experiment.algorithm
+        return self.population.experiment.algorithm
 
     @property
     def initial(self) -> Tensors:
         """Every weight at round 0."""
-        return self.world.initial
+        return self.population.initial
 
     def learner(self, round: int) -> Learner:
         """The client's learner in a round."""
-        return self.world.learner(self.client, round)
+        return self.population.learner(self.client, round)
 
     def export(self, folder: Path, weights: Tensors) -> None:
         """The client's adapter."""
-        self.world.export(folder, self.client, weights)
+        self.population.export(folder, self.client, weights)
 
 
-def seat(world: World, client: ClientId, *, labels: bool) -> Seat:
-    """A client's seat in this world.
+def job_context(population: Population, client: ClientId, *, labels: bool) -> JobContext:
+    """A client's place in a job.
 
     Args:
         labels: whether the server must be told which labels occur.
     """
-    known = world.known
-    facts = Facts(
+    known = population.known
+    facts = ClientFacts(
         rows=known.rows[client],
         labels=tuple(known.classes) if labels else (),
         majority=known.majority[client],
@@ -141,24 +141,24 @@ def seat(world: World, client: ClientId, *, labels: bool) -> Seat:
         backbone=known.backbone["sha256"],
         version=version("celora"),
     )
-    return Seat(world, client, facts)
+    return JobContext(population, client, facts)
 
 
 # --- Flower's simulation
 
 
-class Simulation:
+class FlowerSimRuntime:
     """Flower's simulation on this machine. Every client has a folder in the run folder, as a site has at its site."""
 
-    def __init__(self, workshop: Workshop, remote: Remote, root: Path) -> None:
-        self.workshop, self.remote, self.root = workshop, remote, root
+    def __init__(self, resources: ResourceCache, remote: Remote, root: Path) -> None:
+        self.resources, self.remote, self.root = resources, remote, root
 
-    def team(self, experiment: Experiment, folder: RunFolder, job: str, shelves: Mapping[ClientId, str]) -> Team:
-        """As `Place.team`."""
-        known = self.workshop.world(experiment).known
+    def team(self, experiment: Experiment, folder: RunFolder, job: str, stores: Mapping[ClientId, str]) -> ClientPool:
+        """As `Runtime.team`."""
+        known = self.resources.population(experiment).known
         clients, classes = tuple(known.clients), tuple(known.classes)
-        begin = Begin(dump(experiment), experiment.label, known.backbone["sha256"], classes, clients)
-        self.remote.muster(job, begin, clients, 600)
+        begin = JobStart(dump(experiment), experiment.label, known.backbone["sha256"], classes, clients)
+        self.remote.start_job(job, begin, clients, 600)
 
         def export(name: str) -> list[str]:
             problems = self.remote.export(clients, name)
@@ -168,12 +168,12 @@ class Simulation:
             return lost(problems)
 
         kept = nothing(folder, known)
-        return Team(known, self.remote, kept, list, export, dict, str(folder.path / "adapters"))
+        return ClientPool(known, self.remote, kept, list, export, dict, str(folder.path / "adapters"))
 
 
-def nothing(folder: RunFolder, known: Known) -> Shelves:
+def nothing(folder: RunFolder, known: FederationInfo) -> ClientStores:
     """What checkpoints keep of clients that keep their state themselves."""
-    return Shelves(folder.shelves, Schema.of(known.initial), 0)
+    return ClientStores(folder.stores, Schema.of(known.initial), 0)
 
 
 def lost(problems: Mapping[ClientId, str]) -> list[str]:
@@ -188,15 +188,15 @@ def site_folder(root: Path, client: ClientId) -> Path:
 
 @contextmanager
 def simulated(
-    experiment: Experiment, workshop: Workshop, root: Path, say: Callable[[str], None]
-) -> Iterator[Simulation]:
+    experiment: Experiment, resources: ResourceCache, root: Path, log: Callable[[str], None]
+) -> Iterator[FlowerSimRuntime]:
     """Start Flower's simulation with a node for every client of the experiment."""
     from celora.engines.flower import simulation  # noqa: PLC0415  # an extra
 
-    clients = list(workshop.federation(experiment).clients)
+    clients = list(resources.federation(experiment).clients)
     where = _Simulated(str(experiment.base.resolve()), str(root.resolve()), tuple(clients))
     with simulation(len(clients), where, 1.0, root / "flower.log") as post:
-        yield Simulation(workshop, Remote(post, say=say), root)
+        yield FlowerSimRuntime(resources, Remote(post, log=log), root)
 
 
 SIMULATED = Policy(**dict[str, Any](floor=1))
@@ -217,16 +217,16 @@ class _Simulated:
 
 @cache
 def _simulated_site(where: _Simulated, client: ClientId) -> Site:
-    workshop = _workshop()
+    resources = _resources()
 
-    def enter(begin: Begin) -> Seat:
+    def enter(begin: JobStart) -> JobContext:
         experiment = resolve(tomllib.loads(begin.config), Path(where.base))
-        return seat(workshop.world(experiment), client, labels=False)
+        return job_context(resources.population(experiment), client, labels=False)
 
     return Site(client, site_folder(Path(where.root), client), SIMULATED, enter, None)
 
 
 @cache
-def _workshop() -> Workshop:
+def _resources() -> ResourceCache:
     """One for all sites that Ray's process plays."""
-    return Workshop()
+    return ResourceCache()

@@ -20,7 +20,7 @@ _BLOCK = 16 << 20
 """Bytes taken at a time, in memory or in the file."""
 
 
-class Prefixes:
+class ActivationCache:
     """A cache of prefixes by row number, in memory up to a budget and beyond it in a memory-mapped file.
 
     Args:

@@ -1,4 +1,4 @@
-"""celora.models.prefixes: what enters the first adapted layer is computed once, and no bit depends on it."""
+"""celora.models.activation_cache: what enters the first adapted layer is computed once, and no bit depends on it."""
 
 import errno
 import os
@@ -13,8 +13,8 @@ from celora.core.adapters import Lora
 from celora.core.learner import Fit, Recipe, Score
 from celora.core.training import fit, fit_together
 from celora.errors import ModelError
-from celora.models import Adapter, Backbone, Model, ModelLearner, Passes, Prefixes, Rows, initial, load
-from celora.models import prefixes as prefixes_module
+from celora.models import ActivationCache, Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, initial, load
+from celora.models import activation_cache as module
 from celora.tensors import but
 from tests.toy import image
 
@@ -41,9 +41,9 @@ def rows(backbone: Backbone, first: int, count: int = 10) -> Rows:
     return Rows(inputs, labels, torch.arange(first, first + count))
 
 
-def trained(backbone: Backbone, prefixes: Prefixes | None, together: bool = False) -> Any:
+def trained(backbone: Backbone, prefixes: ActivationCache | None, together: bool = False) -> Any:
     """Two rounds of three clients: their weights and scores."""
-    passes, weights = Passes(backbone, Lora(), prefixes), initial(backbone, Adapter(), Lora(), 2, seed=0)
+    passes, weights = BatchedForward(backbone, Lora(), prefixes), initial(backbone, Adapter(), Lora(), 2, seed=0)
     found: list[Any] = []
     for round in (1, 2):
         learners = [
@@ -101,9 +101,9 @@ def test_a_row_has_the_same_prefix_in_whatever_company(backbone: Any) -> None:
 @pytest.mark.parametrize("backbone", [minilm, vit])
 @pytest.mark.parametrize("together", [False, True])
 def test_a_run_that_keeps_prefixes_is_bit_equal_to_one_that_does_not(backbone: Any, together: bool) -> None:
-    expected = image(trained(backbone(), Prefixes(backbone(), 0), together))
+    expected = image(trained(backbone(), ActivationCache(backbone(), 0), together))
     for budget in (ROOM, 1):
-        kept = Prefixes(backbone(), budget)
+        kept = ActivationCache(backbone(), budget)
         assert image(trained(backbone(), kept, together)) == expected
         assert (kept.spilled > 0) == (budget == 1)
 
@@ -111,8 +111,8 @@ def test_a_run_that_keeps_prefixes_is_bit_equal_to_one_that_does_not(backbone: A
 @pytest.mark.parametrize("backbone", [minilm, vit])
 def test_passing_over_layers_changes_nothing_but_rounding(backbone: Any) -> None:
     shared, own = backbone(), rows(backbone(), 0)
-    batch = Passes(shared, Lora()).batch(own, range(10))
-    hidden = Prefixes(shared, ROOM)(batch)
+    batch = BatchedForward(shared, Lora()).batch(own, range(10))
+    hidden = ActivationCache(shared, ROOM)(batch)
     torch.testing.assert_close(shared.encode(batch, {}, hidden=hidden), shared.encode(batch, {}), atol=1e-5, rtol=0)
 
 
@@ -124,7 +124,7 @@ def test_lower_layers_see_a_row_once() -> None:
     passed: list[int] = []
     hooks += [highest.register_forward_hook(lambda module, args, answer: passed.append(len(args[0])))]
     try:
-        trained(backbone, Prefixes(backbone, ROOM))
+        trained(backbone, ActivationCache(backbone, ROOM))
     finally:
         for hook in hooks:
             hook.remove()
@@ -146,19 +146,19 @@ def test_a_full_disk_costs_time_and_not_the_run(monkeypatch: pytest.MonkeyPatch)
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    expected = image(trained(minilm(), Prefixes(minilm(), 0)))
-    monkeypatch.setattr(prefixes_module.os, "posix_fallocate", full)
-    kept = Prefixes(minilm(), 1)
+    expected = image(trained(minilm(), ActivationCache(minilm(), 0)))
+    monkeypatch.setattr(module.os, "posix_fallocate", full)
+    kept = ActivationCache(minilm(), 1)
     assert image(trained(minilm(), kept)) == expected
-    assert Passes(minilm(), Lora(), kept).notices == kept.notices
+    assert BatchedForward(minilm(), Lora(), kept).notices == kept.notices
     assert len(kept.notices) == 1
     assert "No space left on device" in kept.notices[0]
     assert "engine.cache_mb" in kept.notices[0]
 
 
 def test_the_memory_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefixes_module, "_BLOCK", 1 << 17)
-    kept = Prefixes(minilm(), 1 << 18)
+    monkeypatch.setattr(module, "_BLOCK", 1 << 17)
+    kept = ActivationCache(minilm(), 1 << 18)
     trained(minilm(), kept)
     assert kept._held == 1 << 18
     assert kept.spilled > 0

@@ -20,17 +20,17 @@ from filelock import FileLock, Timeout
 from celora import data
 from celora.algorithms import ALGORITHMS
 from celora.core.algorithm import ClientId
-from celora.engines.flower import Line, attend
-from celora.engines.remote import Begin
+from celora.engines.flower import NodeConnection, run_node
+from celora.engines.remote import JobStart
 from celora.errors import CeloraError, ConfigError, DataError, FederationError, RunFolderError
 from celora.experiment.config import Experiment, resolve
-from celora.experiment.places import Seat, seat
-from celora.experiment.sites import loopback, parsed
-from celora.experiment.world import Workshop
+from celora.experiment.population import ResourceCache
+from celora.experiment.runtimes import JobContext, job_context
+from celora.experiment.server import loopback, parsed
 from celora.site.certificates import private_key
 from celora.site.check import Finding, backbone, certificate, clock, disk, key, passed, reach, versions
 from celora.site.ledger import Ledger
-from celora.site.policy import NO_FILE, read
+from celora.site.policy import NO_FILE, read_policy
 from celora.site.site import Site
 from celora.track.disk import owners, put, sync, writing
 
@@ -39,7 +39,7 @@ NEEDED = 1 << 30
 
 
 @dataclass(frozen=True)
-class Rows:
+class SiteData:
     """Where a site's rows and weights are, which the server does not decide.
 
     Attributes:
@@ -54,13 +54,13 @@ class Rows:
     secret: Path | None = None
 
 
-def enter(name: ClientId, site: "Join") -> Callable[[Begin], Seat]:
+def enter(name: ClientId, site: "Join") -> Callable[[JobStart], JobContext]:
     """What a site does when a job begins: read its rows and the backbone, and check that they fit the server's."""
-    workshop, rows = Workshop(), site.rows
+    resources, rows = ResourceCache(), site.rows
 
-    def take(begin: Begin) -> Seat:
+    def take(begin: JobStart) -> JobContext:
         experiment = local(begin.config, rows)
-        if (found := workshop.fingerprint(experiment)) != begin.backbone:
+        if (found := resources.fingerprint(experiment)) != begin.backbone:
             raise FederationError(
                 f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
                 f"{begin.backbone[:16]}…: install the same weights at both ends"
@@ -72,8 +72,10 @@ def enter(name: ClientId, site: "Join") -> Callable[[Begin], Seat]:
         if name not in federation.clients:
             raise DataError(f"{rows.source}: {name} {federation.excluded[name]}; a site needs rows to take part")
         everyone = begin.clients or (name,)
-        world = workshop.populated(experiment, federation, everyone=everyone, secret=lambda _: own_secret(site.state))
-        return seat(world, name, labels=asked)
+        population = resources.populated(
+            experiment, federation, everyone=everyone, secret=lambda _: own_secret(site.state)
+        )
+        return job_context(population, name, labels=asked)
 
     return take
 
@@ -90,14 +92,14 @@ class Join:
         name: the client's name where there are no keys; with keys the server knows it by its key.
     """
 
-    rows: Rows
+    rows: SiteData
     server: str
     state: Path
     keys: Path | None
     policy: Path | None
     name: str | None
 
-    def line(self) -> Line:
+    def line(self) -> NodeConnection:
         """The connection to the server.
 
         Raises:
@@ -109,31 +111,31 @@ class Join:
                 raise ConfigError(
                     [f"--insecure: found the server {self.server}, expected one of this machine (127.0.0.1)"]
                 )
-            return Line(self.server, None, None)
+            return NodeConnection(self.server, None, None)
         ca = self.keys / "ca.crt"
         try:
             root = ca.read_bytes()
         except OSError as error:
             raise ConfigError([f"{ca}: cannot be read ({error.strerror}): ask the server's operator for it"]) from error
-        return Line(self.server, root, private_key(self.keys / "site.key"))
+        return NodeConnection(self.server, root, private_key(self.keys / "site.key"))
 
 
-def join(site: Join, stop: threading.Event, say: Callable[[str], None], *, once: bool = False) -> None:
+def join(site: Join, stop: threading.Event, log: Callable[[str], None], *, once: bool = False) -> None:
     """Take part until `stop`; with `once` until the server says that it has finished.
 
     Raises:
         CeloraError: if the policy, the keys or the folder cannot be used, or the server refuses this site.
     """
-    policy, line = read(site.policy) if site.policy else NO_FILE, site.line()
+    policy, line = read_policy(site.policy) if site.policy else NO_FILE, site.line()
     for text in policy.describe():
-        say(text)
+        log(text)
     with hold(site.state):
         ledger, sites = Ledger(site.state / "ledger.jsonl"), dict[ClientId, Site]()
 
         def handler(offer: Mapping[str, Any]) -> Callable[[bytes], bytes]:
             name: ClientId = offer["client"] or site.name or ""
             if name not in sites:
-                sites[name] = Site(name, site.state, policy, enter(name, site), ledger, line.socket, say)
+                sites[name] = Site(name, site.state, policy, enter(name, site), ledger, line.socket, log)
             answering = sites[name]
 
             def handle(frame: bytes) -> bytes:
@@ -144,7 +146,7 @@ def join(site: Join, stop: threading.Event, say: Callable[[str], None], *, once:
 
             return handle
 
-        attend(line, handler, stop, say)
+        run_node(line, handler, stop, log)
 
 
 @contextmanager
@@ -172,7 +174,7 @@ def check(site: Join) -> list[Finding]:
         findings += [certificate(root, site.server), key(site.keys / "site.key")]
     findings.append(reach(site.server, root))
     try:
-        policy = read(site.policy) if site.policy else NO_FILE
+        policy = read_policy(site.policy) if site.policy else NO_FILE
         findings.append(Finding("policy", True, "; ".join(policy.describe())))
     except ConfigError as error:
         findings.append(Finding("policy", False, "; ".join(error.problems), "mend the file"))
@@ -191,7 +193,7 @@ def check(site: Join) -> list[Finding]:
         clock(offer["time"], time.time()),
         versions(offer["celora"], version("celora")),
     ]
-    workshop = Workshop()
+    resources = ResourceCache()
     try:
         experiment = local(offer["config"], site.rows)
         federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
@@ -204,13 +206,13 @@ def check(site: Join) -> list[Finding]:
         findings.append(
             Finding(f"rows of {site.rows.source}", train >= policy.floor, found, todo if train < policy.floor else "")
         )
-        findings.append(backbone(offer["backbone"], workshop.fingerprint(experiment)))
+        findings.append(backbone(offer["backbone"], resources.fingerprint(experiment)))
     except (CeloraError, ValueError, KeyError) as error:  # what the server sends may be no experiment at all
         findings.append(Finding("rows and backbone", False, str(error), "mend that, and check again"))
     return findings
 
 
-def local(config: str, rows: Rows) -> Experiment:
+def local(config: str, rows: SiteData) -> Experiment:
     """The server's experiment with this site's own rows, weights and machine.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The server of a federation of real sites (a `Place`); `celora.experiment.joining` is the other end.
+"""The server of a federation of real sites (a `Runtime`); `celora.experiment.client` is the other end.
 
 The server has no rows. What it must know it asks for: how many rows each site has, and which labels, unless
 `data.classes` lists them.
@@ -13,11 +13,11 @@ from typing import Any
 
 from celora.core.algorithm import ClientId
 from celora.data.table import SPLITS, natural_key
-from celora.engines.remote import Begin, Facts, Remote
+from celora.engines.remote import ClientFacts, JobStart, Remote
 from celora.errors import ConfigError, DataError, QuorumError
 from celora.experiment.config import Experiment, dump
-from celora.experiment.places import Team, lost, nothing
-from celora.experiment.world import Known, Workshop, check_quorum
+from celora.experiment.population import FederationInfo, ResourceCache, check_quorum
+from celora.experiment.runtimes import ClientPool, lost, nothing
 from celora.track.folder import RunFolder
 
 ROSTER = "sites.json"
@@ -38,8 +38,8 @@ class Roster:
 
 
 @dataclass
-class Sites:
-    """Clients at sites of their own (a `Place`).
+class SiteRuntime:
+    """Clients at sites of their own (a `Runtime`).
 
     Args:
         expected: the clients to wait for, or how many.
@@ -48,38 +48,38 @@ class Sites:
     """
 
     remote: Remote
-    workshop: Workshop
+    resources: ResourceCache
     expected: Sequence[ClientId] | int
     wait: float
     said: list[str] = field(default_factory=list)
 
-    def team(self, experiment: Experiment, folder: RunFolder, job: str, shelves: Mapping[ClientId, str]) -> Team:
-        """As `Place.team`.
+    def team(self, experiment: Experiment, folder: RunFolder, job: str, stores: Mapping[ClientId, str]) -> ClientPool:
+        """As `Runtime.team`.
 
         Raises:
             QuorumError: if no site comes, or fewer than `plan.quorum`.
             DataError: if nobody tells any label.
         """
-        fingerprint = self.workshop.fingerprint(experiment)
-        begin = Begin(dump(experiment), experiment.label, fingerprint, (), ())
+        fingerprint = self.resources.fingerprint(experiment)
+        begin = JobStart(dump(experiment), experiment.label, fingerprint, (), ())
         kept = folder.read_json(ROSTER) if folder.latest() else None
         roster = self._call_the_roll(experiment, job, begin) if kept is None else Roster(**kept)
         folder.write_json(ROSTER, asdict(roster))
         clients, classes = list(roster.clients), roster.classes
         here = set(self.expected) if not isinstance(self.expected, int) else set(clients)
         begin = replace(begin, classes=tuple(classes), clients=tuple(clients))
-        self.remote.muster(job, begin, [client for client in clients if client in here], self.wait)
+        self.remote.start_job(job, begin, [client for client in clients if client in here], self.wait)
         for client, facts in self.remote.facts.items():
             if client in clients and facts.data != roster.clients[client]["data"]:
                 self.remote.refused[client] = "its rows are others than when the run began; give it those rows again"
-        known = Known(
+        known = FederationInfo(
             clients=clients,
             classes=classes,
             rows={client: facts["rows"] for client, facts in roster.clients.items()},
             majority={client: facts["majority"] for client, facts in roster.clients.items()},
             excluded=roster.excluded,
             notices=[f"{client} is left out: {why}" for client, why in sorted(roster.excluded.items())],
-            initial=self.workshop.start(experiment, len(classes)),
+            initial=self.resources.start(experiment, len(classes)),
             device="sites",
             data={"source": "sites", "sha256": {client: facts["data"] for client, facts in roster.clients.items()}},
             backbone={"name": experiment.model.backbone, "sha256": fingerprint},
@@ -91,11 +91,11 @@ class Sites:
         def export(name: str) -> list[str]:
             return lost(self.remote.export(clients, name))
 
-        return Team(known, self.remote, nothing(folder, known), told, export, lambda: self.remote.sockets, None)
+        return ClientPool(known, self.remote, nothing(folder, known), told, export, lambda: self.remote.sockets, None)
 
-    def _call_the_roll(self, experiment: Experiment, job: str, begin: Begin) -> Roster:
+    def _call_the_roll(self, experiment: Experiment, job: str, begin: JobStart) -> Roster:
         """Who takes part in a job that has not begun yet."""
-        self.remote.muster(job, begin, self.expected, self.wait)
+        self.remote.start_job(job, begin, self.expected, self.wait)
         facts = dict(self.remote.facts)
         clients = sorted((c for c, fact in facts.items() if fact.rows.get("train", 0) > 0), key=natural_key)
         excluded = {**self.remote.refused, **{c: "has no training rows" for c in facts if c not in clients}}
@@ -107,7 +107,7 @@ class Sites:
         if not classes:
             raise DataError(
                 "no site has told its labels, and data.classes lists none; list them, or allow the field 'labels' of "
-                "'remote.Facts' in the sites' policies"
+                "'remote.ClientFacts' in the sites' policies"
             )
         if len(clients) < experiment.plan.quorum:
             why = "; ".join(f"{client}: {reason}" for client, reason in sorted(excluded.items()))
@@ -116,7 +116,7 @@ class Sites:
         return Roster({client: _row(facts[client]) for client in clients}, classes, excluded)
 
 
-def _row(facts: Facts) -> dict[str, Any]:
+def _row(facts: ClientFacts) -> dict[str, Any]:
     """What is kept of a client; a score that is none counts as not told."""
     majority = facts.majority if facts.majority is not None and 0 <= facts.majority <= 1 else None
     return {"rows": {split: facts.rows.get(split, 0) for split in SPLITS}, "majority": majority, "data": facts.data}
@@ -140,7 +140,7 @@ class Listen:
 
 
 @dataclass(frozen=True)
-class Opened:
+class ResolvedListen:
     """A `Listen` whose address and files have been looked at."""
 
     address: tuple[str, int]
@@ -149,7 +149,7 @@ class Opened:
     expected: tuple[ClientId, ...] | int
 
 
-def opened(listen: Listen) -> Opened:
+def resolve_listen(listen: Listen) -> ResolvedListen:
     """
     Raises:
         ConfigError: for an address, keys or clients that cannot be used.
@@ -172,13 +172,18 @@ def opened(listen: Listen) -> Opened:
     if isinstance(expected, int) and not 0 < expected <= (len(keys) or expected):
         most = f"1 to {len(keys)}, as many as have a key" if keys else "at least 1"
         raise ConfigError([f"--clients: found {expected}, expected {most}"])
-    return Opened(address, tls, keys, expected)
+    return ResolvedListen(address, tls, keys, expected)
 
 
 @contextmanager
 def serving(
-    listen: Listen, experiment: Experiment, workshop: Workshop, root: Path, federation: str, say: Callable[[str], None]
-) -> Iterator[Sites]:
+    listen: Listen,
+    experiment: Experiment,
+    resources: ResourceCache,
+    root: Path,
+    federation: str,
+    log: Callable[[str], None],
+) -> Iterator[SiteRuntime]:
     """Serve the Fleet API for a session.
 
     Raises:
@@ -187,7 +192,7 @@ def serving(
     """
     from celora.engines.flower import Fleet  # noqa: PLC0415  # an extra
 
-    at = opened(listen)
+    at = resolve_listen(listen)
     keys, tls, expected = at.keys, at.tls, at.expected
     if isinstance(expected, tuple) and tls:
         expected = tuple(client for client in expected if client in keys)  # a key may have been revoked since
@@ -195,20 +200,20 @@ def serving(
         "celora": version("celora"),
         "federation": federation,
         "algorithm": experiment.label,
-        "backbone": workshop.fingerprint(experiment),
+        "backbone": resources.fingerprint(experiment),
         "config": dump(experiment),
     }
     said: list[str] = []
 
     def tell(text: str) -> None:
         said.append(text)
-        say(text)
+        log(text)
 
     with Fleet(at.address, tls, keys, offer, root / "flower.log") as post:
         whom = f"{expected} sites" if isinstance(expected, int) else ", ".join(expected)
         tell(f"listening on {listen.address} for {whom}" + ("" if tls else ", without TLS and without keys"))
-        remote = Remote(post, names=post.client if tls else None, say=tell)
-        yield Sites(remote, workshop, expected, listen.wait, said)
+        remote = Remote(post, names=post.client if tls else None, log=tell)
+        yield SiteRuntime(remote, resources, expected, listen.wait, said)
         remote.end()
 
 
@@ -229,15 +234,15 @@ def loopback(host: str) -> bool:
     return host in ("127.0.0.1", "::1", "localhost")
 
 
-def check_server(experiment: Experiment, workshop: Workshop, listen: Listen) -> None:
+def check_server(experiment: Experiment, resources: ResourceCache, listen: Listen) -> None:
     """Whether a server without rows can run this there.
 
     Raises:
         CeloraError: if not, as far as it can be known.
     """
-    at = opened(listen)
+    at = resolve_listen(listen)
     if isinstance(at.expected, tuple) and (unknown := [name for name in at.expected if at.tls and name not in at.keys]):
         raise ConfigError([f"--clients: found {unknown[0]!r}, expected some of {', '.join(at.keys)}: those with a key"])
     if experiment.model.own is not None and experiment.data.classes is None:
         raise ConfigError(["data.classes: with model.own the server must know all labels; list them"])
-    workshop.start(experiment, len(experiment.data.classes or "ab"))
+    resources.start(experiment, len(experiment.data.classes or "ab"))

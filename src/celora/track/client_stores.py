@@ -1,4 +1,4 @@
-"""The clients' shelves: those used last in memory, as they are; all others on disk, as frames."""
+"""The clients' stores: those used last in memory, as they are; all others on disk, as frames."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from celora.core.algorithm import ClientId
-from celora.core.messages import Shelf, frame_of
+from celora.core.messages import ClientStore, frame_of
 from celora.errors import WireError
 from celora.track.disk import sync, writing
 from celora.wire import Schema, contents, pack, record, unpack
@@ -21,11 +21,11 @@ NAME = 32
 @record
 class _Kept:
     client: str
-    shelf: Mapping[str, bytes]
+    store: Mapping[str, bytes]
 
 
-class Shelves(MutableMapping[ClientId, Shelf]):
-    """client -> shelf. A shelf that is changed must be assigned again; only then is the change kept.
+class ClientStores(MutableMapping[ClientId, ClientStore]):
+    """client -> store. A store that is changed must be assigned again; only then is the change kept.
 
     A file is named by the SHA-256 of its content, so what a name stands for never changes, and a checkpoint is a list
     of names. Nothing is packed before it is written: when `flush` is called, or when the budget is exceeded.
@@ -37,7 +37,7 @@ class Shelves(MutableMapping[ClientId, Shelf]):
         names: client -> its file, as `flush` gave them.
 
     Raises:
-        WireError: by reading a shelf whose file is missing or damaged.
+        WireError: by reading a store whose file is missing or damaged.
         RunFolderError: by writing, if the disk is full.
     """
 
@@ -50,12 +50,12 @@ class Shelves(MutableMapping[ClientId, Shelf]):
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._folder, self._schema, self._budget = folder, schema, budget
         self._names = dict(names or {})
-        self._live: dict[ClientId, Shelf] = {}  # least recently used first
+        self._live: dict[ClientId, ClientStore] = {}  # least recently used first
         self._sizes: dict[ClientId, int] = {}
         self._changed: set[ClientId] = set()  # live, and not yet in a file
         self._unsynced: set[str] = set()
 
-    def __getitem__(self, client: ClientId) -> Shelf:
+    def __getitem__(self, client: ClientId) -> ClientStore:
         if client in self._live:
             self._live[client] = self._live.pop(client)
             return self._live[client]
@@ -66,12 +66,12 @@ class Shelves(MutableMapping[ClientId, Shelf]):
             raise WireError(f"the state of {client} cannot be read: {error}") from error
         if kept.client != client:
             raise WireError(f"{path}: found the state of {kept.client}, expected that of {client}")
-        return dict(kept.shelf)
+        return dict(kept.store)
 
-    def __setitem__(self, client: ClientId, shelf: Shelf) -> None:
+    def __setitem__(self, client: ClientId, store: ClientStore) -> None:
         self._live.pop(client, None)
-        self._live[client] = shelf
-        self._sizes[client] = sum(size for kept in shelf.values() for _, size in contents(kept))
+        self._live[client] = store
+        self._sizes[client] = sum(size for kept in store.values() for _, size in contents(kept))
         self._changed.add(client)
         while sum(self._sizes.values()) > self._budget:
             oldest = next(iter(self._live))
@@ -129,7 +129,7 @@ def place(folder: Path, name: str) -> Path:
     return folder / f"{name}.bin"
 
 
-def check(folder: Path, names: Mapping[ClientId, str]) -> None:
+def verify_files(folder: Path, names: Mapping[ClientId, str]) -> None:
     """Read every file once and hold it against its name.
 
     Raises:

@@ -23,8 +23,8 @@ from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.errors import ModelError
 from celora.models import sources
 from celora.models.backbone import Adapter, Inputs, Model, device_of
+from celora.models.batching import Rows, mini_batches
 from celora.models.families import drawn, head
-from celora.models.passes import Rows, mini_batches
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         return pooled
 
 
-class Own:
+class PrivateModel:
     """One architecture, loaded once, run with the weights of whoever has it.
 
     Args:
@@ -120,14 +120,14 @@ class Own:
         return z
 
 
-class OwnLearner:
+class PrivateLearner:
     """A client whose model is its own (`celora.core.learner.Learner`); it shares passes with nobody."""
 
     shared = None
 
     def __init__(
         self,
-        model: Own,
+        model: PrivateModel,
         splits: Mapping[Split, Rows],
         initial: Tensors,
         recipe: Recipe,
@@ -189,7 +189,7 @@ class OwnLearner:
         parts = [self.model.features(held, batch).cpu() for batch in self._in_order(rows)]
         return torch.cat([*parts, torch.zeros(0, self.model.width)]), rows.labels
 
-    def channels(self, rows: int) -> dict[str, Tensor]:
+    def input_norms(self, rows: int) -> dict[str, Tensor]:
         """‖z_j‖₂ (d,), the inputs of the adapter."""
         return {FC: self.features()[0][:rows].norm(dim=0)}
 
@@ -208,7 +208,7 @@ class OwnLearner:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class Zoo:
+class ModelZoo:
     """The architectures of an experiment, dealt to the clients in turn.
 
     Raises:
@@ -217,7 +217,7 @@ class Zoo:
 
     def __init__(self, model: Model, base: Path, seed: int) -> None:
         names = model.own or ()
-        self.models = [Own(name, model, base, seed) for name in names]
+        self.models = [PrivateModel(name, model, base, seed) for name in names]
         first, self.max_length = self.models[0], model.max_length
         for other in self.models[1:]:
             if (other.kind, other.width) != (first.kind, first.width):
@@ -235,7 +235,7 @@ class Zoo:
         """What the user should know: nothing."""
         return []
 
-    def of(self, client: str, clients: Sequence[str]) -> Own:
+    def of(self, client: str, clients: Sequence[str]) -> PrivateModel:
         """A client's architecture."""
         return self.models[clients.index(client) % len(self.models)]
 

@@ -1,4 +1,4 @@
-"""celora.core.federation: who is drawn, what is scored, which round is best, what is weighed, what is kept."""
+"""celora.core.rounds: who is drawn, what is scored, which round is best, what is weighed, what is kept."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,9 +10,9 @@ import pytest
 from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
-from celora.core import federation as loop
-from celora.core.federation import improved, run
-from celora.core.messages import Best, Exchange, Model, Notes, Order, Plan, Reply, Round, opened
+from celora.core import rounds as loop
+from celora.core.messages import Best, Exchange, Instruction, KeptModel, Notes, Plan, Reply, Round, unpacked
+from celora.core.rounds import improved, run_rounds
 from celora.errors import QuorumError
 from celora.wire import Schema, contents, pack, unpack
 from tests.toy import CLIENTS, Federation, Tape, image
@@ -30,19 +30,19 @@ def taped(federation: Federation, plan: Plan, **options: Any) -> tuple[list[Roun
     return list(federation.run(plan, around, **options)), tapes[0]
 
 
-def orders_of(plan: Plan, clients: int = 6) -> list[dict[str, Order]]:
+def orders_of(plan: Plan, clients: int = 6) -> list[dict[str, Instruction]]:
     """The orders of a whole run whose clients answer with what they were sent."""
     names, federation, sent = [f"c{i}" for i in range(clients)], Federation(FedIT()), []
 
-    def exchange(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+    def exchange(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
         sent.append(dict(orders))
         return federation.engine(orders)
 
-    list(run(FedIT(), exchange, plan, names, federation.world.initial))
+    list(run_rounds(FedIT(), exchange, plan, names, federation.population.initial))
     return sent
 
 
-def drawn(orders: Mapping[str, Order]) -> list[str]:
+def drawn(orders: Mapping[str, Instruction]) -> list[str]:
     return [client for client, order in orders.items() if order.task == "train"]
 
 
@@ -115,11 +115,11 @@ def test_received_is_the_aggregate_of_the_round_before() -> None:
     federation = Federation(FedSALoRA())
     steps = federation.run(Plan(rounds=2))
     first = next(steps)
-    algorithm, shelves = federation.algorithm, federation.copies()
+    algorithm, stores = federation.algorithm, federation.copies()
     second = next(steps)
     for client in CLIENTS:
-        weights = algorithm.model(federation.private(shelves[client]), algorithm.send(first.server, client))
-        learner = federation.world(client, 2)
+        weights = algorithm.model(federation.private(stores[client]), algorithm.send(first.server, client))
+        learner = federation.population(client, 2)
         expected = learner.test({**learner.initial, **weights}, "validation")
         assert image(second.scores[client]["received"]) == image(expected)
 
@@ -127,13 +127,13 @@ def test_received_is_the_aggregate_of_the_round_before() -> None:
 def test_there_is_no_reading_of_a_test_split_before_test_and_of_no_other_after() -> None:
     federation, plan = Federation(CELoRA()), Plan(rounds=2)
     rounds = list(federation.run(plan))
-    read = {split for _, split in federation.world.reads}
+    read = {split for _, split in federation.population.reads}
     assert read == {"train", "validation"}
-    federation.world.reads.clear()
+    federation.population.reads.clear()
     best = rounds[-1].checkpoint.best
     names = [f"{moment}@{standing.round}" for moment, standing in best.items()]
     scores = score_kept_models(federation.engine, plan, CLIENTS, names)
-    assert set(federation.world.reads) == {(client, "test") for client in CLIENTS}
+    assert set(federation.population.reads) == {(client, "test") for client in CLIENTS}
     assert {tuple(scores[client]) for client in CLIENTS} == {tuple(names)}
 
 
@@ -145,14 +145,12 @@ def test_kept_models_are_those_of_the_best_rounds_and_the_last() -> None:
     wanted = {f"{moment}@{standing.round}" for moment, standing in best.items()} | {"personal@4", "received@4"}
     before = {f"{moment}@{standing.round}" for moment, standing in rounds[-2].checkpoint.best.items()}
     for client in CLIENTS:
-        assert (
-            wanted <= {key for key in federation.shelves[client] if not key.startswith("private@")} <= wanted | before
-        )
-        learner = federation.world(client, 5)
-        for name in wanted & set(federation.shelves[client]):
+        assert wanted <= {key for key in federation.stores[client] if not key.startswith("private@")} <= wanted | before
+        learner = federation.population(client, 5)
+        for name in wanted & set(federation.stores[client]):
             moment, _, of_round = name.partition("@")
             scored_in = int(of_round) + (moment == "received")
-            weights = opened(Model, federation.shelves[client][name], federation.schema).weights
+            weights = unpacked(KeptModel, federation.stores[client][name], federation.schema).weights
             found = learner.test(weights, "validation")
             assert image(found) == image(rounds[scored_in - 1].scores[client][moment])
 
@@ -160,9 +158,9 @@ def test_kept_models_are_those_of_the_best_rounds_and_the_last() -> None:
 def test_test_scores_what_a_client_has_and_leaves_out_who_does_not_answer() -> None:
     federation, plan = Federation(FedIT()), Plan(rounds=1)
     list(federation.run(plan))
-    del federation.shelves["c1"]["personal@1"]
+    del federation.stores["c1"]["personal@1"]
 
-    def without_c2(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+    def without_c2(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
         assert {order.frame for order in orders.values()} == {b""}
         return federation.engine({client: order for client, order in orders.items() if client != "c2"})
 
@@ -248,7 +246,7 @@ def test_the_best_of_a_run_is_the_best_of_its_scores() -> None:
 
 def test_a_reply_of_a_client_that_was_not_asked_is_not_scored() -> None:
     def noisy(exchange: Exchange) -> Exchange:
-        def exchange_and_more(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def exchange_and_more(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             return {**exchange(orders), "stranger": Reply(b"", {"personal": {"score": 1.0}}, None)}
 
         return exchange_and_more
@@ -264,16 +262,16 @@ def test_a_reply_of_a_client_that_was_not_asked_is_not_scored() -> None:
 def test_payloads_do_not_overlap_and_are_what_the_frames_hold() -> None:
     federation = Federation(CELoRA(head="shared"))
     rounds, tape = taped(federation, Plan(rounds=2))
-    schema, card = federation.schema, federation.algorithm.card
+    schema, info = federation.schema, federation.algorithm.info
     frames = {(index, client): order.frame for index, client, order in tape.orders}
     replies = {(index, client): reply for index, client, reply in tape.replies}
     for rnd in rounds:
         for client, traffic in rnd.traffic.items():
             frame, reply = frames[rnd.index, client], replies[rnd.index, client]
-            held = sum(size for _, size in contents(unpack(card.down, frame, schema)))
+            held = sum(size for _, size in contents(unpack(info.down, frame, schema)))
             assert traffic.down_payload + traffic.head_down == held
             assert held < traffic.down_frame == len(frame)
-            sent = sum(size for _, size in contents(unpack(card.up, reply.frame, schema))) if reply.frame else 0
+            sent = sum(size for _, size in contents(unpack(info.up, reply.frame, schema))) if reply.frame else 0
             assert traffic.up_payload + traffic.head_up + traffic.summary == sent
             assert traffic.up_frame == len(reply.frame) >= sent
             assert traffic.report == len(pack(Reply(b"", reply.scores, reply.error)))
@@ -283,7 +281,7 @@ def test_payloads_do_not_overlap_and_are_what_the_frames_hold() -> None:
 
 def test_who_does_not_answer_costs_the_download_and_who_is_refused_the_frame_it_sent() -> None:
     def troubled(exchange: Exchange) -> Exchange:
-        def exchange_badly(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def exchange_badly(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             replies = dict(exchange(orders))
             del replies["c0"]
             replies["c1"] = Reply(replies["c1"].frame[:-3], {}, None)
@@ -310,10 +308,10 @@ def test_what_everybody_is_sent_is_in_memory_once_and_of_replies_one_at_a_time()
 
         values = items
 
-    orders = list[Mapping[str, Order]]()
+    orders = list[Mapping[str, Instruction]]()
 
     def around(exchange: Exchange) -> Exchange:
-        def watched(given: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def watched(given: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             orders.append(given)
             return Watched(exchange(given))
 
@@ -336,7 +334,7 @@ def test_a_caller_that_stops_leaves_the_clients_after_the_last_round_it_saw() ->
         if rnd.index == 2:
             break
     assert seen == [1, 2]
-    assert {key for shelf in federation.shelves.values() for key in shelf if key.startswith("personal")} <= {
+    assert {key for store in federation.stores.values() for key in store if key.startswith("personal")} <= {
         "personal@1",
         "personal@2",
     }
@@ -355,7 +353,7 @@ def test_notes_to_a_client_stay_on_its_shelf_once_each() -> None:
     """min_rows above every class: nothing is disclosed, and the client is told, not the server."""
     federation = Federation(CELoRA(min_rows=1000))
     rounds, tape = taped(federation, Plan(rounds=2))
-    notes = opened(Notes, federation.shelves["c0"]["notes"], federation.schema).lines
+    notes = unpacked(Notes, federation.stores["c0"]["notes"], federation.schema).lines
     assert any("below min_rows = 1000" in note for note in notes)
     assert any("known by its core alone" in note for note in notes)
     assert len(notes) == len(set(notes))
@@ -367,14 +365,14 @@ def test_notes_to_a_client_stay_on_its_shelf_once_each() -> None:
 
 def test_the_schema_is_that_of_the_initial_weights() -> None:
     federation = Federation(FedIT())
-    assert Schema.of(federation.world.initial).fingerprint == federation.schema.fingerprint
+    assert Schema.of(federation.population.initial).fingerprint == federation.schema.fingerprint
     assert next(federation.run(Plan(rounds=1))).heard == CLIENTS
 
 
 def test_a_test_that_too_few_clients_answer_stops_the_run_instead_of_ending_it() -> None:
     plan = Plan(quorum=3)
 
-    def far(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+    def far(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
         scored = Reply(b"", {"personal@3": {"score": 0.5}}, None)
         return {"c0": scored, "c1": Reply(b"", {}, "gone"), "c2": Reply(b"", {"personal@3": {"score": 2.0}}, None)}
 
@@ -388,7 +386,7 @@ def test_a_test_that_too_few_clients_answer_stops_the_run_instead_of_ending_it()
 
 def test_a_score_that_is_none_costs_its_sender_the_round_and_chooses_nothing() -> None:
     def around(exchange: Exchange) -> Exchange:
-        def boasting(orders: Mapping[str, Order]) -> Mapping[str, Reply]:
+        def boasting(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             replies = dict(exchange(orders))
             replies["c1"] = replace(replies["c1"], scores={"personal": {"score": 1e9}})
             return replies

@@ -1,4 +1,4 @@
-"""celora.models.own: clients whose whole models are their own."""
+"""celora.models.model_zoo: clients whose whole models are their own."""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,22 @@ from celora.core.learner import Fit, Recipe, Score
 from celora.core.solve import solve_together
 from celora.core.training import fit
 from celora.errors import ModelError
-from celora.models import Adapter, Model, OwnLearner, Rows, Zoo, load
+from celora.models import Adapter, Model, ModelZoo, PrivateLearner, Rows, load
 from celora.tensors import but
 
 TEXTS = ["good", "a rather bad and long sentence", "fine by me", "no"]
 
 
-def text_zoo() -> Zoo:
-    return Zoo(Model(own=("minilm:2", "minilm:6"), device="cpu"), Path(), seed=0)
+def text_zoo() -> ModelZoo:
+    return ModelZoo(Model(own=("minilm:2", "minilm:6"), device="cpu"), Path(), seed=0)
 
 
-def learner(zoo: Zoo, at: int, inputs: Any, **recipe: Any) -> OwnLearner:
+def learner(zoo: ModelZoo, at: int, inputs: Any, **recipe: Any) -> PrivateLearner:
     start = {**zoo.models[at].start, **zoo.initial(Adapter(rank=2), Lora(), 2, seed=0)}
     rows = Rows(inputs, torch.arange(len(inputs)) % 2)
     splits: Any = {"train": rows, "test": rows}
     settings: Any = {"family": Lora(), "scaling": 2.0, "seed": 0, "client": "a", "round": 1}
-    return OwnLearner(zoo.models[at], splits, start, Recipe(**recipe), **settings)
+    return PrivateLearner(zoo.models[at], splits, start, Recipe(**recipe), **settings)
 
 
 def test_an_encoder_with_all_its_layers_gives_the_features_of_the_frozen_backbone() -> None:
@@ -46,7 +46,7 @@ def test_an_encoder_with_all_its_layers_gives_the_features_of_the_frozen_backbon
 
 
 def test_every_weight_of_an_own_model_can_be_trained_and_nothing_is_changed_in_place() -> None:
-    zoo = Zoo(Model(own=("cnn-5",), device="cpu"), Path(), seed=0)
+    zoo = ModelZoo(Model(own=("cnn-5",), device="cpu"), Path(), seed=0)
     images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     it = learner(zoo, 0, images, epochs=8, batch_size=5)
     before = {name: w.clone() for name, w in zoo.models[0].start.items()}
@@ -56,11 +56,11 @@ def test_every_weight_of_an_own_model_can_be_trained_and_nothing_is_changed_in_p
     assert it.test(fitted.weights, "test")["loss"] < it.test({}, "test")["loss"]
     assert it.test({}, "test", 4)["rows"] == 4
     assert it.test({}, "validation") == {"rows": 0.0}
-    assert it.channels(3)["fc"].shape == (500,)
+    assert it.input_norms(3)["fc"].shape == (500,)
 
 
 def test_learners_of_their_own_models_run_one_by_one_in_a_cohort() -> None:
-    zoo = Zoo(Model(own=("cnn-4", "cnn-5"), device="cpu"), Path(), seed=0)
+    zoo = ModelZoo(Model(own=("cnn-4", "cnn-5"), device="cpu"), Path(), seed=0)
     images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def turn() -> Any:
@@ -73,10 +73,10 @@ def test_learners_of_their_own_models_run_one_by_one_in_a_cohort() -> None:
 
 
 def test_architectures_are_dealt_in_turn_and_drawn_by_name() -> None:
-    zoo, again = (Zoo(Model(own=("cnn-1", "cnn-2"), device="cpu"), Path(), seed=0) for _ in range(2))
+    zoo, again = (ModelZoo(Model(own=("cnn-1", "cnn-2"), device="cpu"), Path(), seed=0) for _ in range(2))
     assert [zoo.of(client, "abc").name for client in "abc"] == ["cnn-1", "cnn-2", "cnn-1"]
     assert zoo.fingerprint() == again.fingerprint()
-    assert zoo.fingerprint() != Zoo(Model(own=("cnn-1", "cnn-2"), device="cpu"), Path(), seed=1).fingerprint()
+    assert zoo.fingerprint() != ModelZoo(Model(own=("cnn-1", "cnn-2"), device="cpu"), Path(), seed=1).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_architectures_are_dealt_in_turn_and_drawn_by_name() -> None:
 )
 def test_what_cannot_be_is_said(own: tuple[str, ...], says: str) -> None:
     with pytest.raises(ModelError, match=says):
-        Zoo(Model(own=own, device="cpu"), Path(), seed=0)
+        ModelZoo(Model(own=own, device="cpu"), Path(), seed=0)
 
 
 def test_rows_of_another_kind_are_refused() -> None:
-    zoo = Zoo(Model(own=("cnn-1",), device="cpu"), Path(), seed=0)
+    zoo = ModelZoo(Model(own=("cnn-1",), device="cpu"), Path(), seed=0)
     with pytest.raises(ModelError, match="reads images; found texts"):
         zoo.read(TEXTS)
     with pytest.raises(ModelError, match=r"shape \(3, 32, 32\); found \(1, 8, 8\)"):

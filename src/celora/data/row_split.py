@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from celora.data.table import Share
+from celora.data.table import ClientRows
 from celora.rng import numpy_generator
 
 
-def carve(
-    held: Share, labels: Sequence[str], client: str, *, validation: float, test: float,
+def split_rows(
+    held: ClientRows, labels: Sequence[str], client: str, *, validation: float, test: float,
     rows: int | None = None, max_validation: int | None = None, max_test: int | None = None, seed: int = 0,
-) -> Share:  # fmt: skip
+) -> ClientRows:  # fmt: skip
     """Cut a client's training rows into three disjoint parts, then cap each part.
 
     The parts are stratified: each holds the labels nearly in proportion. One row of each label always trains,
@@ -39,7 +39,7 @@ def carve(
         (held.validation + free[tested : tested + validated], max_validation),
         (held.test + free[:tested], max_test),
     )
-    return Share(*(sorted(interleave(part, labels, rng)[:limit]) for part, limit in parts))
+    return ClientRows(*(sorted(interleave(part, labels, rng)[:limit]) for part, limit in parts))
 
 
 def interleave(rows: Sequence[int], labels: Sequence[str], rng: np.random.Generator) -> list[int]:

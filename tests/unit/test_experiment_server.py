@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from celora.core.messages import Checkpoint
-from celora.engines.remote import Facts
+from celora.engines.remote import ClientFacts
 from celora.errors import ConfigError, DataError, QuorumError
 from celora.experiment.config import Experiment, resolve
-from celora.experiment.sites import Listen, Sites, opened
-from celora.experiment.world import Workshop
+from celora.experiment.population import ResourceCache
+from celora.experiment.server import Listen, SiteRuntime, resolve_listen
 from celora.site.certificates import development
+from celora.track.client_stores import ClientStores
 from celora.track.folder import RunFolder
-from celora.track.shelves import Shelves
 from celora.wire import NOTHING
 
 TREE: dict[str, Any] = {"adapter": {"layers": "last:1"}, "plan": {"quorum": 2}, "algorithm": {"name": "fedit"}}
@@ -22,85 +22,85 @@ TREE: dict[str, Any] = {"adapter": {"layers": "last:1"}, "plan": {"quorum": 2}, 
 class Far:
     """A `Remote` whose sites are those that are in `here`."""
 
-    def __init__(self, here: dict[str, Facts]) -> None:
-        self.here, self.facts, self.refused = here, dict[str, Facts](), dict[str, str]()
+    def __init__(self, here: dict[str, ClientFacts]) -> None:
+        self.here, self.facts, self.refused = here, dict[str, ClientFacts](), dict[str, str]()
         self.begun: list[Any] = []
         self.sockets: dict[str, tuple[int, int]] = {}
 
-    def muster(self, job: str, begin: Any, expected: Any, seconds: float) -> None:
+    def start_job(self, job: str, begin: Any, expected: Any, seconds: float) -> None:
         self.begun.append((begin.clients, begin.classes, expected if isinstance(expected, int) else tuple(expected)))
         self.facts, self.refused = dict(self.here), {}
 
 
-def facts(labels: str = "ab", data: str = "sha", **more: Any) -> Facts:
+def facts(labels: str = "ab", data: str = "sha", **more: Any) -> ClientFacts:
     rows = {"train": 20, "validation": 5, "test": 5}
     told = {"rows": rows, "labels": tuple(labels), "majority": 0.5, "data": data, "backbone": "b", "version": "0"}
-    return Facts(**{**told, **more})
+    return ClientFacts(**{**told, **more})
 
 
 @pytest.fixture(scope="module")
-def workshop() -> Workshop:
-    return Workshop()
+def resources() -> ResourceCache:
+    return ResourceCache()
 
 
-def sites(far: Far, workshop: Workshop) -> Sites:
-    return Sites(far, workshop, ("a", "b", "c"), 1.0)  # type: ignore[arg-type]
+def sites(far: Far, resources: ResourceCache) -> SiteRuntime:
+    return SiteRuntime(far, resources, ("a", "b", "c"), 1.0)  # type: ignore[arg-type]
 
 
 def experiment(**data: Any) -> Experiment:
     return resolve({**TREE, "data": data}, Path())
 
 
-def test_a_job_begins_with_those_that_have_come_and_all_their_labels(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_job_begins_with_those_that_have_come_and_all_their_labels(resources: ResourceCache, tmp_path: Path) -> None:
     far = Far({"a": facts("ab"), "c": facts("bc"), "b": facts(rows={"train": 0})})
-    team = sites(far, workshop).team(experiment(), RunFolder(tmp_path), "f/job", {})
+    team = sites(far, resources).team(experiment(), RunFolder(tmp_path), "f/job", {})
     assert team.known.clients == ["a", "c"] and team.known.classes == ["a", "b", "c"]
     assert team.known.excluded == {"b": "has no training rows"}
     assert team.known.initial["head.weight"].shape[0] == 3
     assert far.begun == [((), (), ("a", "b", "c")), (("a", "c"), ("a", "b", "c"), ("a", "c"))]
 
 
-def test_a_resumed_job_has_the_clients_and_labels_of_its_beginning(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_resumed_job_has_the_clients_and_labels_of_its_beginning(resources: ResourceCache, tmp_path: Path) -> None:
     folder, far = RunFolder(tmp_path), Far({"a": facts("ab"), "b": facts("bc")})
-    first = sites(far, workshop).team(experiment(), folder, "f/job", {})
-    folder.save(Checkpoint(1, b"", {}), Shelves(folder.shelves, NOTHING, 0), {"clients": [], "index": 1})
+    first = sites(far, resources).team(experiment(), folder, "f/job", {})
+    folder.save(Checkpoint(1, b"", {}), ClientStores(folder.stores, NOTHING, 0), {"clients": [], "index": 1})
     later = Far({"a": facts("ab"), "c": facts("xyz")})  # b is away, and c has come, which was not there
-    again = sites(later, workshop).team(experiment(), folder, "f/job", {})
+    again = sites(later, resources).team(experiment(), folder, "f/job", {})
     assert again.known.clients == first.known.clients == ["a", "b"]
     assert again.known.classes == first.known.classes == ["a", "b", "c"]
     assert again.known.rows == first.known.rows
     assert later.begun == [(("a", "b"), ("a", "b", "c"), ("a", "b"))]
 
 
-def test_rows_that_have_changed_since_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+def test_rows_that_have_changed_since_are_refused(resources: ResourceCache, tmp_path: Path) -> None:
     folder, far = RunFolder(tmp_path), Far({"a": facts(), "b": facts()})
-    sites(far, workshop).team(experiment(), folder, "f/job", {})
-    folder.save(Checkpoint(1, b"", {}), Shelves(folder.shelves, NOTHING, 0), {"clients": [], "index": 1})
+    sites(far, resources).team(experiment(), folder, "f/job", {})
+    folder.save(Checkpoint(1, b"", {}), ClientStores(folder.stores, NOTHING, 0), {"clients": [], "index": 1})
     later = Far({"a": facts(), "b": facts(data="other")})
-    sites(later, workshop).team(experiment(), folder, "f/job", {})
+    sites(later, resources).team(experiment(), folder, "f/job", {})
     assert later.refused == {"b": "its rows are others than when the run began; give it those rows again"}
 
 
-def test_too_few_sites_and_no_labels_are_named(workshop: Workshop, tmp_path: Path) -> None:
+def test_too_few_sites_and_no_labels_are_named(resources: ResourceCache, tmp_path: Path) -> None:
     with pytest.raises(QuorumError, match=r"1 sites have come, plan.quorum is 2 \(b: did not come within 1 s; c: did"):
-        sites(Far({"a": facts()}), workshop).team(experiment(), RunFolder(tmp_path / "1"), "f/job", {})
+        sites(Far({"a": facts()}), resources).team(experiment(), RunFolder(tmp_path / "1"), "f/job", {})
     silent = Far({"a": facts(""), "b": facts("")})
     with pytest.raises(DataError, match=r"no site has told its labels, and data\.classes lists none"):
-        sites(silent, workshop).team(experiment(), RunFolder(tmp_path / "2"), "f/job", {})
-    team = sites(silent, workshop).team(experiment(classes=["u", "v"]), RunFolder(tmp_path / "3"), "f/job", {})
+        sites(silent, resources).team(experiment(), RunFolder(tmp_path / "2"), "f/job", {})
+    team = sites(silent, resources).team(experiment(classes=["u", "v"]), RunFolder(tmp_path / "3"), "f/job", {})
     assert team.known.classes == ["u", "v"]
 
 
-def test_what_a_site_claims_of_its_majority_may_be_no_score(workshop: Workshop, tmp_path: Path) -> None:
+def test_what_a_site_claims_of_its_majority_may_be_no_score(resources: ResourceCache, tmp_path: Path) -> None:
     far = Far({"a": facts(majority=float("nan")), "b": facts(majority=7.0), "c": facts()})
-    team = sites(far, workshop).team(experiment(), RunFolder(tmp_path), "f/job", {})
+    team = sites(far, resources).team(experiment(), RunFolder(tmp_path), "f/job", {})
     assert team.known.majority == {"a": None, "b": None, "c": 0.5}
 
 
 def test_what_is_wrong_with_an_address_or_keys_is_told(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     development(keys, ["a", "b"], [])
-    assert opened(Listen("127.0.0.1:0", str(keys), None, 1)).expected == ("a", "b")
+    assert resolve_listen(Listen("127.0.0.1:0", str(keys), None, 1)).expected == ("a", "b")
     wrong = {
         r"found the address 'here', expected host:port": Listen("here", str(keys), None, 1),
         r"--insecure: found the address 0\.0\.0\.0:1, expected one of this machine": Listen("0.0.0.0:1", None, 2, 1),
@@ -110,8 +110,8 @@ def test_what_is_wrong_with_an_address_or_keys_is_told(tmp_path: Path) -> None:
     }
     for words, listen in wrong.items():
         with pytest.raises(ConfigError, match=words):
-            opened(listen)
+            resolve_listen(listen)
     for key in (keys / "sites").iterdir():
         key.unlink()
     with pytest.raises(ConfigError, match=r"--keys: found no key in .*sites, expected <site>\.pub of each site"):
-        opened(Listen("127.0.0.1:0", str(keys), None, 1))
+        resolve_listen(Listen("127.0.0.1:0", str(keys), None, 1))

@@ -3,7 +3,7 @@
     for round in run(algorithm, exchange, plan, clients, initial):
         ...
 
-An `Exchange` is an engine: it takes one `Order` a client and brings back their `Reply`s; a client that is missing
+An `Exchange` is an engine: it takes one `Instruction` a client and brings back their `Reply`s; a client that is missing
 from them dropped out. In process, on a network, or with a fault in between: to this file it is one function.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.learner import Metrics
-from celora.core.messages import Best, Checkpoint, Exchange, Order, Plan, Reply, Round, Task, Traffic
+from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
 from celora.core.screen import odd_score, screen
 from celora.errors import QuorumError, WireError
 from celora.rng import generator
@@ -24,7 +24,7 @@ from celora.tensors import Tensors
 from celora.wire import Schema, contents, pack, unpack
 
 
-def run(
+def run_rounds(
     algorithm: AnyAlgorithm,
     exchange: Exchange,
     plan: Plan,
@@ -45,7 +45,7 @@ def run(
     if checkpoint is None:
         server, best, done = algorithm.server_init(initial, clients), dict[str, Best](), 0
     else:
-        server = unpack(algorithm.card.server, checkpoint.server, schema)
+        server = unpack(algorithm.info.server, checkpoint.server, schema)
         best, done = dict(checkpoint.best), checkpoint.round
     for index in range(done + 1, plan.rounds + 2):
         began = time.monotonic()
@@ -55,7 +55,7 @@ def run(
         keep = tuple(f"{moment}@{b.round}" for moment, b in best.items()) + (
             (f"personal@{plan.rounds}",) if closing else ()
         )
-        orders: dict[ClientId, Order] = {}
+        instructions: dict[ClientId, Instruction] = {}
         traffic: dict[ClientId, Traffic] = {}
         frames: dict[bytes, bytes] = {}
         for client in clients if evaluate else drawn:
@@ -63,18 +63,18 @@ def run(
             down = algorithm.send(server, client)
             frame = pack(down, schema)
             frame = frames.setdefault(frame, frame)  # what is sent to all is in memory once
-            orders[client] = Order(index, task, frame, evaluate, keep, plan.deadline)
+            instructions[client] = Instruction(index, task, frame, evaluate, keep, plan.deadline)
             traffic[client] = _downlink(frame, down)
-        replies = exchange(orders)
+        replies = exchange(instructions)
         heard: list[ClientId] = []
         excluded: dict[ClientId, str] = {}
         scores: dict[ClientId, Mapping[str, Metrics]] = {}
-        for client in sorted(orders):  # one reply at a time: of a thousand, no two need be in memory
+        for client in sorted(instructions):  # one reply at a time: of a thousand, no two need be in memory
             reply = replies.get(client)
-            up, problem = _hear(algorithm, schema, orders[client], reply, plan)
+            up, problem = _hear(algorithm, schema, instructions[client], reply, plan)
             if problem is not None:
                 excluded[client] = problem
-            elif orders[client].task == "train":
+            elif instructions[client].task == "train":
                 heard.append(client)
             if reply is not None:
                 traffic[client] = _uplink(traffic[client], reply, up)
@@ -87,7 +87,7 @@ def run(
                 "Nothing of this round was kept; mend the clients and resume the run."
             )
         if heard:
-            server = algorithm.aggregate(server, _Heard(algorithm.card.up, replies, heard, schema))
+            server = algorithm.aggregate(server, _Heard(algorithm.info.up, replies, heard, schema))
         best = improved(best, index, scores)
         yield Round(
             index=index,
@@ -109,19 +109,19 @@ def _draw(plan: Plan, clients: Sequence[ClientId], index: int) -> list[ClientId]
 
 
 def _hear(
-    algorithm: AnyAlgorithm, schema: Schema, order: Order, reply: Reply | None, plan: Plan
+    algorithm: AnyAlgorithm, schema: Schema, instruction: Instruction, reply: Reply | None, plan: Plan
 ) -> tuple[object, str | None]:
     """What a client sent, if it can be read, and why it cannot be aggregated."""
     if reply is None:
         return None, "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
-    if (problem := reply.error or odd_score(reply.scores)) is not None or order.task != "train":
+    if (problem := reply.error or odd_score(reply.scores)) is not None or instruction.task != "train":
         return None, problem
     try:
-        up: object = unpack(algorithm.card.up, reply.frame, schema)
+        up: object = unpack(algorithm.info.up, reply.frame, schema)
     except WireError as error:
         return None, str(error)
-    card = algorithm.card
-    return up, screen(up, schema, algorithm.shares, mixed_ranks=card.mixed_ranks, partial=card.partial)
+    info = algorithm.info
+    return up, screen(up, schema, algorithm.shares, mixed_ranks=info.mixed_ranks, partial=info.partial)
 
 
 class _Heard(Mapping[ClientId, object]):
@@ -199,8 +199,8 @@ def test(
     Raises:
         QuorumError: if fewer than `plan.quorum` answer; running again from the last checkpoint repeats only this.
     """
-    order = Order(plan.rounds + 2, "test", b"", evaluate=False, keep=tuple(names), deadline=None)
-    replies = exchange(dict.fromkeys(clients, order))
+    instruction = Instruction(plan.rounds + 2, "test", b"", evaluate=False, keep=tuple(names), deadline=None)
+    replies = exchange(dict.fromkeys(clients, instruction))
     found = {client: replies[client] for client in clients if client in replies}
     problems = {client: reply.error or odd_score(reply.scores) for client, reply in found.items()}
     scores = {client: reply.scores for client, reply in found.items() if problems[client] is None}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from celora.engines.remote import Begin
+from celora.engines.remote import JobStart
 from celora.errors import ConfigError, DataError, FederationError, RunFolderError
-from celora.experiment import joining
+from celora.experiment import client as joining
+from celora.experiment.client import Join, SiteData, enter, hold, local, own_secret
 from celora.experiment.config import dump, resolve
-from celora.experiment.joining import Join, Rows, enter, hold, local, own_secret
-from celora.experiment.world import Workshop
+from celora.experiment.population import ResourceCache
 from celora.models.backbone import Backbone
 
 TREE = {
@@ -41,15 +41,15 @@ def shard(tmp_path: Path) -> Path:
 
 
 def taking_part(shard: Path, name: str | None = None) -> Join:
-    return Join(Rows(shard), "127.0.0.1:1", shard.parent / "state", None, None, name)
+    return Join(SiteData(shard), "127.0.0.1:1", shard.parent / "state", None, None, name)
 
 
 def test_rows_downloads_and_machine_are_the_sites_to_decide(shard: Path) -> None:
-    here = local(config(), Rows(shard))
+    here = local(config(), SiteData(shard))
     assert here.data.source == str(shard) and here.data.client is None and here.data.partition == "natural"
     assert (here.data.text, here.data.rows, here.data.max_test) == ("note", 8, 4)
     assert not here.model.allow_download and here.engine.group is None
-    assert local(config(), Rows(shard, backbone="elsewhere")).model.backbone == "elsewhere"
+    assert local(config(), SiteData(shard, backbone="elsewhere")).model.backbone == "elsewhere"
 
 
 def test_no_override_of_the_server_is_put_over_what_the_site_decides(shard: Path) -> None:
@@ -60,7 +60,7 @@ source = "others.csv"
 allow_download = true
 backbone = "somebody/model"
 """
-    here = local(config() + override, Rows(shard))
+    here = local(config() + override, SiteData(shard))
     assert here.data.source == str(shard)
     assert not here.model.allow_download and here.model.backbone == "minilm"
 
@@ -68,26 +68,26 @@ backbone = "somebody/model"
 def test_separate_test_rows_must_be_given(shard: Path) -> None:
     asked = config(client=None, test="tests/*.csv")
     with pytest.raises(ConfigError, match="give this site's with --test"):
-        local(asked, Rows(shard))
-    assert local(asked, Rows(shard, test=shard)).data.test == str(shard)
+        local(asked, SiteData(shard))
+    assert local(asked, SiteData(shard, test=shard)).data.test == str(shard)
 
 
 def test_a_key_is_never_the_servers_to_choose(shard: Path) -> None:
     asked = dump(resolve({**TREE, "algorithm": {"name": "she-lora", "key": "/dev/zero"}}, Path()))
     with pytest.raises(ConfigError, match=r"--secret: she-lora encrypts; give the file of the sites' key"):
-        local(asked, Rows(shard))
-    chosen: Any = local(asked, Rows(shard, secret=shard)).algorithm
+        local(asked, SiteData(shard))
+    chosen: Any = local(asked, SiteData(shard, secret=shard)).algorithm
     assert chosen.key == str(shard)
 
 
 def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("note,label\n" + "\n".join(f"other {n},{'abc'[n % 3]}" for n in range(30)))
     together = resolve({**TREE, "data": {"source": "*.csv", "text": "note", "rows": 8}}, tmp_path)
-    world = Workshop().world(together)
-    begin = Begin(dump(together), "fedit", world.known.backbone["sha256"], ("a", "b", "c"), ("mine", "other"))
-    seat = enter("mine", taking_part(shard))(begin)
-    assert seat.facts.rows == world.known.rows["mine"] and seat.facts.labels == ()
-    theirs, ours = world.learner("mine", 1), seat.learner(1)
+    population = ResourceCache().population(together)
+    begin = JobStart(dump(together), "fedit", population.known.backbone["sha256"], ("a", "b", "c"), ("mine", "other"))
+    job_context = enter("mine", taking_part(shard))(begin)
+    assert job_context.facts.rows == population.known.rows["mine"] and job_context.facts.labels == ()
+    theirs, ours = population.learner("mine", 1), job_context.learner(1)
     for mine, his in zip(ours.batches(), theirs.batches(), strict=True):
         assert {name: t.tolist() for name, t in mine.items() if name != "row"} == {
             name: t.tolist() for name, t in his.items() if name != "row"
@@ -95,18 +95,18 @@ def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -
 
 
 def test_labels_are_told_only_where_nobody_has_listed_them(shard: Path) -> None:
-    sha = Workshop().fingerprint(resolve(TREE, Path()))
+    sha = ResourceCache().fingerprint(resolve(TREE, Path()))
     asked = enter("mine", taking_part(shard))
-    assert asked(Begin(config(), "fedit", sha, (), ())).facts.labels == ("a", "b")
-    assert asked(Begin(config(classes=["a", "b"]), "fedit", sha, (), ())).facts.labels == ()
+    assert asked(JobStart(config(), "fedit", sha, (), ())).facts.labels == ("a", "b")
+    assert asked(JobStart(config(classes=["a", "b"]), "fedit", sha, (), ())).facts.labels == ()
     with pytest.raises(DataError, match=r"found the label 'b', which data\.classes does not list"):
-        asked(Begin(config(classes=["a"]), "fedit", sha, (), ()))
+        asked(JobStart(config(classes=["a"]), "fedit", sha, (), ()))
 
 
 def test_another_backbone_is_refused(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backbone, "fingerprint", lambda self: "0123456789abcdef" * 4)
     with pytest.raises(FederationError, match=r"has SHA-256 0123456789abcdef… here, .* ffff.*same weights"):
-        enter("mine", taking_part(shard))(Begin(config(), "fedit", "f" * 64, (), ()))
+        enter("mine", taking_part(shard))(JobStart(config(), "fedit", "f" * 64, (), ()))
 
 
 def test_the_secret_of_secret_bases_is_made_once_and_is_its_owners(tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_a_state_folder_is_for_one_process_and_its_owner(tmp_path: Path) -> None
 
 
 def test_without_keys_only_this_machine_is_a_server(shard: Path) -> None:
-    far = Join(Rows(shard), "server.example:8000", shard.parent, None, None, "mine")
+    far = Join(SiteData(shard), "server.example:8000", shard.parent, None, None, "mine")
     with pytest.raises(ConfigError, match=r"--insecure: found the server server\.example:8000, expected one of"):
         far.line()
     with pytest.raises(ConfigError, match=r"found the address 'server', expected host:port"):
-        Join(Rows(shard), "server", shard.parent, None, None, "mine").line()
+        Join(SiteData(shard), "server", shard.parent, None, None, "mine").line()
     with pytest.raises(ConfigError, match=r"ca\.crt: cannot be read .*ask the server's operator for it"):
-        Join(Rows(shard), "server.example:8000", shard.parent, shard.parent, None, None).line()
+        Join(SiteData(shard), "server.example:8000", shard.parent, shard.parent, None, None).line()

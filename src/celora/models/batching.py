@@ -12,8 +12,8 @@ from torch import Tensor
 from celora.core.adapters import Family, linear, modules
 from celora.core.learner import Batch, Metrics, Recipe, Score
 from celora.core.training import FILLING, passes
+from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, Inputs
-from celora.models.prefixes import Prefixes
 from celora.tensors import Tensors, common
 
 _WINDOW = 8
@@ -30,7 +30,7 @@ class Rows:
     Attributes:
         inputs: token id lists, or images (n, channels, h, w).
         labels: class ids (n,) int64.
-        numbers: the row's number (n,) int64 in the table that `Prefixes` caches; None if there is no such table.
+        numbers: the row's number (n,) int64 in the table that `ActivationCache` caches; None if there is no such table.
     """
 
     inputs: Inputs
@@ -46,7 +46,7 @@ class Rows:
         return self if count is None else Rows(self.inputs[:count], self.labels[:count], numbers)
 
 
-class Passes:
+class BatchedForward:
     """What the learners of one backbone share (`celora.core.learner.Shared`).
 
     Args:
@@ -55,8 +55,8 @@ class Passes:
             layer is adapted, or the rows have no numbers.
     """
 
-    def __init__(self, backbone: Backbone, family: Family, prefixes: Prefixes | None = None) -> None:
-        self.backbone, self.family, self._prefixes = backbone, family, prefixes
+    def __init__(self, backbone: Backbone, family: Family, prefixes: ActivationCache | None = None) -> None:
+        self.backbone, self.family, self._activations = backbone, family, prefixes
 
     @property
     def capacity(self) -> int:
@@ -80,7 +80,7 @@ class Passes:
     @property
     def notices(self) -> list[str]:
         """What the user should know of the cache."""
-        return self._prefixes.notices if self._prefixes else []
+        return self._activations.notices if self._activations else []
 
     def batch(self, rows: Rows, chosen: Sequence[int]) -> dict[str, Tensor]:
         """These rows with their labels, on the CPU."""
@@ -120,7 +120,7 @@ class Passes:
         return linear(features, weights["head.weight"], weights["head.bias"])
 
     def _features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
-        hidden = None if self._prefixes is None or dropout_seed is not None else self._prefixes(batch)
+        hidden = None if self._activations is None or dropout_seed is not None else self._activations(batch)
         updates = {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
         return self.backbone.encode(batch, updates, dropout_seed, hidden)
 
@@ -177,7 +177,7 @@ class Passes:
         rows = [learner.rows("train") for learner in learners]
         return list(zip(self._encode(rows), (own.labels for own in rows), strict=True))
 
-    def channels(self, rows: Rows) -> dict[str, Tensor]:
+    def input_norms(self, rows: Rows) -> dict[str, Tensor]:
         """Module -> ‖X_j‖₂ (d_in,) float32 of the inputs X (tokens, d_in) that these rows give it, on the CPU."""
         squares = {name: torch.zeros(d_in, dtype=torch.float64) for name, (_, d_in) in self.backbone.targets.items()}
         for chosen in self._budgeted(rows.inputs):
@@ -218,7 +218,7 @@ def _concatenated(many: Sequence[Rows]) -> Rows:
 def predict(backbone: Backbone, family: Family, weights: Tensors, inputs: Inputs) -> Tensor:
     """Logits (n, classes) of all rows in their order, on the CPU, for one client's weights."""
     rows = Rows(inputs, torch.zeros(len(inputs), dtype=torch.int64))
-    return Passes(backbone, family)._logits([weights], [rows])[0]
+    return BatchedForward(backbone, family)._logits([weights], [rows])[0]
 
 
 def mini_batches(sizes: Sequence[int], recipe: Recipe, size: int | None, order: torch.Generator) -> Iterator[list[int]]:
