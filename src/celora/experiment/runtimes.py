@@ -192,7 +192,7 @@ def simulated(
     experiment: Experiment, resources: ResourceCache, root: Path, log: Callable[[str], None]
 ) -> Iterator[FlowerSimRuntime]:
     """Start Flower's simulation with a node for every client of the experiment."""
-    from celora.engines.flower import simulation  # noqa: PLC0415  # an extra
+    from celora.engines.flower_sim import simulation  # noqa: PLC0415  # an extra
 
     clients = list(resources.federation(experiment).clients)
     where = _Simulated(str(experiment.base.resolve()), str(root.resolve()), tuple(clients))

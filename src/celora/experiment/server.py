@@ -190,7 +190,7 @@ def serving(
         ConfigError: for an address or keys that cannot be used.
         FederationError: if nobody can listen there.
     """
-    from celora.engines.flower import Fleet  # noqa: PLC0415  # an extra
+    from celora.engines.flower_server import Fleet  # noqa: PLC0415  # an extra
 
     at = resolve_listen(listen)
     keys, tls, expected = at.keys, at.tls, at.expected
