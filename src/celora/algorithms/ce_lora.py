@@ -44,7 +44,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Tri
 from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Features, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, Fraction, NonNegative, Positive, setting, settings
 from celora.maths.cka import Estimator, cka, points
 from celora.maths.mixtures import Mixture, fit_mixture
@@ -187,8 +188,8 @@ class CELoRA:
         bases = ("A", "B") if self.freeze_bases else ()
         if self.freeze_bases and not any(w.any() for w in select(learner.initial, only("B")).values()):
             raise ValueError("freeze_bases: B is 0, so no core could ever matter; set adapter.init = 'orthonormal'")
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, *bases))
-        summary, notes = self.introduce(learner, *(yield Features())) if down.introduce else (None, ())
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, *bases))
+        summary, notes = self.introduce(learner, *(yield from Features())) if down.introduce else (None, ())
         mine = select(fitted.weights, private(self.head, "C", *bases))
         up = Up(select(fitted.weights, self.shares), learner.examples, summary)
         return Trained(Local(mine), up, fitted.weights, notes)

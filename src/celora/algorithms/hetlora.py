@@ -29,7 +29,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, Fraction, NonNegative, setting, settings
 from celora.maths.lowrank import norm
 from celora.tensors import Names, Tensors, mean, only, select
@@ -130,7 +131,7 @@ class HetLoRA:
         """Train both factors with their tail held down, and cut it off if it has shrunk."""
         start = truncated({**learner.initial, **self.model(local, down)}, local.rank)
         penalised = self.pruning and self.lam > 0
-        fitted = yield Fit(start, trained(self.head), penalty=self.penalty if penalised else None)
+        fitted = yield from Fit(start, trained(self.head), penalty=self.penalty if penalised else None)
         rank, weights = local.rank, fitted.weights
         if self.pruning and self.tail(weights) < self.tail(start):
             rank = self.kept(rank)

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from celora.core.adapters import Family
-from celora.core.learner import ClientUpdate, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate
 from celora.tensors import Names, Tensors, but, only
 from celora.wire import record
 

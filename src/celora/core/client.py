@@ -1,9 +1,11 @@
 """The client's side of a round: `answer` takes an instruction, reads and leaves private state, and gives the reply."""
 
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.learner import ClientUpdate, Fitted, Gradient, GradientResult, Learner, Metrics, Score
+from celora.core.learner import Learner, Metrics
 from celora.core.messages import ClientStore, Instruction, KeptModel, Moment, Notes, Reply, unpacked
+from celora.core.problems import ClientUpdate, Gradient, Score
 from celora.core.screen import not_finite
+from celora.core.training import Fitted, GradientResult
 from celora.errors import WireError
 from celora.tensors import Tensors
 from celora.wire import Schema, pack, unpack
@@ -19,7 +21,7 @@ def answer(
     tested: dict[str, Metrics] = {}
     if instruction.task == "test":
         for name in [name for name in instruction.keep if name in store]:
-            tested[name] = yield Score(unpacked(KeptModel, store[name], schema).weights, "test")
+            tested[name] = yield from Score(unpacked(KeptModel, store[name], schema).weights, "test")
         return Reply(b"", tested, None)
     for name in [name for name in store if name.startswith(MODELS) and name not in instruction.keep]:
         del store[name]
@@ -32,7 +34,7 @@ def answer(
 
     def evaluate(moment: Moment, round: int, weights: Tensors) -> ClientUpdate[None]:
         complete = {**learner.initial, **weights}
-        scores[moment] = yield Score(complete, "validation")
+        scores[moment] = yield from Score(complete, "validation")
         store[f"{moment}@{round}"] = KeptModel(complete)
 
     if instruction.evaluate:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, linear, modules
-from celora.core.learner import Batch, Metrics, Recipe, Score
+from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.core.training import FILLING, passes
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, Inputs
@@ -134,10 +134,10 @@ class BatchedForward:
         each = F.cross_entropy(scores, labels, reduction="none", ignore_index=_ABSENT).view(clients, -1)
         return each.sum(1) / (labels.view(clients, -1) != _ABSENT).sum(1)
 
-    def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
+    def scores(self, asked: Sequence[tuple[Any, Tensors, Split, int | None]]) -> list[Metrics]:
         """`score` (accuracy), `loss` (mean cross entropy) and `rows` of each; `rows` alone on an empty split."""
-        rows = [learner.rows(score.split).first(score.rows) for learner, score in asked]
-        weights = [{**learner.initial, **score.weights} for learner, score in asked]
+        rows = [learner.rows(split).first(count) for learner, _, split, count in asked]
+        weights = [{**learner.initial, **given} for learner, given, _, _ in asked]
         found: list[Metrics] = []
         for logits, one in zip(self._logits(weights, rows), rows, strict=True):
             metrics = {"rows": float(len(one))}

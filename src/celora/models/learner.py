@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from celora.core.learner import Batch, Metrics, Recipe, Score, Split
+from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.models.batching import BatchedForward, Rows, mini_batches
 from celora.rng import generator
 from celora.tensors import Tensors
@@ -80,7 +80,7 @@ class ModelLearner:
 
     def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
         """`score` (accuracy), `loss` (mean cross entropy) and `rows`; `rows` alone on an empty split."""
-        return self._passes.scores([(self, Score(weights, split, rows))])[0]
+        return self._passes.scores([(self, weights, split, rows)])[0]
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Frozen-backbone features (n, d) of the training rows, pooled, and their labels (n,), on the CPU."""
