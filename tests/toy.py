@@ -22,8 +22,9 @@ from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
 from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.client_state import ClientStore, StateKey, frame_of, private_states, unpacked
 from celora.core.learner import Batch, Metrics, Recipe, Split
-from celora.core.messages import Checkpoint, ClientStore, Exchange, Instruction, Plan, Reply, Round, frame_of, unpacked
+from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply, Round
 from celora.core.problems import Fit, Gradient, Problem
 from celora.core.rounds import run_rounds
 from celora.core.training import Fitted, GradientResult
@@ -343,7 +344,7 @@ class JobContext:
 
 def newest(store: Mapping[str, object]) -> str:
     """The name of the newest private state on a store; "private@0" if there is none."""
-    return max((name for name in store if name.startswith("private@")), key=lambda n: int(n[8:]), default="private@0")
+    return [StateKey("private", 0), *private_states(store)][-1].name
 
 
 def population_of(algorithm: AnyAlgorithm, **options: Any) -> Population:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.client_state import MOMENTS, StateKey
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
 from celora.core.screen import odd_score, screen
@@ -52,9 +53,8 @@ def run_rounds(
         closing = index > plan.rounds
         evaluate = closing or index % plan.evaluate_every == 0 or index == plan.rounds
         drawn = [] if closing else _draw(plan, clients, index)
-        keep = tuple(f"{moment}@{b.round}" for moment, b in best.items()) + (
-            (f"personal@{plan.rounds}",) if closing else ()
-        )
+        kept = [StateKey(moment, best[moment].round) for moment in MOMENTS if moment in best]
+        keep = tuple(key.name for key in [*kept, *([StateKey("personal", plan.rounds)] if closing else [])])
         instructions: dict[ClientId, Instruction] = {}
         traffic: dict[ClientId, Traffic] = {}
         frames: dict[bytes, bytes] = {}
