@@ -43,10 +43,11 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, FixedBases, modules
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Positive, Whole, setting, settings
+from celora.marks import RowCount, Summary
 from celora.rng import generator
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
@@ -91,22 +92,18 @@ class Up:
     """C_i, a shared head, n_i and, when asked for, the gradient or its sketch."""
 
     weights: Tensors
-    examples: int
-    summary: Slopes | None
+    examples: RowCount
+    summary: Summary[Slopes | None]
 
 
 @settings
-class FedSB:
+class FedSB(Algorithm[Server, Local, Down, Up]):
     """FedAvg of a core between frozen bases that fit the first gradient."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Singhal et al., Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in "
         "(Private) Federated LoRA Fine-Tuning, TMLR 2026",
         link="https://arxiv.org/abs/2502.15436",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="C, head",
         sends="C; G or its sketch once",

@@ -25,10 +25,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from celora.core.adapters import Family, Gated
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
 
@@ -63,21 +64,17 @@ class Up:
     """A_i and B_i, a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedALT:
+class FedALT(Algorithm[Server, Local, Down, Up]):
     """A LoRA of one's own and the mean of the others', gated."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Bian et al., FedALT: Federated Fine-Tuning through Adaptive Local Training with Rest-of-World LoRA, "
         "AAAI 2026",
         link="https://arxiv.org/abs/2503.11880",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, G, head",
         sends="A, B",

@@ -32,17 +32,18 @@ What could not be read: τ, the number of coordinates, the size of the noise and
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Pair
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
+from celora.marks import MixingMatrix, RowCount, Summary
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights
 from celora.rng import generator
@@ -57,7 +58,7 @@ class Server:
     cores: Mapping[str, Tensors]
     sketches: Mapping[str, Tensor]
     length: int
-    mixing: Mixing
+    mixing: Annotated[Mixing, MixingMatrix()]
     received: Mapping[str, Tensors]
     head: Tensors
 
@@ -83,22 +84,18 @@ class Up:
     """P_i and Q_i, a shared head, n_i, and the sketch of a gradient."""
 
     weights: Tensors
-    examples: int
-    summary: Tensor | None
+    examples: RowCount
+    summary: Summary[Tensor | None]
 
 
 @settings
-class FedMosaic:
+class FedMosaic(Algorithm[Server, Local, Down, Up]):
     """Small maps between common bases, averaged over the others by likeness of gradients."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Seo et al., Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients "
         "(FedMosaic), ICLR 2026",
         link="https://arxiv.org/abs/2506.11024",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="P, Q, β, head",
         sends="P, Q; a gradient's sketch",
