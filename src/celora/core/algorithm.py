@@ -17,6 +17,7 @@ from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.learner import ClientUpdate, Learner
+from celora.core.task import Trait
 from celora.tensors import Names, Tensors, but, only
 from celora.wire import record
 
@@ -48,6 +49,7 @@ class AlgorithmInfo:
         mixed_ranks: whether each client may have a rank of its own.
         partial: whether a client may send some of what is shared, and not all.
         own_models: whether it also works where a client's whole model is its own, the adapter standing beside its head.
+        needs: what the task must have for it: rows that fall into classes, a trainable head.
     """
 
     title: str
@@ -67,6 +69,7 @@ class AlgorithmInfo:
     mixed_ranks: bool = False
     partial: bool = False
     own_models: bool = False
+    needs: frozenset[Trait] = frozenset()
 
 
 @dataclass(frozen=True)

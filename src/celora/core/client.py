@@ -10,6 +10,8 @@ from celora.wire import Schema, pack, unpack
 
 PRIVATE = "private@"
 MODELS = ("received@", "personal@")
+REPORTED = ("rows", "score", "loss")
+"""What is told of a model in each round; on test, once, all measures of the task are."""
 
 
 def answer(
@@ -32,7 +34,8 @@ def answer(
 
     def evaluate(moment: Moment, round: int, weights: Tensors) -> ClientUpdate[None]:
         complete = {**learner.initial, **weights}
-        scores[moment] = yield Score(complete, "validation")
+        metrics: Metrics = yield Score(complete, "validation")
+        scores[moment] = {name: metrics[name] for name in REPORTED if name in metrics}
         store[f"{moment}@{round}"] = KeptModel(complete)
 
     if instruction.evaluate:

@@ -102,7 +102,7 @@ def build_summary(
             "local_only": (by_itself := alone.get(client)),
             "lift": None if score is None or by_itself is None else score - by_itself,
             **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
-            "majority": known.majority[client],
+            "majority": known.baseline[client],
             **{name: _sum(done, client, name) for name in ("up_frame", *SOCKETS)},
         }
         for client in known.clients
