@@ -153,7 +153,7 @@ class Learner(Protocol):
         """
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
-        """Mean loss of a batch over what counts in it: `()`, or `(K,)` where the weights carry a leading client axis."""
+        """Mean loss over what counts in a batch: `()`, or `(K,)` where the weights carry a leading client axis."""
 
     def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
         """`score` (the task's headline), `loss`, `rows` and the task's other measures on a split or its first rows.

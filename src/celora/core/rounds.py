@@ -205,7 +205,7 @@ def _payload(value: object) -> dict[str, int]:
     return total
 
 
-def test(
+def score_on_test(
     exchange: Exchange,
     plan: Plan,
     clients: Sequence[ClientId],

@@ -44,7 +44,7 @@ class Data:
     split: str | None = setting(None, "column that says train, validation or test of a row", min_length=1)
     partition: Literal["auto", "iid", "dirichlet", "classes", "quantity", "natural"] = setting(
         "auto",
-        "how rows are dealt; auto: natural with several files or a client column, else dirichlet, or iid without labels",
+        "how rows are dealt; auto: natural with several files or a client column, else dirichlet (no labels: iid)",
     )
     clients: Count = setting(8, "number of clients; a natural partition has one for each group instead")
     alpha: fields.Positive = setting(0.5, "dirichlet, quantity: concentration; smaller is more skewed", le=1e6)

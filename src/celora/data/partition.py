@@ -40,8 +40,8 @@ Weights = NDArray[np.float64]
 
 
 def partition_rows(
-    table: Table, kind: Kind, *, strata: Sequence[str] | None, clients: int = 8, alpha: float = 0.5, classes_per_client: int = 2,
-    clients_per_group: int = 1, seed: int = 0,
+    table: Table, kind: Kind, *, strata: Sequence[str] | None, clients: int = 8, alpha: float = 0.5,
+    classes_per_client: int = 2, clients_per_group: int = 1, seed: int = 0,
 ) -> dict[str, ClientRows]:  # fmt: skip
     """Deal every row of the table to exactly one client; only the test rows of an empty group go to nobody.
 
@@ -66,8 +66,8 @@ def partition_rows(
         _check_labels(table, strata, train)
     elif kind in ("dirichlet", "classes"):
         raise DataError(
-            f"partition = {kind!r} deals rows by their label, and the task puts none on them; expected 'iid', 'quantity' "
-            "or 'natural'. Change partition in [data]."
+            f"partition = {kind!r} deals rows by their label, and the task puts none on them; expected 'iid', "
+            "'quantity' or 'natural'. Change partition in [data]."
         )
     labels = [""] * len(table) if strata is None else strata
     if kind == "natural":

@@ -11,7 +11,7 @@ from typing import Any
 from celora.core.algorithm import ClientId
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Exchange, Moment, Round
-from celora.core.rounds import test as score_on_test
+from celora.core.rounds import score_on_test
 from celora.errors import DataError
 from celora.experiment.config import Experiment
 from celora.experiment.population import FederationInfo
