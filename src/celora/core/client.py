@@ -11,7 +11,7 @@ from celora.wire import Schema, pack, unpack
 PRIVATE = "private@"
 MODELS = ("received@", "personal@")
 REPORTED = ("rows", "score", "loss")
-"""What is told of a model in each round; on test, once, all measures of the task are."""
+"""What is told of a model in each round; on test, once, all metrics of the task are."""
 
 
 def answer(

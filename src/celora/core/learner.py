@@ -156,7 +156,7 @@ class Learner(Protocol):
         """Mean loss over what counts in a batch: `()`, or `(K,)` where the weights carry a leading client axis."""
 
     def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
-        """`score` (the task's headline), `loss`, `rows` and the task's other measures on a split or its first rows.
+        """`score` (the task's headline), `loss`, `rows` and the task's other metrics on a split or its first rows.
 
         An empty split has `rows` alone.
         """

@@ -16,8 +16,8 @@ import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.learner import Metrics
-from celora.core.measures import ACCURACY, Measure
 from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
+from celora.core.metrics import ACCURACY, Metric
 from celora.core.screen import odd_score, screen
 from celora.errors import QuorumError, WireError
 from celora.rng import generator
@@ -32,7 +32,7 @@ def run_rounds(
     clients: Sequence[ClientId],
     initial: Tensors,
     checkpoint: Checkpoint | None = None,
-    headline: Measure = ACCURACY,
+    headline: Metric = ACCURACY,
 ) -> Iterator[Round]:
     """Train, round by round, from the start or from a checkpoint; the caller owns the loop.
 
@@ -117,7 +117,7 @@ def _hear(
     instruction: Instruction,
     reply: Reply | None,
     plan: Plan,
-    headline: Measure,
+    headline: Metric,
 ) -> tuple[object, str | None]:
     """What a client sent, if it can be read, and why it cannot be aggregated."""
     if reply is None:
@@ -154,7 +154,7 @@ def improved(
     best: Mapping[str, Best],
     index: int,
     scores: Mapping[ClientId, Mapping[str, Metrics]],
-    headline: Measure = ACCURACY,
+    headline: Metric = ACCURACY,
 ) -> dict[str, Best]:
     """The standings after a round: per moment, the round with the best mean validation score.
 
@@ -174,7 +174,7 @@ def improved(
     return now
 
 
-def _standing(of: Best, headline: Measure) -> tuple[int, float]:
+def _standing(of: Best, headline: Metric) -> tuple[int, float]:
     return of.clients, headline.goodness(of.score)
 
 
@@ -210,7 +210,7 @@ def score_on_test(
     plan: Plan,
     clients: Sequence[ClientId],
     names: Sequence[str],
-    headline: Measure = ACCURACY,
+    headline: Metric = ACCURACY,
 ) -> dict[ClientId, Mapping[str, Metrics]]:
     """Score kept models (`names`, such as "personal@7") on each client's test split: once, after all choices.
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from celora.core.measures import ACCURACY, Measure
+from celora.core.metrics import ACCURACY, Metric
 from celora.tensors import Names, Tensors
 from celora.wire import Schema
 
@@ -76,7 +76,7 @@ def not_finite(value: object, where: str) -> str | None:
     return next((found for name, item in items.items() if (found := not_finite(item, name))), None)
 
 
-def odd_score(scores: Mapping[str, Mapping[str, float]], headline: Measure = ACCURACY) -> str | None:
+def odd_score(scores: Mapping[str, Mapping[str, float]], headline: Metric = ACCURACY) -> str | None:
     """Name of the first score that the headline cannot have, or None.
 
     The best round is chosen by scores, so one site must not choose it for all.

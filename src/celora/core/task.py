@@ -2,7 +2,7 @@
 
     [task] ── propose(rows) ──► a record of each client ── merge ──► the agreement ── agreed ──► a task that trains
     rows   ── read ──► Examples ── a batch ──► features ── outputs ──► losses (sum, count), or one outcome for each row
-    outcomes of all rows ── measure ──► accuracy, loss, …
+    outcomes of all rows ── metrics ──► accuracy, loss, …
 
 A task is a frozen dataclass of settings; nothing of it depends on which network computes the features. Everything that
 knows what a label is stands behind this protocol: a new task is one file in `celora.tasks` and one line of its table.
@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, Self
 from torch import Tensor
 
 from celora.core.learner import Batch
-from celora.core.measures import LOSS, Measure
+from celora.core.metrics import LOSS, Metric
 from celora.tensors import Tensors
 
 Trait = Literal["classes", "head"]
@@ -117,8 +117,8 @@ class Task(Protocol):
         return frozenset()
 
     @property
-    def headline(self) -> Measure:
-        """The measure that is the `score`: by it rounds are chosen and clients compared."""
+    def headline(self) -> Metric:
+        """The metric that is the `score`: by it rounds are chosen and clients compared."""
         return LOSS
 
     # --- what the clients must agree on before they train
@@ -191,10 +191,10 @@ class Task(Protocol):
     # --- evaluation
 
     def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """What is to be known of each row, (rows, m) numbers: together `measure` makes a split's measures of them."""
+        """What is to be known of each row, (rows, m) numbers: together `metrics` makes a split's metrics of them."""
         ...
 
-    def measure(self, outcomes: Tensor) -> dict[str, float]:
+    def metrics(self, outcomes: Tensor) -> dict[str, float]:
         """Measures of n > 0 rows by name, "loss" and the headline's among them.
 
         Args:

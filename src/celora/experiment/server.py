@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from celora.core.algorithm import ClientId
-from celora.core.measures import Measure
+from celora.core.metrics import Metric
 from celora.core.task import Task
 from celora.data.table import SPLITS, natural_key
 from celora.engines.remote import ClientFacts, JobStart, Remote
@@ -125,7 +125,7 @@ class SiteRuntime:
         return Roster(rows, b64encode(agreement).decode(), agreed, excluded)
 
 
-def _row(facts: ClientFacts, headline: Measure) -> dict[str, Any]:
+def _row(facts: ClientFacts, headline: Metric) -> dict[str, Any]:
     """What is kept of a client; a score that the headline cannot have counts as not told."""
     told = facts.baseline is not None and headline.admits(facts.baseline)
     rows = {split: facts.rows.get(split, 0) for split in SPLITS}

@@ -11,6 +11,7 @@ from typing import Any
 from celora.core.algorithm import ClientId
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Exchange, Moment, Round
+from celora.core.metrics import Metric
 from celora.core.rounds import score_on_test
 from celora.errors import DataError
 from celora.experiment.config import Experiment
@@ -22,10 +23,13 @@ SOCKETS = ("up_socket", "down_socket")
 MOMENTS: tuple[Moment, ...] = ("received", "personal")
 
 
-def round_event(done: Round, twin: Mapping[str, Any] | None, sockets: Mapping[ClientId, tuple[int, int]]) -> Event:
+def round_event(
+    done: Round, headline: Metric, twin: Mapping[str, Any] | None, sockets: Mapping[ClientId, tuple[int, int]]
+) -> Event:
     """A round for the journal.
 
     Args:
+        headline: what the scores are of.
         twin: `validation` of the same round of the local-only twin.
         sockets: client -> bytes its sockets sent and received, where there are sockets and they count.
     """
@@ -34,11 +38,12 @@ def round_event(done: Round, twin: Mapping[str, Any] | None, sockets: Mapping[Cl
         return {c: m[moment]["score"] for c, m in done.scores.items() if "score" in m.get(moment, {})}
 
     validation = {
-        moment: {"mean": _mean(s), "worst": min(s.values())} if (s := over(moment)) else None for moment in MOMENTS
+        moment: {"mean": _mean(s), "worst": headline.worst(s.values())} if (s := over(moment)) else None
+        for moment in MOMENTS
     }
     lift = None
     if twin and validation["personal"] and twin["personal"]:
-        lift = validation["personal"]["mean"] - twin["personal"]["mean"]
+        lift = headline.gain(validation["personal"]["mean"], twin["personal"]["mean"])
     return {
         "event": "round",
         "index": done.index,
@@ -77,9 +82,10 @@ def build_summary(
     rounds = experiment.plan.rounds
     if not best:
         raise DataError("no client has validation rows: no round can be chosen; raise data.validation")
-    moment = max(best, key=lambda name: (best[name].clients, best[name].score))
+    metric = known.task.headline
+    moment = max(best, key=lambda name: (best[name].clients, metric.goodness(best[name].score)))
     wanted = {f"{m}@{best[m].round}" for m in best} | {f"{m}@{rounds}" for m in MOMENTS}
-    tested = score_on_test(exchange, experiment.plan, known.clients, sorted(wanted))
+    tested = score_on_test(exchange, experiment.plan, known.clients, sorted(wanted), metric)
 
     def at(name: str) -> dict[ClientId, float]:
         return {c: m[name]["score"] for c, m in tested.items() if "score" in m.get(name, {})}
@@ -90,7 +96,7 @@ def build_summary(
     alone = at(headline) if twin is None else twin
 
     def metrics(name: str) -> dict[str, float | None]:
-        return scores.metrics(at(name), test_rows, {c: s for c, s in alone.items() if s is not None})
+        return scores.metrics(at(name), test_rows, {c: s for c, s in alone.items() if s is not None}, metric)
 
     done = [e for e in events if e["event"] == "round"]
     per_moment = {m: at(f"{m}@{best[m].round}") for m in best}
@@ -100,9 +106,10 @@ def build_summary(
             "test": test_rows[client],
             "score": (score := at(headline).get(client)),
             "local_only": (by_itself := alone.get(client)),
-            "lift": None if score is None or by_itself is None else score - by_itself,
+            "lift": None if score is None or by_itself is None else metric.gain(score, by_itself),
             **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
             "majority": known.baseline[client],
+            "test_metrics": _plain(tested.get(client, {}).get(headline, {})),
             **{name: _sum(done, client, name) for name in ("up_frame", *SOCKETS)},
         }
         for client in known.clients
@@ -114,7 +121,9 @@ def build_summary(
         "rounds": rounds,
         "moment": moment,
         "round": best[moment].round,
+        "headline": {"metric": metric.name, "higher_is_better": metric.higher_is_better},
         "metrics": metrics(headline),
+        "test_metrics": _means(tested, headline),
         "moments": {
             m: {"round": b.round, "validation": b.score, "metrics": metrics(f"{m}@{b.round}")} for m, b in best.items()
         },
@@ -140,6 +149,14 @@ def _sum(events: Sequence[Event], client: ClientId, name: str) -> int | None:
 def _plain(metrics: Metrics) -> dict[str, float | None]:
     """For JSON, which knows no NaN: the loss of a model that diverged is null."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _means(tested: Mapping[ClientId, Mapping[str, Metrics]], name: str) -> dict[str, float]:
+    """The mean over clients of each metric of a model on test."""
+    found = [metrics for models in tested.values() if (metrics := models.get(name, {})).get("rows")]
+    names = dict.fromkeys(key for metrics in found for key in metrics if key not in ("rows", "score"))
+    values = {key: [m[key] for m in found if math.isfinite(m.get(key, math.nan))] for key in names}
+    return {key: sum(of) / len(of) for key, of in values.items() if of}
 
 
 def _bytes(events: Sequence[Event]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class BatchedForward:
         return None
 
     def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
-        """`rows`, `score` (the headline), `loss` and the task's other measures; `rows` alone on an empty split."""
+        """`rows`, `score` (the headline), `loss` and the task's other metrics; `rows` alone on an empty split."""
         rows = [learner.rows(score.split).first(score.rows) for learner, score in asked]
         weights = [{**learner.initial, **score.weights} for learner, score in asked]
 
@@ -83,8 +83,8 @@ class BatchedForward:
         for one, of_rows in zip(rows, self.by_rows(weights, rows, outcomes), strict=True):
             metrics = {"rows": float(len(one))}
             if len(one):
-                measures = self.task.measure(of_rows)
-                metrics |= {"score": measures[self.task.headline.name], **measures}
+                named = self.task.metrics(of_rows)
+                metrics |= {"score": named[self.task.headline.name], **named}
             found.append(metrics)
         return found
 

@@ -2,7 +2,7 @@
 
     logits = h Wᵀ + b        h (d,) the pooled features, W (classes, d), b (classes,)
     loss     cross entropy, a mean over rows
-    score    accuracy, or another measure of the confusion matrix over a client's rows
+    score    accuracy, or another metric of the confusion matrix over a client's rows
 
 Macro-F1 is the mean over the classes that occur among labels or answers, F1 = 2 · hits / (rows + answers) of a class;
 balanced accuracy is the mean over the classes that occur among labels of hits / rows. Both are scikit-learn's.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from celora.core.adapters import linear
 from celora.core.learner import Batch
-from celora.core.measures import ACCURACY, LOSS, Measure
+from celora.core.metrics import ACCURACY, LOSS, Metric
 from celora.core.task import Card, Columns, Examples, HeadTensor, Reader, Target, Task, Trait
 from celora.errors import DataError
 from celora.fields import setting, settings
@@ -28,10 +28,10 @@ from celora.wire import pack, record, unpack
 
 _ABSENT = -100
 """The label of a row that only fills up a batch; cross entropy ignores it."""
-MEASURES: Mapping[str, Measure] = {
+METRICS: Mapping[str, Metric] = {
     "accuracy": ACCURACY,
-    "macro_f1": Measure("macro_f1"),
-    "balanced_accuracy": Measure("balanced_accuracy"),
+    "macro_f1": Metric("macro_f1"),
+    "balanced_accuracy": Metric("balanced_accuracy"),
     "loss": LOSS,
 }
 
@@ -48,7 +48,7 @@ class Classify(Task):
     """One of several classes for each row."""
 
     score: Literal["accuracy", "macro_f1", "balanced_accuracy", "loss"] = setting(
-        "accuracy", "the measure by which rounds are chosen and clients compared"
+        "accuracy", "the metric by which rounds are chosen and clients compared"
     )
     classes: tuple[str, ...] | None = setting(
         None, "all labels there are; none: those that occur (sites then tell the server theirs)"
@@ -60,9 +60,9 @@ class Classify(Task):
         return frozenset({"classes", "head"})
 
     @property
-    def headline(self) -> Measure:
-        """The measure that `score` names."""
-        return MEASURES[self.score]
+    def headline(self) -> Metric:
+        """The metric that `score` names."""
+        return METRICS[self.score]
 
     def propose(self, columns: Columns) -> bytes:
         """The labels that occur; nothing where the experiment lists them.
@@ -152,8 +152,8 @@ class Classify(Task):
         losses = F.cross_entropy(outputs, labels, reduction="none", ignore_index=_ABSENT)
         return torch.stack([losses, outputs.argmax(1).to(losses.dtype), labels.to(losses.dtype)], dim=1)
 
-    def measure(self, outcomes: Tensor) -> dict[str, float]:
-        """All of `MEASURES`."""
+    def metrics(self, outcomes: Tensor) -> dict[str, float]:
+        """All of `METRICS`."""
         losses, answers, labels = outcomes.unbind(1)
         # nll_loss adds in the order of cross_entropy, so this is, to the bit, the loss of all rows in one batch
         loss = F.nll_loss(-losses.unsqueeze(1), torch.zeros(len(losses), dtype=torch.int64))
@@ -186,7 +186,7 @@ class Classify(Task):
 
 
 def _of_answers(answers: Tensor, labels: Tensor) -> dict[str, float]:
-    """The measures that depend on answers alone, of class ids (n,) with n > 0.
+    """The metrics that depend on answers alone, of class ids (n,) with n > 0.
 
     From the confusion matrix only its diagonal and its sums are needed.
     """

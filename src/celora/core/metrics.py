@@ -1,4 +1,4 @@
-"""What a score is: which measure it is of, whether higher is better, and which values it can have."""
+"""What a score is: which metric it is of, whether higher is better, and which values it can have."""
 
 import math
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """A number that says how good predictions are.
 
     Attributes:
-        name: its key among a task's measures.
+        name: its key among a task's metrics.
         higher_is_better: its direction.
         least, most: its range, ends included; infinite where there is no bound.
     """
@@ -21,7 +21,7 @@ class Measure:
     most: float = 1.0
 
     def admits(self, value: float) -> bool:
-        """Whether this measure can have the value."""
+        """Whether this metric can have the value."""
         return math.isfinite(value) and self.least <= value <= self.most
 
     @property
@@ -52,5 +52,5 @@ class Measure:
         return min(values, key=self.goodness)
 
 
-ACCURACY = Measure("accuracy")
-LOSS = Measure("loss", higher_is_better=False, most=math.inf)
+ACCURACY = Metric("accuracy")
+LOSS = Metric("loss", higher_is_better=False, most=math.inf)
