@@ -104,6 +104,7 @@ class FedMosaic(Algorithm[Server, Local, Down, Up]):
         remembers="every P_i, Q_i and sketch, W",
         uplink="r² + r",
         floats=lambda r, d, k: r * r + r,
+        needs=frozenset({"head"}),
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged) or frozen as drawn")

@@ -22,6 +22,9 @@ from celora.errors import WireError
 from celora.tensors import Tensors
 from celora.wire import Schema, pack, unpack
 
+REPORTED = ("rows", "score", "loss")
+"""What is reported of a model in each round; on test, once, all metrics of the task are."""
+
 
 def answer(
     algorithm: AnyAlgorithm, learner: Learner, instruction: Instruction, store: ClientStore, schema: Schema
@@ -44,7 +47,8 @@ def answer(
 
     def evaluate(moment: Moment, round: int, weights: Tensors) -> ClientUpdate[None]:
         complete = {**learner.initial, **weights}
-        scores[moment] = yield from Score(complete, "validation")
+        metrics = yield from Score(complete, "validation")
+        scores[moment] = {name: metrics[name] for name in REPORTED if name in metrics}
         store[StateKey(moment, round).name] = KeptModel(complete)
 
     if instruction.evaluate:
