@@ -98,7 +98,7 @@ def simulated(remote: Remote, root: Path, name: str) -> Simulated:
     return Simulated(
         tuple(rnd for rnd, _ in pairs),
         tuple(stores for _, stores in pairs),
-        rounds.test(remote, PLAN, CLIENTS, [kept]),
+        rounds.score_on_test(remote, PLAN, CLIENTS, [kept]),
         remote.export(CLIENTS, kept, 60),
         {client: (folder / "adapter" / "adapter.safetensors").exists() for client, folder in folders.items()},
     )
@@ -167,7 +167,7 @@ def same(found: Simulated, name: str) -> None:
     for mine, its in zip(found.stores, expected.stores, strict=True):
         assert mine == {client: its.get(client, {}) for client in CLIENTS}
     [kept] = {kept for tests in found.tests.values() for kept in tests}
-    assert found.tests == rounds.test(expected.federation.engine, PLAN, CLIENTS, [kept])
+    assert found.tests == rounds.score_on_test(expected.federation.engine, PLAN, CLIENTS, [kept])
     assert found.problems == {} and all(found.exported.values())
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from celora.algorithms.fed_sb import FedSB, Slopes, Up
 from celora.core.adapters import modules
-from celora.core.learner import Gradient
 from celora.core.messages import Plan
-from celora.core.training import gradient_at
+from celora.core.problems import Gradient
 from celora.models import Adapter, Model, initial, load
 from celora.tensors import only, select
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
@@ -71,7 +70,7 @@ def test_the_probe_gives_the_gradient_in_the_frozen_weight_and_both_sketches() -
     for algorithm in (FedSB(start="gradient"), FedSB(oversample=1)):
         probe = algorithm.probe(bases)
         learner = population()("c1", 1)
-        found = algorithm.cut(gradient_at(learner, Gradient(probe, next(learner.batches()), only("A", "B"))).gradient)
+        found = algorithm.cut(Gradient(probe, next(learner.batches()), only("A", "B")).alone(learner).gradient)
         if algorithm.start == "gradient":
             torch.testing.assert_close(found, {"layer.A": g})
         else:

@@ -13,12 +13,17 @@ from celora.core.client_state import (
     private_states,
     unpacked,
 )
-from celora.core.learner import ClientUpdate, Fitted, Gradient, GradientResult, Learner, Metrics, Score
+from celora.core.learner import Learner, Metrics
 from celora.core.messages import Instruction, Reply
+from celora.core.problems import ClientUpdate, Gradient, Score
 from celora.core.screen import not_finite
+from celora.core.training import Fitted, GradientResult
 from celora.errors import WireError
 from celora.tensors import Tensors
 from celora.wire import Schema, pack, unpack
+
+REPORTED = ("rows", "score", "loss")
+"""What is reported of a model in each round; on test, once, all metrics of the task are."""
 
 
 def answer(
@@ -28,7 +33,7 @@ def answer(
     tested: dict[str, Metrics] = {}
     if instruction.task == "test":
         for name in [name for name in instruction.keep if name in store]:
-            tested[name] = yield Score(unpacked(KeptModel, store[name], schema).weights, "test")
+            tested[name] = yield from Score(unpacked(KeptModel, store[name], schema).weights, "test")
         return Reply(b"", tested, None)
     for model in kept_models(store):
         if model.name not in instruction.keep:
@@ -42,7 +47,8 @@ def answer(
 
     def evaluate(moment: Moment, round: int, weights: Tensors) -> ClientUpdate[None]:
         complete = {**learner.initial, **weights}
-        scores[moment] = yield Score(complete, "validation")
+        metrics = yield from Score(complete, "validation")
+        scores[moment] = {name: metrics[name] for name in REPORTED if name in metrics}
         store[StateKey(moment, round).name] = KeptModel(complete)
 
     if instruction.evaluate:

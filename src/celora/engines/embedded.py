@@ -12,8 +12,9 @@ import torch
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.client import answer
 from celora.core.client_state import ClientStore, notes_in
-from celora.core.learner import ClientUpdate, Learner
+from celora.core.learner import Learner
 from celora.core.messages import Instruction, Reply
+from celora.core.problems import ClientUpdate
 from celora.core.solve import Solve, solve, solve_together
 from celora.errors import RunFolderError
 from celora.fields import Count, Whole, setting, settings

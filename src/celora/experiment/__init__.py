@@ -3,8 +3,8 @@
     for event in run(read(Path("demo.toml"))):
         ...
 
-`run`, `compare` and `resume` are iterators of the events that they write to the journal. The caller owns the loop, shows
-what it likes, and may stop at any moment: what is on disk can be resumed.
+`run`, `compare` and `resume` are iterators of the events that they write to the journal. The caller owns the loop,
+shows what it likes, and may stop at any moment: what is on disk can be resumed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -41,7 +41,11 @@ class LocalRuntime(Runtime):
         schema = Schema.of(population.initial)
         states = ClientStores(folder.stores, schema, experiment.engine.state_mb * 2**20, stores)
         exchange = Embedded(
-            experiment.algorithm, population.learner, states, schema, *experiment.engine.solver(population.models.device)
+            experiment.algorithm,
+            population.learner,
+            states,
+            schema,
+            *experiment.engine.solver(population.models.device),
         )
 
         def notices() -> list[str]:

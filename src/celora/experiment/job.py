@@ -91,10 +91,12 @@ def run_job(
     twin_rounds = _validation(local_only) if local_only else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
     best = checkpoint.best if checkpoint else None
-    for done in run_rounds(experiment.algorithm, pool.exchange, plan, info.clients, info.initial, checkpoint):
+    for done in run_rounds(
+        experiment.algorithm, pool.exchange, plan, info.clients, info.initial, checkpoint, info.task.headline
+    ):
         sent += sum(traffic.up_frame for traffic in done.traffic.values())
         event = {
-            **round_event(done, twin_rounds.get(done.index), pool.sockets()),
+            **round_event(done, info.task.headline, twin_rounds.get(done.index), pool.sockets()),
             "clients": sorted(pool.stores),
             "up_bytes": sent,
             **job.names,

@@ -1,9 +1,9 @@
 """What the engines share: the protocol between a session and whatever runs its clients.
 
-    Engine        what a user chooses, with its options; the table of them is `celora.experiment.engines.ENGINES`
-    Runtime       an engine that has been opened; it lasts for all jobs of a session
-    ClientPool    the clients of one job, from where the server stands
-    JobContext    one client of one job, from where the client stands
+Engine        what a user chooses, with its options; the table of them is `celora.experiment.engines.ENGINES`
+Runtime       an engine that has been opened; it lasts for all jobs of a session
+ClientPool    the clients of one job, from where the server stands
+JobContext    one client of one job, from where the client stands
 """
 
 from abc import ABC, abstractmethod
@@ -152,17 +152,17 @@ class JobContext:
         self.population.export(folder, self.client, weights)
 
 
-def job_context(population: Population, client: ClientId, *, labels: bool) -> JobContext:
+def job_context(population: Population, client: ClientId, proposal: bytes = b"") -> JobContext:
     """The context of a client's job.
 
     Args:
-        labels: whether the server needs to know which labels occur.
+        proposal: its part in what the clients agree on, where the server asks for it.
     """
     known = population.known
     facts = ClientFacts(
         rows=known.rows[client],
-        labels=tuple(known.classes) if labels else (),
-        majority=known.majority[client],
+        proposal=proposal,
+        baseline=known.baseline[client],
         data=known.data["sha256"],
         backbone=known.backbone["sha256"],
         version=version("celora"),

@@ -1,9 +1,10 @@
 """The engine "sites": the server of real sites; `celora.experiment.client` is the other end.
 
-The server has no rows. It asks the sites for what it must know: how many rows each has, and which labels, unless
-`data.classes` lists them.
+The server has no rows. It asks the sites for what it must know: how many rows each has, and what the task's clients must
+agree on, such as the labels, unless the experiment lists them.
 """
 
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from celora.core.algorithm import ClientId
+from celora.core.metrics import Metric
+from celora.core.task import Task
 from celora.data.table import SPLITS, natural_key
 from celora.engines.remote import ClientFacts, JobStart, Remote
-from celora.errors import ConfigError, DataError, QuorumError
+from celora.errors import ConfigError, DataError, QuorumError, WireError
 from celora.experiment.config import Experiment, dump
 from celora.experiment.population import FederationInfo, ResourceCache, check_quorum
 from celora.experiment.runtimes import ClientPool, Engine, Runtime, SessionContext, no_stores, not_written
@@ -57,9 +60,7 @@ class SitesEngine(Engine):
             if unknown:
                 some = f"expected some of {', '.join(endpoint.keys)}: those with a key"
                 raise ConfigError([f"--clients: found {unknown[0]!r}, {some}"])
-        if experiment.model.own is not None and experiment.data.classes is None:
-            raise ConfigError(["data.classes: with model.own the server must know all labels; list them"])
-        resources.start(experiment, len(experiment.data.classes or "ab"))
+        _ = resources.models(experiment, _settled(experiment)).initial
 
     def endpoint(self) -> Endpoint:
         """Look at the address and the files.
@@ -129,12 +130,14 @@ class Roster:
     """Who takes part in a job, from its beginning to its end, however often it is resumed.
 
     Attributes:
-        clients: name, in order -> its "rows" by split, "majority" and "data", the SHA-256 of its rows.
+        clients: name, in order -> its "rows" by split, "baseline" and "data", the SHA-256 of its rows.
+        agreement: what they have agreed on, in base64; facts: the same for a reader, such as all labels.
         excluded: client -> why it was left out at the beginning.
     """
 
     clients: dict[ClientId, dict[str, Any]]
-    classes: list[str]
+    agreement: str
+    facts: dict[str, Any]
     excluded: dict[ClientId, str]
 
 
@@ -159,28 +162,30 @@ class SiteRuntime(Runtime):
 
         Raises:
             QuorumError: if no site comes, or fewer than `plan.quorum`.
-            DataError: if no site names any label.
+            DataError: if what the sites propose leaves something open, such as the labels.
         """
         fingerprint = self.resources.fingerprint(experiment)
-        start = JobStart(dump(experiment), experiment.label, fingerprint, (), ())
+        start = JobStart(dump(experiment), experiment.label, fingerprint, b"", ())
         saved = folder.read_json(ROSTER) if folder.latest() else None
         roster = self._call_the_roll(experiment, job, start) if saved is None else Roster(**saved)
         folder.write_json(ROSTER, asdict(roster))
-        clients, classes = list(roster.clients), roster.classes
+        clients, agreement = list(roster.clients), b64decode(roster.agreement)
+        task = experiment.task.agreed(agreement)
         waited_for = set(self.expected) if not isinstance(self.expected, int) else set(clients)
-        start = replace(start, classes=tuple(classes), clients=tuple(clients))
+        start = replace(start, agreement=agreement, clients=tuple(clients))
         self.remote.start_job(job, start, [client for client in clients if client in waited_for], self.wait)
         for client, facts in self.remote.facts.items():
             if client in clients and facts.data != roster.clients[client]["data"]:
                 self.remote.refused[client] = "its rows are others than when the run began; give it those rows again"
         info = FederationInfo(
             clients=clients,
-            classes=classes,
+            task=task,
+            agreement=agreement,
             rows={client: facts["rows"] for client, facts in roster.clients.items()},
-            majority={client: facts["majority"] for client, facts in roster.clients.items()},
+            baseline={client: facts["baseline"] for client, facts in roster.clients.items()},
             excluded=roster.excluded,
             notices=[f"{client} is left out: {why}" for client, why in sorted(roster.excluded.items())],
-            initial=self.resources.start(experiment, len(classes)),
+            initial=self.resources.models(experiment, task).initial,
             device="sites",
             data={"source": "sites", "sha256": {client: facts["data"] for client, facts in roster.clients.items()}},
             backbone={"name": experiment.model.backbone, "sha256": fingerprint},
@@ -204,24 +209,43 @@ class SiteRuntime(Runtime):
         if not isinstance(self.expected, int):
             absent = [client for client in self.expected if client not in facts and client not in excluded]
             excluded |= dict.fromkeys(absent, f"did not come within {self.wait:g} s")
-        labels = {label for client in clients for label in facts[client].labels}
-        classes = sorted(experiment.data.classes or labels)
-        if not classes:
-            raise DataError(
-                "no site has named its labels, and data.classes lists none; list them, or allow the field 'labels' of "
-                "'remote.ClientFacts' in the sites' policies"
-            )
+        agreement = b""
+        for client in list(clients):
+            try:
+                agreement = experiment.task.merge(agreement, facts[client].proposal)
+            except WireError as error:
+                excluded[client] = f"its proposal cannot be read: {error}"
+                clients.remove(client)
         if len(clients) < experiment.plan.quorum:
             why = "; ".join(f"{client}: {reason}" for client, reason in sorted(excluded.items()))
             raise QuorumError(f"{len(clients)} sites have come, plan.quorum is {experiment.plan.quorum} ({why})")
         check_quorum(experiment, len(clients))
-        return Roster({client: _row(facts[client]) for client in clients}, classes, excluded)
+        agreed = dict(experiment.task.agreed(agreement).facts)
+        rows = {client: _row(facts[client], experiment.task.headline) for client in clients}
+        return Roster(rows, b64encode(agreement).decode(), agreed, excluded)
 
 
-def _row(facts: ClientFacts) -> dict[str, Any]:
-    """What a roster keeps of a client; a majority that is no score from 0 to 1 counts as unknown."""
-    majority = facts.majority if facts.majority is not None and 0 <= facts.majority <= 1 else None
-    return {"rows": {split: facts.rows.get(split, 0) for split in SPLITS}, "majority": majority, "data": facts.data}
+def _row(facts: ClientFacts, headline: Metric) -> dict[str, Any]:
+    """What a roster keeps of a client; a baseline that the headline metric cannot have counts as unknown."""
+    known = facts.baseline is not None and headline.admits(facts.baseline)
+    rows = {split: facts.rows.get(split, 0) for split in SPLITS}
+    return {"rows": rows, "baseline": facts.baseline if known else None, "data": facts.data}
+
+
+def _settled(experiment: Experiment) -> Task:
+    """The task as far as the experiment alone says what it is.
+
+    Raises:
+        ConfigError: if that is not enough to know how large the clients' own models' adapters are.
+    """
+    try:
+        return experiment.task.agreed(b"")
+    except DataError:
+        if experiment.model.own is not None:
+            raise ConfigError(
+                ["task.classes: with model.own the server must know all labels beforehand; list them"]
+            ) from None
+        return experiment.task
 
 
 def parsed(address: str) -> tuple[str, int]:

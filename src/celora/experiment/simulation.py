@@ -64,8 +64,8 @@ class FlowerSimRuntime(Runtime):
     def pool(self, experiment: Experiment, folder: RunFolder, job: str, stores: Mapping[ClientId, str]) -> ClientPool:
         """As `Runtime.pool`."""
         info = self.resources.population(experiment).known
-        clients, classes = tuple(info.clients), tuple(info.classes)
-        start = JobStart(dump(experiment), experiment.label, info.backbone["sha256"], classes, clients)
+        clients = tuple(info.clients)
+        start = JobStart(dump(experiment), experiment.label, info.backbone["sha256"], info.agreement, clients)
         self.remote.start_job(job, start, clients, WAIT)
 
         def export(name: str) -> list[str]:
@@ -102,7 +102,7 @@ def _simulated_site(sites: _SimulatedSites, client: ClientId) -> Site:
 
     def enter(start: JobStart) -> JobContext:
         experiment = resolve(tomllib.loads(start.config), Path(sites.base))
-        return job_context(resources.population(experiment), client, labels=False)
+        return job_context(resources.population(experiment), client)
 
     return Site(client, site_folder(Path(sites.root), client), POLICY, enter, None)
 

@@ -146,7 +146,7 @@ class Site:
         start = unpack(JobStart, body)
         job_context = self._entered(start)
         self.policy.admit(name_of(ClientFacts), job_context.facts)
-        if start.classes:  # else this was only a question
+        if start.clients:  # else this was only a question
             folder = self._folder(job)
             with writing(folder):
                 for place in (folder.parent.parent, folder.parent, folder):
