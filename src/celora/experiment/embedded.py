@@ -40,13 +40,8 @@ class LocalRuntime(Runtime):
         population = self.resources.population(experiment)
         schema = Schema.of(population.initial)
         states = ClientStores(folder.stores, schema, experiment.engine.state_mb * 2**20, stores)
-        exchange = Embedded(
-            experiment.algorithm,
-            population.learner,
-            states,
-            schema,
-            *experiment.engine.solver(population.models.device),
-        )
+        solver = experiment.engine.solver(population.models.device)
+        exchange = Embedded(experiment.algorithm, population.learner, states, schema, *solver)
 
         def notices() -> list[str]:
             notes = [f"{client}: {note}" for client, lines in sorted(exchange.notes.items()) for note in lines]

@@ -1,7 +1,7 @@
 """The engine "sites": the server of real sites; `celora.experiment.client` is the other end.
 
-The server has no rows. It asks the sites for what it must know: how many rows each has, and what the task's clients must
-agree on, such as the labels, unless the experiment lists them.
+The server has no rows. It asks the sites for what it must know: how many rows each has, and what the task's clients
+must agree on, such as the labels, unless the experiment lists them.
 """
 
 from base64 import b64decode, b64encode
