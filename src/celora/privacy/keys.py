@@ -1,8 +1,8 @@
 """One secret of 32 bytes that all clients hold and the server does not; everything else is derived from it.
 
-The sites agree on it without the server: one makes it by `celora keys secret FILE` and carries it to the others by a way
-that they trust. There is no other channel between clients here, and one that leads through the server would have to keep
-it from the server.
+The sites agree on it without the server: one makes it by `celora keys secret FILE` and carries it to the others by a
+way that they trust. There is no other channel between clients here, and one that leads through the server would have to
+keep it from the server.
 """
 
 import hashlib
