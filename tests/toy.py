@@ -121,6 +121,9 @@ class Together:
     def __init__(self) -> None:
         self.clients: list[int] = []  # in each pass of several, for tests that ask whether there was one
 
+    def count(self, batch: Batch) -> int:
+        return len(batch["y"])
+
     def size(self, batch: Batch) -> tuple[int, int]:
         return len(batch["y"]), 1
 
@@ -343,7 +346,7 @@ class JobContext:
     @property
     def facts(self) -> ClientFacts:
         rows = {split: len(self.population.rows(self.client, split)[1]) for split in SPLITS}
-        return ClientFacts(rows, ("no", "yes"), 0.5, "data of " + self.client, "backbone", "version")
+        return ClientFacts(rows, b"no, yes", 0.5, "data of " + self.client, "backbone", "version")
 
     @property
     def initial(self) -> Tensors:

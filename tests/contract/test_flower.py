@@ -82,7 +82,7 @@ class Simulated:
 def simulated(remote: Remote, root: Path, name: str) -> Simulated:
     algorithm, job = VARIANTS[name], f"toy/{name}"
     initial = population_of(algorithm).initial
-    remote.start_job(job, JobStart("", name, "backbone", ("no", "yes"), CLIENTS), CLIENTS, 60)
+    remote.start_job(job, JobStart("", name, "backbone", b"no, yes", CLIENTS), CLIENTS, 60)
     folders = {client: root / client / job_folder(client, job) for client in CLIENTS}
 
     def stores() -> dict[str, dict[str, bytes]]:
@@ -243,7 +243,7 @@ def test_a_simulation_that_cannot_start_says_why_and_where_to_look(
         pytest.raises(FederationError, match=r"simulation has ended: no room in /dev/shm; see .*log"),
         started(tmp_path) as post,
     ):
-        Remote(post).start_job("toy/any", JobStart("", "any", "", (), ()), CLIENTS, 60)
+        Remote(post).start_job("toy/any", JobStart("", "any", "", b"", ()), CLIENTS, 60)
     assert "no room in /dev/shm" in (tmp_path / "flower.log").read_text()
 
 

@@ -13,11 +13,12 @@ from celora.core.adapters import modules
 from celora.core.learner import Gradient
 from celora.core.messages import Plan
 from celora.core.training import gradient_at
-from celora.models import Adapter, Model, initial, load
+from celora.models import Adapter, Model, load
 from celora.tensors import only, select
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, D_IN, D_OUT, SCALE, Federation, Population
 from tests.toy import RANK as SMALL
+from tests.classifier import initial
 
 N = (3, 1, 6)
 

@@ -11,10 +11,11 @@ from celora.core.adapters import modules
 from celora.core.learner import Gradient
 from celora.core.training import gradient_at
 from celora.errors import ModelError
-from celora.models import Adapter, Model, initial, load
+from celora.models import Adapter, Model, load
 from celora.tensors import only
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import Population
+from tests.classifier import initial
 
 N = (3, 1, 6)
 WORLD = Population(Ravan().family)

@@ -28,7 +28,7 @@ from celora.wire import Schema, pack, unpack
 from tests.toy import CLIENTS, Federation, JobContext, Population, Tape, image, population_of, tensors_in
 
 PLAN, JOB = Plan(rounds=2), "fed/job"
-BEGIN = JobStart("", "any", "backbone", ("no", "yes"), CLIENTS)
+BEGIN = JobStart("", "any", "backbone", b"no, yes", CLIENTS)
 SECRET = "row 17: Mrs Smith, 47, Leeds"
 
 
@@ -123,7 +123,7 @@ def test_a_site_answers_what_the_client_answers_embedded_and_keeps_the_same(
 
 def test_a_question_for_facts_begins_nothing(state: Path) -> None:
     bench = Bench(state)
-    assert bench.begin(replace(BEGIN, classes=(), clients=())).error is None
+    assert bench.begin(replace(BEGIN, agreement=b"", clients=())).error is None
     assert not (state / "fed").exists()
     [order, *_], _, _ = embedded(FedSALoRA())
     assert bench.order(order).error == "the job fed/job has not begun at this site"
@@ -246,15 +246,15 @@ def test_of_a_record_with_a_field_that_may_not_leave_nothing_leaves(state: Path)
     [order, *_], [reply, *_], _ = embedded(CELoRA())
     leaves = {
         "ce_lora.Up": ("core", "examples"),
-        "remote.ClientFacts": ("rows", "majority", "data", "backbone", "version"),
+        "remote.ClientFacts": ("rows", "baseline", "data", "backbone", "version"),
     }
     leaves |= {"messages.Reply": ("frame", "scores", "error")}
     bench = Bench(state, CELoRA(), Policy(leaves=leaves, floor=1))
-    assert "labels (tuple)" in (bench.begin().error or "")
+    assert "proposal (bytes)" in (bench.begin().error or "")
     bench = Bench(
         state,
         CELoRA(),
-        Policy(leaves={**leaves, "remote.ClientFacts": (*leaves["remote.ClientFacts"], "labels")}, floor=1),
+        Policy(leaves={**leaves, "remote.ClientFacts": (*leaves["remote.ClientFacts"], "proposal")}, floor=1),
     )
     bench.begin()
     up: Any = unpack(CELoRA.info.up, reply.frame, bench.schema)
