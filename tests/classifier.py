@@ -1,5 +1,6 @@
 """A classifier before real networks, of rows that are given as tensors: for tests of models and solvers."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,12 @@ def rows(inputs: Any, labels: Tensor, first: int = 0) -> Rows:
         return {"labels": labels[torch.as_tensor(at, dtype=torch.int64) - first]}
 
     return Rows(Examples(whole, targets), range(first, first + len(labels)))
+
+
+def parts(whole: Rows, sizes: Sequence[int]) -> list[Rows]:
+    """The rows of a data set, dealt to clients of these sizes."""
+    ends = list(itertools.accumulate(sizes))
+    return [Rows(whole.examples, whole.at[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
 
 
 def forward(

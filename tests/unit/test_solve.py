@@ -15,9 +15,9 @@ from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import ClientUpdate, Features, Fit, Learner, Recipe, Score
 from celora.core.solve import solve, solve_together
 from celora.core.training import FILLING, PASS, fit, fit_together, passes
-from celora.models import Adapter, Backbone, Model, ModelLearner, load
+from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, load
 from celora.tensors import Tensors, but, only
-from tests.classifier import forward, initial
+from tests.classifier import forward, initial, parts
 from tests.classifier import rows as rows_of
 from tests.toy import RECIPE, Population, image
 
@@ -199,17 +199,17 @@ def vit(**more: Any) -> tuple[Backbone, Adapter]:
 
 def clients(backbone: Backbone, adapter: Adapter, family: Family = Tri()) -> list[ModelLearner]:
     """Five of 5, 8, 11, 14 and 17 rows, in batches of 4."""
-    found, shared, draw = [], forward(backbone, family), torch.Generator().manual_seed(0)
+    found, shared, draw = list[ModelLearner](), forward(backbone, family), torch.Generator().manual_seed(0)
     weights = initial(backbone, adapter, family, 2, seed=0)
-    for client in range(5):
-        labels = torch.arange(5 + 3 * client) % 2
-        inputs: Any = torch.rand(len(labels), 1, 8, 8, generator=draw)
-        if backbone.kind == "text":
-            sizes = torch.randint(3, 30, labels.shape, generator=draw).tolist()
-            inputs = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in sizes]
-        rows = rows_of(inputs, labels)
-        recipe = Recipe(batch_size=4, lr=2e-3)
+    sizes = [5 + 3 * client for client in range(5)]
+    labels = torch.cat([torch.arange(size) % 2 for size in sizes])
+    inputs: Any = torch.rand(len(labels), 1, 8, 8, generator=draw)
+    if backbone.kind == "text":
+        tokens = torch.randint(3, 30, labels.shape, generator=draw).tolist()
+        inputs = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in tokens]
+    for client, rows in enumerate(parts(rows_of(inputs, labels), sizes)):
         splits: Any = {"train": rows, "validation": rows}
+        recipe = Recipe(batch_size=4, lr=2e-3)
         found.append(ModelLearner(shared, splits, weights, recipe, seed=0, client=str(client), round=1))
     return found
 
