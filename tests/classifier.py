@@ -9,8 +9,7 @@ from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.task import Examples
-from celora.models import ActivationCache, AdaptedBackbone, Adapter, Backbone, BatchedForward, Rows
-from celora.models import families
+from celora.models import ActivationCache, AdaptedBackbone, Adapter, Backbone, BatchedForward, Rows, families
 from celora.models import predict as outputs_of
 from celora.tasks.classify import Classify
 from celora.tensors import Tensors

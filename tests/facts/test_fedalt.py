@@ -10,10 +10,10 @@ from celora.algorithms.fedalt import FedALT, Up
 from celora.core.adapters import modules
 from celora.core.messages import Plan
 from celora.models import Adapter, Model, load
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, D_IN, D_OUT, Federation, image
 from tests.toy import RANK as SMALL
-from tests.classifier import initial
 
 
 def factors(seed: int) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from celora.algorithms.fedmosaic import FedMosaic, Up
 from celora.core.adapters import modules
 from celora.core.messages import Plan
 from celora.models import Adapter, Model, load
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, Federation, Population, image
 from tests.toy import RANK as SMALL
-from tests.classifier import initial
 
 INITIAL = Population(FedMosaic().family).initial
 LENGTH = 18  # numbers of the toy's head

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from celora.algorithms.pfedlora import PFedLoRA
-from celora.core.learner import Fitted, Recipe
-from celora.core.training import fit
+from celora.core.learner import Recipe
+from celora.core.training import Fitted
 from celora.models import Adapter, Model, ModelLearner, ModelZoo, private_models
 from celora.models.private_model import CNNS, PrivateModel, PrivateNetwork
 from celora.tensors import part
@@ -16,7 +16,6 @@ from tests.classifier import rows as rows_of
 from tests.classifier import task
 from tests.facts.payloads import rounds
 from tests.toy import Population, image
-
 
 ADAPTER, FAMILY = Adapter(rank=4), PFedLoRA().family
 
@@ -52,9 +51,9 @@ def test_each_phase_leaves_the_frozen_half_unchanged_to_the_bit(
     learner: Any = Population(algorithm.family)("c0", 1) if where == "toy" else learner_of(models, where)
     steps = algorithm.train(learner, algorithm.client_init(learner), algorithm.send(algorithm.server_init({}, ()), "a"))
     first = next(steps)
-    one: Fitted = fit(learner, first)
+    one: Fitted = first.alone(learner)
     second = steps.send(one)
-    two: Fitted = fit(learner, second)
+    two: Fitted = second.alone(learner)
     (theta0, w0), (theta1, w1), (theta2, w2) = (halves(f) for f in (first.weights, one.weights, two.weights))
     assert image(theta1) == image(theta0)
     assert image(w2) == image(w1)

@@ -115,9 +115,7 @@ def test_a_small_alpha_skews_and_a_large_one_does_not() -> None:
     def largest(alpha: float) -> float:
         """Mean over clients of the share of a client's most frequent label."""
         hands = [
-            held.train
-            for held in dealt(table, "dirichlet", clients=6, alpha=alpha, seed=0).values()
-            if held.train
+            held.train for held in dealt(table, "dirichlet", clients=6, alpha=alpha, seed=0).values() if held.train
         ]
         return float(np.mean([max(Counter(table.labels[row] for row in rows).values()) / len(rows) for rows in hands]))
 
@@ -129,9 +127,7 @@ def test_the_draws_of_a_label_do_not_depend_on_the_other_labels() -> None:
     few = table_of(["a"] * 30 + ["b"] * 30)
     more = table_of(["a"] * 30 + ["b"] * 30 + ["0"] * 30)
     for client, held in dealt(few, "dirichlet", clients=4, seed=5).items():
-        assert held.train == [
-            row for row in dealt(more, "dirichlet", clients=4, seed=5)[client].train if row < 60
-        ]
+        assert held.train == [row for row in dealt(more, "dirichlet", clients=4, seed=5)[client].train if row < 60]
 
 
 def test_clients_are_named_and_ordered() -> None:

@@ -86,7 +86,9 @@ def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -
     (tmp_path / "other.csv").write_text("note,label\n" + "\n".join(f"other {n},{'abc'[n % 3]}" for n in range(30)))
     together = resolve({**TREE, "data": {"source": "*.csv", "text": "note", "rows": 8}}, tmp_path)
     population = ResourceCache().population(together)
-    begin = JobStart(dump(together), "fedit", population.known.backbone["sha256"], population.agreement, ("mine", "other"))
+    begin = JobStart(
+        dump(together), "fedit", population.known.backbone["sha256"], population.agreement, ("mine", "other")
+    )
     job_context = enter("mine", taking_part(shard))(begin)
     assert job_context.facts.rows == population.known.rows["mine"] and job_context.facts.proposal == b""
     theirs, ours = population.learner("mine", 1), job_context.learner(1)

@@ -12,9 +12,9 @@ from celora.experiment.config import Experiment, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.server import Listen, SiteRuntime, resolve_listen
 from celora.site.certificates import development
+from celora.tasks.classify import Classes
 from celora.track.client_stores import ClientStores
 from celora.track.folder import RunFolder
-from celora.tasks.classify import Classes
 from celora.wire import NOTHING, pack
 
 TREE: dict[str, Any] = {"adapter": {"layers": "last:1"}, "plan": {"quorum": 2}, "algorithm": {"name": "fedit"}}

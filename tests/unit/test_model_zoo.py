@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from celora.core.adapters import Lora
-from celora.core.learner import Fit, Recipe, Score
+from celora.core.learner import Recipe
+from celora.core.problems import Fit, Score
 from celora.core.solve import solve_together
-from celora.core.training import fit
 from celora.errors import ModelError
 from celora.models import Adapter, Model, ModelLearner, ModelZoo, load, private_models
 from celora.tensors import but
@@ -55,7 +55,7 @@ def test_every_weight_of_an_own_model_can_be_trained_and_nothing_is_changed_in_p
     it = learner(zoo, "a", images, epochs=8, batch_size=5)
     start = {name: w for name, w in zoo.start("a", unknown).items() if name.startswith("own.")}
     before = {name: w.clone() for name, w in start.items()}
-    fitted = fit(it, Fit({}, train=but("A", "B")))
+    fitted = Fit({}, train=but("A", "B")).alone(it)
     assert all(torch.equal(start[name], w) for name, w in before.items())
     assert all(not torch.equal(fitted.weights[name], w) for name, w in before.items())
     assert it.test(fitted.weights, "test")["loss"] < it.test({}, "test")["loss"]
@@ -69,8 +69,8 @@ def test_learners_of_their_own_models_run_one_by_one_in_a_cohort() -> None:
     images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def turn() -> Any:
-        fitted = yield Fit({}, train=but("A"))
-        return (yield Score(fitted.weights, "test"))
+        fitted = yield from Fit({}, train=but("A"))
+        return (yield from Score(fitted.weights, "test"))
 
     found = solve_together([(learner(zoo, client, images, batch_size=3), turn()) for client in "ab"])
     assert [metrics["rows"] for metrics in found] == [6.0, 6.0]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from celora.core.adapters import Lora
-from celora.core.learner import Fit, Recipe, Score
-from celora.core.training import fit, fit_together
+from celora.core.learner import Recipe
+from celora.core.problems import Fit
 from celora.errors import ModelError
 from celora.models import ActivationCache, Adapter, Backbone, Model, ModelLearner, Rows, SharedBackbone, load
 from celora.models import activation_cache as module
@@ -56,8 +56,12 @@ def trained(backbone: Backbone, prefixes: ActivationCache | None, together: bool
             for k in range(3)
         ]  # fmt: skip
         problems = [(it, Fit({}, but())) for it in learners]
-        fitted: Any = fit_together(problems) if together else [fit(*problem) for problem in problems]
-        scores = passes.scores([(it, Score(f.weights, "train")) for it, f in zip(learners, fitted, strict=True)])
+        fitted: Any = (
+            Fit.together(problems, problems[0][0].shared)
+            if together
+            else [problem.alone(learner) for learner, problem in problems]
+        )
+        scores = passes.scores([(it, f.weights, "train", None) for it, f in zip(learners, fitted, strict=True)])
         found.append(([f.weights for f in fitted], scores, passes.features(learners)))
     return found
 

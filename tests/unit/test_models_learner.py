@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, Tri
-from celora.core.learner import Fit, Learner, Recipe
-from celora.core.training import fit
+from celora.core.learner import Learner, Recipe
+from celora.core.problems import Fit
 from celora.errors import ModelError
 from celora.models import AdaptedBackbone, Adapter, Backbone, Model, ModelLearner, Rows, load
 from celora.models.rows import bucketed, budgeted
@@ -173,9 +173,9 @@ def test_only_some_weights_need_the_client_axis() -> None:
 def test_training_is_bit_equal_and_lowers_the_loss(backbone: Any) -> None:
     shared, rows = backbone(), texts() if backbone is minilm else images(16)
     torch.manual_seed(1)
-    one = fit(learner(shared, rows, steps=8, lr=2e-2), Fit({}, but()))
+    one = Fit({}, but()).alone(learner(shared, rows, steps=8, lr=2e-2))
     torch.manual_seed(2)
-    two = fit(learner(shared, rows, steps=8, lr=2e-2), Fit({}, but()))
+    two = Fit({}, but()).alone(learner(shared, rows, steps=8, lr=2e-2))
     assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
     it = learner(shared, rows)
     before, after = it.test({}, "test"), it.test(one.weights, "test")
@@ -204,7 +204,7 @@ def test_predictions_come_in_the_order_of_the_rows() -> None:
 
 def test_features_are_the_frozen_backbones() -> None:
     it = learner(vit(), images(6))
-    fit(it, Fit({}, but()))
+    Fit({}, but()).alone(it)
     features, labels = it.features()
     frozen = vit().encode(vit().batch(images(6).examples.inputs, range(6)), {})
     torch.testing.assert_close(features, frozen)
@@ -218,7 +218,7 @@ def test_nothing_handed_in_is_changed() -> None:
     weights, rows = shaken(start(vit()), 0), images(6)
     before = {name: w.clone() for name, w in weights.items()}
     it = learner(vit(), rows)
-    fit(it, Fit(weights, but()))
+    Fit(weights, but()).alone(it)
     it.test(weights, "test")
     assert all(torch.equal(weights[name], before[name]) for name in before)
 

@@ -11,7 +11,8 @@ from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core import rounds as loop
-from celora.core.messages import Best, Exchange, Instruction, KeptModel, Notes, Plan, Reply, Round, unpacked
+from celora.core.client_state import KeptModel, Notes, kept_models, unpacked
+from celora.core.messages import Best, Exchange, Instruction, Plan, Reply, Round
 from celora.core.rounds import improved, run_rounds, score_on_test
 from celora.errors import QuorumError
 from celora.wire import Schema, contents, pack, unpack
@@ -143,7 +144,7 @@ def test_kept_models_are_those_of_the_best_rounds_and_the_last() -> None:
     wanted = {f"{moment}@{standing.round}" for moment, standing in best.items()} | {"personal@4", "received@4"}
     before = {f"{moment}@{standing.round}" for moment, standing in rounds[-2].checkpoint.best.items()}
     for client in CLIENTS:
-        assert wanted <= {key for key in federation.stores[client] if not key.startswith("private@")} <= wanted | before
+        assert wanted <= {model.name for model in kept_models(federation.stores[client])} <= wanted | before
         learner = federation.population(client, 5)
         for name in wanted & set(federation.stores[client]):
             moment, _, of_round = name.partition("@")

@@ -37,16 +37,29 @@ Does anything flow? C̄_i multiplies A_i and B_i that other clients' cores were 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Tri
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Features, Fit, Learner
+from celora.core.algorithm import (
+    AdapterSettings,
+    Algorithm,
+    AlgorithmInfo,
+    ClientId,
+    Head,
+    Mixing,
+    Trained,
+    private,
+    shared,
+    trained,
+)
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, Fraction, NonNegative, Positive, setting, settings
+from celora.marks import DisclosureFloor, MixingMatrix, RowCount, Summary
 from celora.maths.cka import Estimator, cka, points
 from celora.maths.mixtures import Mixture, fit_mixture
 from celora.maths.neighbours import average, likeness, most_alike
@@ -83,7 +96,7 @@ class Server:
     distances: Tensor
     near: Tensor
     typical: Tensor
-    mixing: Mixing
+    mixing: Annotated[Mixing, MixingMatrix()]
     received: Mapping[str, Tensors]
     rounds: int
 
@@ -108,22 +121,18 @@ class Up:
     """C_i, n_i and, when asked for, the data summary G_i."""
 
     core: Tensors
-    examples: int
-    summary: Mixture | None
+    examples: RowCount
+    summary: Summary[Mixture | None]
 
 
 @settings
-class CELoRA:
+class CELoRA(Algorithm[Server, Local, Down, Up]):
     """Tri-matrix adaptation with personal averages of the cores."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Li et al., Communication-Efficient and Personalized Federated Foundation Model Fine-Tuning via "
         "Tri-Matrix Adaptation (CE-LoRA, re-implementation), IEEE TMM 2026",
         link="https://arxiv.org/abs/2503.23869",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=True,
         trains="A, B, C, head",
         sends="C; G once",
@@ -152,7 +161,9 @@ class CELoRA:
     )
 
     components: Count = setting(3, "largest number of mixture components in a class")
-    min_rows: Count = setting(10, "disclosure floor: classes with fewer rows are withheld")
+    min_rows: Annotated[Count, DisclosureFloor()] = setting(
+        10, "disclosure floor: classes with fewer rows are withheld"
+    )
     min_component_rows: Count = setting(5, "disclosure floor: rows a mixture component must stand for")
 
     rule: Rule = setting("similarity", "W as in the paper, or a control: uniform, C reset to its start, permuted")
@@ -168,6 +179,16 @@ class CELoRA:
     def shares(self) -> Names:
         """C alone."""
         return shared(self.head, "C")
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """Frozen bases must be ones that a core matters between; the debiased CKA needs cores of some size."""
+        if self.freeze_bases and adapter.init != "orthonormal":
+            yield (
+                f"algorithm.freeze_bases: with adapter.init = {adapter.init!r} B is 0 and no core could ever matter; "
+                "expected adapter.init = 'orthonormal'"
+            )
+        if self.cka_estimator == "debiased" and adapter.rank < 4:
+            yield f"adapter.rank: found {adapter.rank}, but the debiased CKA needs at least 4"
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nobody has been heard."""
@@ -188,8 +209,8 @@ class CELoRA:
         bases = ("A", "B") if self.freeze_bases else ()
         if self.freeze_bases and not any(w.any() for w in select(learner.initial, only("B")).values()):
             raise ValueError("freeze_bases: B is 0, so no core could ever matter; set adapter.init = 'orthonormal'")
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, *bases))
-        summary, notes = self.introduce(learner, *(yield Features())) if down.introduce else (None, ())
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, *bases))
+        summary, notes = self.introduce(learner, *(yield from Features())) if down.introduce else (None, ())
         mine = select(fitted.weights, private(self.head, "C", *bases))
         up = Up(select(fitted.weights, self.shares), learner.examples, summary)
         return Trained(Local(mine), up, fitted.weights, notes)

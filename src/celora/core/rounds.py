@@ -15,13 +15,15 @@ from dataclasses import replace
 import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.client_state import MOMENTS, StateKey
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
 from celora.core.metrics import ACCURACY, Metric
 from celora.core.screen import odd_score, screen
 from celora.errors import QuorumError, WireError
+from celora.marks import DataSummary, marked_values
 from celora.rng import generator
-from celora.tensors import Tensors
+from celora.tensors import Tensors, is_head
 from celora.wire import Schema, contents, pack, unpack
 
 
@@ -55,9 +57,8 @@ def run_rounds(
         closing = index > plan.rounds
         evaluate = closing or index % plan.evaluate_every == 0 or index == plan.rounds
         drawn = [] if closing else _draw(plan, clients, index)
-        keep = tuple(f"{moment}@{b.round}" for moment, b in best.items()) + (
-            (f"personal@{plan.rounds}",) if closing else ()
-        )
+        kept = [StateKey(moment, best[moment].round) for moment in MOMENTS if moment in best]
+        keep = tuple(key.name for key in [*kept, *([StateKey("personal", plan.rounds)] if closing else [])])
         instructions: dict[ClientId, Instruction] = {}
         traffic: dict[ClientId, Traffic] = {}
         frames: dict[bytes, bytes] = {}
@@ -197,11 +198,12 @@ def _uplink(traffic: Traffic, reply: Reply, up: object) -> Traffic:
 
 
 def _payload(value: object) -> dict[str, int]:
-    """Tensor bytes in a record by what they are of: a field called `summary`, a tensor called `head.*`, the adapter."""
+    """Tensor bytes in a record by what they are of: what is marked as a data summary, the head, the adapter."""
     total = {"adapter": 0, "head": 0, "summary": 0}
+    summaries = [path for path, _, _ in marked_values(value, DataSummary)]
     for path, size in contents(value):
-        of_head = any(step.startswith("head.") for step in path)
-        total["summary" if path[0] == "summary" else "head" if of_head else "adapter"] += size
+        of_data = any(path[: len(summary)] == summary for summary in summaries)
+        total["summary" if of_data else "head" if any(map(is_head, path)) else "adapter"] += size
     return total
 
 

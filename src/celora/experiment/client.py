@@ -10,7 +10,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from celora.experiment.config import Experiment, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.runtimes import JobContext, job_context
 from celora.experiment.server import loopback, parsed
+from celora.marks import SiteSecret, marked
 from celora.site.certificates import private_key
 from celora.site.check import Finding, backbone, certificate, clock, disk, key, passed, reach, versions
 from celora.site.ledger import Ledger
@@ -229,10 +230,10 @@ def local(config: str, rows: SiteData) -> Experiment:
     tree["model"]["allow_download"] = False
     if rows.backbone is not None:
         tree["model"]["backbone"] = rows.backbone
-    if "key" in {field.name for field in fields(ALGORITHMS[tree["algorithm"]["name"]])}:
+    for name in marked(ALGORITHMS[tree["algorithm"]["name"]], SiteSecret):
         if rows.secret is None:
             raise ConfigError([f"--secret: {tree['algorithm']['name']} encrypts; give the file of the sites' key"])
-        tree["algorithm"]["key"] = str(rows.secret.resolve())
+        tree["algorithm"][name] = str(rows.secret.resolve())
     for section in ("engine", "overrides"):  # an override would be put over all of this
         tree.pop(section, None)
     return resolve(tree, Path.cwd())

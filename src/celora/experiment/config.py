@@ -205,8 +205,6 @@ def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: boo
     if own and not info.own_models:
         able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.own_models)
         found.append(f"model.own: {name} is for adapters in a frozen backbone; expected one of {able}")
-    if not own and getattr(algorithm, "mix", "loss") == "logit":
-        found.append("algorithm.mix: logits can be mixed where the adapter stands beside the head; set [model] own")
     if own and (adapter.init, adapter.bases) != ("kaiming", "shared"):
         found.append("model.own: needs adapter.init = 'kaiming' and adapter.bases = 'shared'")
     if adapter.ranks is not None and not info.mixed_ranks:
@@ -216,14 +214,7 @@ def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: boo
         )
     if adapter.ranks is not None and adapter.bases == "secret":
         found.append("adapter.ranks: with adapter.bases = 'secret' no two clients share a base; expected 'shared'")
-    if getattr(algorithm, "freeze_bases", False) and adapter.init != "orthonormal":
-        found.append(
-            f"algorithm.freeze_bases: with adapter.init = {adapter.init!r} B is 0 and no core could ever matter; "
-            "expected adapter.init = 'orthonormal'"
-        )
-    if getattr(algorithm, "cka_estimator", "linear") == "debiased" and adapter.rank < 4:
-        found.append(f"adapter.rank: found {adapter.rank}, but the debiased CKA needs at least 4")
-    return found
+    return [*found, *algorithm.conflicts(adapter, own)]
 
 
 def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> Any:

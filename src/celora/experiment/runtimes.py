@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.client_state import KeptModel, unpacked
 from celora.core.learner import Learner
-from celora.core.messages import Exchange, KeptModel, unpacked
+from celora.core.messages import Exchange
 from celora.engines.embedded import Embedded
 from celora.engines.remote import ClientFacts, JobStart, Remote
 from celora.experiment.config import Experiment, dump, resolve

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from celora.core.algorithm import ClientId
+from celora.core.client_state import MOMENTS, Moment, StateKey
 from celora.core.learner import Metrics
-from celora.core.messages import Best, Exchange, Moment, Round
+from celora.core.messages import Best, Exchange, Round
 from celora.core.metrics import Metric
 from celora.core.rounds import score_on_test
 from celora.errors import DataError
@@ -20,7 +21,6 @@ from celora.track import scores
 from celora.track.folder import Event
 
 SOCKETS = ("up_socket", "down_socket")
-MOMENTS: tuple[Moment, ...] = ("received", "personal")
 
 
 def round_event(
@@ -83,23 +83,26 @@ def build_summary(
     if not best:
         raise DataError("no client has validation rows: no round can be chosen; raise data.validation")
     metric = known.task.headline
-    moment = max(best, key=lambda name: (best[name].clients, metric.goodness(best[name].score)))
-    wanted = {f"{m}@{best[m].round}" for m in best} | {f"{m}@{rounds}" for m in MOMENTS}
-    tested = score_on_test(exchange, experiment.plan, known.clients, sorted(wanted), metric)
+    ready = [m for m in MOMENTS if m in best]
+    moment = max(ready, key=lambda name: (best[name].clients, metric.goodness(best[name].score)))
+    chosen = {m: StateKey(m, best[m].round).name for m in ready}
+    last = {m: StateKey(m, rounds).name for m in MOMENTS}
+    wanted = sorted({*chosen.values(), *last.values()})
+    tested = score_on_test(exchange, experiment.plan, known.clients, wanted, metric)
 
     def at(name: str) -> dict[ClientId, float]:
         return {c: m[name]["score"] for c, m in tested.items() if "score" in m.get(name, {})}
 
     test_rows = {client: known.rows[client]["test"] for client in known.clients}
 
-    headline = f"{moment}@{best[moment].round}"
+    headline = chosen[moment]
     alone = at(headline) if twin is None else twin
 
     def metrics(name: str) -> dict[str, float | None]:
         return scores.metrics(at(name), test_rows, {c: s for c, s in alone.items() if s is not None}, metric)
 
     done = [e for e in events if e["event"] == "round"]
-    per_moment = {m: at(f"{m}@{best[m].round}") for m in best}
+    per_moment = {m: at(name) for m, name in chosen.items()}
     clients = {
         client: {
             "train": known.rows[client]["train"],
@@ -125,9 +128,10 @@ def build_summary(
         "metrics": metrics(headline),
         "test_metrics": _means(tested, headline),
         "moments": {
-            m: {"round": b.round, "validation": b.score, "metrics": metrics(f"{m}@{b.round}")} for m, b in best.items()
+            m: {"round": best[m].round, "validation": best[m].score, "metrics": metrics(name)}
+            for m, name in chosen.items()
         },
-        "last": {m: {"metrics": metrics(f"{m}@{rounds}")} for m in MOMENTS},
+        "last": {m: {"metrics": metrics(name)} for m, name in last.items()},
         "clients": clients,
         "excluded": dict(known.excluded),
         "excluded_replies": {str(e["index"]): e["excluded"] for e in done if e["excluded"]},

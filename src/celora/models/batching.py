@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from celora.core.learner import Batch, Metrics, Score
+from celora.core.learner import Batch, Metrics, Split
 from celora.core.task import Task
 from celora.core.training import passes
 from celora.models.protocol import Network
@@ -71,10 +71,10 @@ class BatchedForward:
                     return weight.shape[0]
         return None
 
-    def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
+    def scores(self, asked: Sequence[tuple[Any, Tensors, Split, int | None]]) -> list[Metrics]:
         """`rows`, `score` (the headline), `loss` and the task's other metrics; `rows` alone on an empty split."""
-        rows = [learner.rows(score.split).first(score.rows) for learner, score in asked]
-        weights = [{**learner.initial, **score.weights} for learner, score in asked]
+        rows = [learner.rows(split).first(count) for learner, _, split, count in asked]
+        weights = [{**learner.initial, **given} for learner, given, _, _ in asked]
 
         def outcomes(own: Tensors, batch: Batch) -> Tensor:
             return self.task.outcomes(self.outputs(own, batch), batch)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from celora.core.learner import Batch, Metrics, Recipe, Score, Split
+from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.models.batching import BatchedForward
 from celora.models.rows import Rows, mini_batches
 from celora.rng import generator
@@ -74,7 +74,7 @@ class ModelLearner:
 
     def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
         """As `BatchedForward.scores`."""
-        return self._forward.scores([(self, Score(weights, split, rows))])[0]
+        return self._forward.scores([(self, weights, split, rows)])[0]
 
     def features(self) -> tuple[Tensor, Tensor | None]:
         """As `BatchedForward.features`."""

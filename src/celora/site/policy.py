@@ -36,6 +36,7 @@ from celora.core.messages import Reply
 from celora.engines.remote import ClientFacts
 from celora.errors import ConfigError, PolicyError
 from celora.fields import Count, did_you_mean, error_lines, setting, settings, unknown
+from celora.marks import DisclosureFloor, marked
 from celora.site.filters import Clip, clip, is_empty
 from celora.site.ledger import Ledger
 from celora.tensors import Tensors
@@ -71,13 +72,12 @@ class Policy:
                 "this site does not take part: found fewer training rows than its policy's disclosure.floor, expected "
                 f"at least {self.floor}; add rows, or change the policy at the site"
             )
-        chosen: dict[str, Any] = {field.name: getattr(algorithm, field.name) for field in _fields(algorithm)}
-        if chosen.get("min_rows", self.floor) < self.floor:
-            raise PolicyError(
-                f"this site does not take part: found algorithm.min_rows = {chosen['min_rows']}, expected at least "
-                f"{self.floor}, its policy's disclosure.floor; raise min_rows in the experiment, or change the policy "
-                "at the site"
-            )
+        for name in marked(type(algorithm), DisclosureFloor):
+            if (least := getattr(algorithm, name)) < self.floor:
+                raise PolicyError(
+                    f"this site does not take part: found algorithm.{name} = {least}, expected at least {self.floor}, "
+                    f"its policy's disclosure.floor; raise {name} in the experiment, or change the policy at the site"
+                )
         if _fields(algorithm.info.up):
             self._allowed(name_of(algorithm.info.up))
 

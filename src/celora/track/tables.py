@@ -117,8 +117,8 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
     for summary in summaries:
         groups.setdefault(summary["algorithm"], []).append(summary)
     seeds = max((len(group) for group in groups.values()), default=0)
-    named = metric(summaries[0]) if summaries else ""
-    table = _table(f"test scores{named}" + (f", mean ± std over {seeds} seeds" if seeds > 1 else ""))
+    which = metric(summaries[0]) if summaries else ""
+    table = _table(f"test scores{which}" + (f", mean ± std over {seeds} seeds" if seeds > 1 else ""))
     table.add_column("algorithm", overflow="fold", min_width=10)
     matched = any(summary.get("uplink", {}).get("match") == "floats" for summary in summaries)
     scores = ("mean", "worst\ndecile", "harmed", "lift", "of the\nmodels", "received", "personal")
