@@ -20,6 +20,7 @@ from celora.algorithms import ALGORITHMS
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.channel import Channel
 from celora.core.learner import Fit
 from celora.core.messages import Checkpoint, Exchange, Instruction, KeptModel, Notes, Plan, Reply, Round, unpacked
 from celora.core.solve import solve, solve_together
@@ -103,8 +104,9 @@ def record_run(
     population: Population | None = None,
     plan: Plan = PLAN,
     around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
+    channel: Channel = (),
 ) -> Run:
-    federation, tapes = Federation(algorithm, population), list[Tape]()
+    federation, tapes = Federation(algorithm, population, channel=channel), list[Tape]()
 
     def taped(exchange: Exchange) -> Exchange:
         tapes.append(Tape(around(exchange)))

@@ -18,6 +18,7 @@ ClientStore = MutableMapping[str, object]
 """What a client keeps at its site, each a record or, as it comes from disk, its frame (`unpacked`, `frame_of`):
 
     private@3                 its private state after round 3; of the last two rounds in which it trained
+    channel@3                 beside it, what the stages of the channel keep (`celora.core.channel.ChannelState`)
     received@2, personal@3    its `KeptModel` at the moments worth keeping
     notes                     `Notes`
 

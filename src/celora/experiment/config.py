@@ -7,6 +7,7 @@
     [plan]       rounds, participation, seed          celora.core.messages.Plan
     [engine]     clients in a pass, memory budgets    celora.engines.embedded.Engine
     [algorithm]  name, and that algorithm's fields    celora.algorithms.ALGORITHMS
+    [[filters]]  name, and that filter's fields       celora.filters.FILTERS
     [overrides.LABEL.SECTION]                         what differs when LABEL is run by `compare`
 
 A label is an algorithm's name, or any name whose override says `algorithm.name`.
@@ -23,12 +24,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from celora.algorithms import ALGORITHMS
 from celora.core.algorithm import AnyAlgorithm
+from celora.core.channel import Channel
 from celora.core.learner import Recipe
 from celora.core.messages import Plan
 from celora.data import Data
 from celora.engines.embedded import Engine
 from celora.errors import ConfigError
 from celora.fields import did_you_mean, error_lines, unknown
+from celora.filters import filter_tables, read_filters
 from celora.models import Adapter, Model
 
 Tree = dict[str, Any]
@@ -49,6 +52,7 @@ class Experiment:
     Attributes:
         name: of the run folder.
         label: the algorithm's name, or the label of the override that defines it.
+        filters: what is done to what the clients send, in this order.
         base: the folder that relative paths in the file are relative to.
         tree: what was written, from which `variant` resolves the others.
     """
@@ -62,6 +66,7 @@ class Experiment:
     plan: Plan
     engine: Engine
     algorithm: AnyAlgorithm
+    filters: Channel
     base: Path
     tree: Tree
 
@@ -78,7 +83,9 @@ class Experiment:
         sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
         names = {kind: name for name, kind in ALGORITHMS.items()}
         algorithm = {"name": names[type(self.algorithm)], **asdict(self.algorithm)}  # type: ignore[call-overload]
-        tree = {"name": self.name, **sections, "algorithm": algorithm}
+        tree: Tree = {"name": self.name, **sections, "algorithm": algorithm}
+        if self.filters:
+            tree["filters"] = filter_tables(self.filters)
         return {k: {n: v for n, v in s.items() if v is not None} if isinstance(s, dict) else s for k, s in tree.items()}
 
 
@@ -124,7 +131,7 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     Raises:
         ConfigError: with every problem found.
     """
-    problems = unknown(tree, ("name", *SECTIONS, "algorithm", "overrides"), "")
+    problems = unknown(tree, ("name", *SECTIONS, "algorithm", "filters", "overrides"), "")
     tables = {name: tree.get(name, {}) for name in (*SECTIONS, "algorithm", "overrides")}
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -134,14 +141,16 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     own = tables["algorithm"].get("name", "ce-lora")
     label = label or own
     override = tables["overrides"].get(label, {})
-    if not isinstance(override, dict) or not all(isinstance(section, dict) for section in override.values()):
+    if not isinstance(override, dict) or not all(
+        isinstance(section, dict) for key, section in override.items() if key != "filters"
+    ):
         raise ConfigError([*problems, f"overrides.{label}: expected tables such as [overrides.{label}.train]"])
-    problems += unknown(override, (*SECTIONS, "algorithm"), f"overrides.{label}.")
+    problems += unknown(override, (*SECTIONS, "algorithm", "filters"), f"overrides.{label}.")
     name = override.get("algorithm", {}).get("name", label)
     if name not in ALGORITHMS:
         known = [*ALGORITHMS, *(key for key in tables["overrides"] if key not in ALGORITHMS)]
         problems.append(f"algorithm.name: found {name!r}, expected one of {_or(known)}{did_you_mean(name, known)}")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"filters": _filters(override.get("filters", tree.get("filters", [])), problems)}
     for section, kind in SECTIONS.items():
         values[section] = _validated(section, kind, {**tables[section], **override.get(section, {})}, problems)
     if name in ALGORITHMS:
@@ -156,6 +165,18 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     if seed is not None:
         values["plan"] = replace(values["plan"], seed=seed)
     return Experiment(name=str(tree.get("name", "run")), label=label, base=base, tree=tree, **values)
+
+
+def _filters(found: Any, problems: list[str]) -> Channel:
+    """The stages under `[[filters]]`; one that packs must be the last."""
+    channel = read_filters(found, problems)
+    problems += [
+        f"filters: found '{channel[at + 1].describe()}' after '{stage.describe()}', which changes what travels; "
+        f"expected '{stage.describe()}' at the end"
+        for at, stage in enumerate(channel[:-1])
+        if stage.packs
+    ]
+    return channel
 
 
 def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
