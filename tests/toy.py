@@ -22,6 +22,7 @@ from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
 from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.channel import Channel
 from celora.core.client_state import ClientStore, StateKey, frame_of, private_states, unpacked
 from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply, Round
@@ -291,12 +292,13 @@ class Federation:
         population: Population | None = None,
         stores: Mapping[str, Mapping[str, object]] | None = None,
         clients: Sequence[str] = CLIENTS,
+        channel: Channel = (),
     ) -> None:
-        self.algorithm, self.clients = algorithm, clients
+        self.algorithm, self.clients, self.channel = algorithm, clients, channel
         self.population = population or population_of(algorithm)
         self.schema = Schema.of(self.population.initial)
         self.stores: MutableMapping[str, ClientStore] = {c: dict(store) for c, store in (stores or {}).items()}
-        self.engine = Embedded(algorithm, self.population, self.stores, self.schema)
+        self.engine = Embedded(algorithm, self.population, self.stores, self.schema, channel=channel)
 
     def run(
         self,
@@ -304,8 +306,9 @@ class Federation:
         around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
         checkpoint: Checkpoint | None = None,
     ) -> Iterator[Round]:
+        initial = self.population.initial
         return run_rounds(
-            self.algorithm, around(self.engine), plan, self.clients, self.population.initial, checkpoint=checkpoint
+            self.algorithm, around(self.engine), plan, self.clients, initial, checkpoint, channel=self.channel
         )
 
     def private(self, store: Mapping[str, object]) -> Any:
@@ -327,6 +330,7 @@ class JobContext:
     algorithm: AnyAlgorithm
     population: Population
     client: str
+    channel: Channel = ()
 
     @property
     def facts(self) -> ClientFacts:

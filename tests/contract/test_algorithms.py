@@ -20,6 +20,7 @@ from celora.algorithms import ALGORITHMS
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.channel import Channel
 from celora.core.client_state import KeptModel, Notes, unpacked
 from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply, Round
 from celora.core.problems import Fit
@@ -104,8 +105,9 @@ def record_run(
     population: Population | None = None,
     plan: Plan = PLAN,
     around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
+    channel: Channel = (),
 ) -> Run:
-    federation, tapes = Federation(algorithm, population), list[Tape]()
+    federation, tapes = Federation(algorithm, population, channel=channel), list[Tape]()
 
     def taped(exchange: Exchange) -> Exchange:
         tapes.append(Tape(around(exchange)))

@@ -26,7 +26,8 @@ from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
 from celora.site.store import SiteStore
 from celora.wire import Schema
-from tests.contract.test_algorithms import PLAN, VARIANTS, bits, reference
+from tests.contract.test_algorithms import PLAN, VARIANTS, Run, bits, reference
+from tests.contract.test_channel import BOTH, CHANNELS, filtered
 from tests.toy import CLIENTS, JobContext, population_of
 
 pytest.importorskip("flwr")
@@ -62,8 +63,9 @@ class Places:
 @cache
 def _site(root: Path, client: str) -> Site:
     def enter(begin: JobStart) -> JobContext:
-        algorithm = VARIANTS[begin.label]
-        return JobContext(algorithm, population_of(algorithm), client)
+        variant, _, channel = begin.label.partition(" + ")
+        algorithm = VARIANTS[variant]
+        return JobContext(algorithm, population_of(algorithm), client, CHANNELS[channel] if channel else ())
 
     return Site(client, root / client, Policy(floor=1), enter, None)
 
@@ -79,10 +81,11 @@ class Simulated:
     exported: Mapping[str, bool]
 
 
-def simulated(remote: Remote, root: Path, name: str) -> Simulated:
-    algorithm, job = VARIANTS[name], f"toy/{name}"
-    initial = population_of(algorithm).initial
-    remote.start_job(job, JobStart("", name, "backbone", b"no, yes", CLIENTS), CLIENTS, 60)
+def simulated(remote: Remote, root: Path, name: str, channel: str = "") -> Simulated:
+    algorithm, job = VARIANTS[name], f"toy/{name}{'-filtered' if channel else ''}"
+    initial, stages = population_of(algorithm).initial, CHANNELS[channel] if channel else ()
+    label = f"{name} + {channel}" if channel else name
+    remote.start_job(job, JobStart("", label, "backbone", b"no, yes", CLIENTS), CLIENTS, 60)
     folders = {client: root / client / job_folder(client, job) for client in CLIENTS}
 
     def stores() -> dict[str, dict[str, bytes]]:
@@ -92,7 +95,7 @@ def simulated(remote: Remote, root: Path, name: str) -> Simulated:
                 found[client] = {kept: store[kept] for kept in store}
         return found
 
-    pairs = [(rnd, stores()) for rnd in rounds.run_rounds(algorithm, remote, PLAN, CLIENTS, initial)]
+    pairs = [(rnd, stores()) for rnd in rounds.run_rounds(algorithm, remote, PLAN, CLIENTS, initial, channel=stages)]
     best = pairs[-1][0].checkpoint.best["personal"]
     kept = f"personal@{best.round}"
     return Simulated(
@@ -126,6 +129,7 @@ class Session:
 
     root: Path
     runs: Mapping[str, Simulated]
+    filtered: Simulated
     listening: Mapping[str, str]
     left: tuple[str, ...]
 
@@ -147,9 +151,10 @@ def session(root: Path, names: Iterable[str]) -> Session:
     with started(root) as post:
         remote = Remote(post)
         runs = {name: simulated(remote, root, name) for name in names}
+        with_filters = simulated(remote, root, DEFAULT["fedit"], BOTH)
         here = tree()
         found = listening(here)
-    return Session(root, runs, found, left(here, before))
+    return Session(root, runs, with_filters, found, left(here, before))
 
 
 def left(processes: Iterable[psutil.Process], before: Iterable[psutil.Process]) -> tuple[str, ...]:
@@ -158,8 +163,7 @@ def left(processes: Iterable[psutil.Process], before: Iterable[psutil.Process]) 
     return tuple(p.name() for p in there if p.status() != psutil.STATUS_ZOMBIE)
 
 
-def same(found: Simulated, name: str) -> None:
-    expected = reference(name)
+def same(found: Simulated, expected: Run) -> None:
     assert len(found.rounds) == len(expected.rounds) == PLAN.rounds + 1
     for mine, its in zip(found.rounds, expected.rounds, strict=True):
         assert mine.heard == (CLIENTS if mine.index <= PLAN.rounds else ()) and not mine.excluded
@@ -184,13 +188,19 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Session:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_flowers_simulation_equals_the_embedded_run_bit_for_bit(algorithm: str, defaults: Session) -> None:
     """Server state, scores, bytes and checkpoint of every round; private state on disk; test scores of kept models."""
-    same(defaults.runs[DEFAULT[algorithm]], DEFAULT[algorithm])
+    same(defaults.runs[DEFAULT[algorithm]], reference(DEFAULT[algorithm]))
+
+
+def test_flowers_simulation_equals_the_embedded_run_with_filters(defaults: Session) -> None:
+    """Residuals and notes, which lie beside the private state, included."""
+    same(defaults.filtered, filtered("fedit", BOTH))
+    assert "channel@2" in defaults.filtered.stores[-1]["c0"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_flowers_simulation_equals_the_embedded_run_under_other_settings(name: str, others: Session) -> None:
-    same(others.runs[name], name)
+    same(others.runs[name], reference(name))
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor: one process plays all clients")
@@ -220,7 +230,7 @@ def test_a_second_simulation_in_the_same_process_works_and_an_exception_ends_it(
     path = os.environ.get("PYTHONPATH")
 
     def breaks(post: GridTransport) -> None:
-        same(simulated(Remote(post), tmp_path, name), name)
+        same(simulated(Remote(post), tmp_path, name), reference(name))
         here.extend(tree())
         raise Broken
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.channel import Channel
 from celora.core.client_state import KeptModel, unpacked
 from celora.core.learner import Learner
 from celora.core.messages import Exchange
@@ -78,9 +79,8 @@ class LocalRuntime:
         population = self.resources.population(experiment)
         schema = Schema.of(population.initial)
         kept = ClientStores(folder.stores, schema, experiment.engine.state_mb * 2**20, stores)
-        engine = Embedded(
-            experiment.algorithm, population.learner, kept, schema, *experiment.engine.solver(population.models.device)
-        )
+        solver = experiment.engine.solver(population.models.device)
+        engine = Embedded(experiment.algorithm, population.learner, kept, schema, *solver, channel=experiment.filters)
 
         def told() -> list[str]:
             notes = [f"{client}: {note}" for client, notes in sorted(engine.notes.items()) for note in notes]
@@ -112,6 +112,11 @@ class JobContext:
     def algorithm(self) -> AnyAlgorithm:
         """What is run."""
         return self.population.experiment.algorithm
+
+    @property
+    def channel(self) -> Channel:
+        """The stages that the experiment names."""
+        return self.population.experiment.filters
 
     @property
     def initial(self) -> Tensors:
