@@ -32,7 +32,7 @@ _COHORT = {"cpu": 16, "cuda": 512}
 
 
 @settings
-class Engine:
+class EngineSettings:
     """How the work is done; the results are the same but for rounding."""
 
     group: Count | None = setting(None, "clients whose rows may share a pass; 1: one after another; by default many")

@@ -6,7 +6,7 @@
     [adapter]    rank, targets, initialisation        celora.models.Adapter
     [train]      local training                       celora.core.learner.Recipe
     [plan]       rounds, participation, seed          celora.core.messages.Plan
-    [engine]     clients in a pass, memory budgets    celora.engines.embedded.Engine
+    [engine]     clients in a pass, memory budgets    celora.engines.embedded.EngineSettings
     [algorithm]  name, and that algorithm's fields    celora.algorithms.ALGORITHMS
     [[filters]]  name, and that filter's fields       celora.filters.FILTERS
     [overrides.LABEL.SECTION]                         what differs when LABEL is run by `compare`
@@ -30,7 +30,7 @@ from celora.core.learner import Recipe
 from celora.core.messages import Plan
 from celora.core.task import Task
 from celora.data import Data
-from celora.engines.embedded import Engine
+from celora.engines.embedded import EngineSettings
 from celora.errors import ConfigError
 from celora.fields import did_you_mean, error_lines, unknown
 from celora.filters import filter_tables, read_filters
@@ -44,7 +44,7 @@ SECTIONS: Mapping[str, type] = {
     "adapter": Adapter,
     "train": Recipe,
     "plan": Plan,
-    "engine": Engine,
+    "engine": EngineSettings,
 }
 
 
@@ -68,7 +68,7 @@ class Experiment:
     adapter: Adapter
     train: Recipe
     plan: Plan
-    engine: Engine
+    engine: EngineSettings
     algorithm: AnyAlgorithm
     filters: Channel
     base: Path
