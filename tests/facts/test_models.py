@@ -27,7 +27,7 @@ from celora.models import (
     load,
     predict,
 )
-from celora.models.sources import embedded, quiet
+from celora.models.loading import embedded, quiet
 from celora.tensors import part
 
 TEXTS = ["a text", "and another one"]  # as in the README of an export

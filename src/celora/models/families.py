@@ -7,7 +7,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Part
 from celora.errors import ModelError
-from celora.models.backbone import Adapter, Backbone
+from celora.models.backbone import Backbone
+from celora.models.settings import Adapter
 from celora.rng import generator
 
 

@@ -54,8 +54,9 @@ class ModelLearner:
 
     @property
     def shared(self) -> BatchedForward | None:
-        """The passes, which clients share; None with dropout, whose masks are drawn for one client's rows."""
-        return None if self._dropout else self._passes
+        """The passes, which clients share; None where they cannot: with dropout, whose masks are drawn for one client's
+        rows, or where the adapted modules do not read rows first."""
+        return self._passes if self._dropout is None and self._passes.backbone.rows_first else None
 
     def rows(self, split: Split) -> Rows:
         """The rows of a split."""
