@@ -45,7 +45,7 @@ from celora.core.rounds import run_rounds
 from celora.core.solve import solve, solve_together
 from celora.engines import embedded
 from celora.experiment.population import Population, ResourceCache
-from celora.models import Rows, sources
+from celora.models import Rows, loading
 from celora.tensors import Tensors, but, mean, nbytes
 from celora.wire import Schema
 from measure import CLOCKS, Clock, Result, Spread, in_turns, save, show
@@ -302,7 +302,7 @@ def prefix(size: Size) -> Result:
 
 def deeper(folder: Path, layers: int) -> None:
     """An encoder of MiniLM's width and tokenizer with more layers; its weights are random, which no clock can tell."""
-    shutil.copytree(sources.embedded(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(loading.embedded(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.manual_seed(SEED)
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = layers

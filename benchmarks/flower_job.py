@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from celora.experiment.population import Population
-from celora.models.sources import embedded
+from celora.models.loading import embedded
 
 APP = Path(__file__).parent / "flower-fedavg-lora"
 LIMIT = 3600
