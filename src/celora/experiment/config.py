@@ -6,14 +6,14 @@
     [train]      local training                       celora.core.learner.Recipe
     [plan]       rounds, participation, seed          celora.core.messages.Plan
     [engine]     clients in a pass, memory budgets    celora.engines.embedded.Engine
-    [algorithm]  name, and that algorithm's fields    celora.algorithms.ALGORITHMS
+    [algorithm]  name, and that algorithm's fields    celora.algorithms.lookup
     [overrides.LABEL.SECTION]                         what differs when LABEL is run by `compare`
 
 A label is an algorithm's name, or any name whose override says `algorithm.name`.
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from celora.algorithms import ALGORITHMS
+from celora.algorithms.lookup import lookup
 from celora.core.algorithm import AnyAlgorithm
 from celora.core.learner import Recipe
 from celora.core.messages import Plan
 from celora.data import Data
 from celora.engines.embedded import Engine
 from celora.errors import ConfigError
-from celora.fields import did_you_mean, error_lines, unknown
+from celora.fields import error_lines, unknown
 from celora.models import Adapter, Model
 
 Tree = dict[str, Any]
@@ -49,12 +50,14 @@ class Experiment:
     Attributes:
         name: of the run folder.
         label: the algorithm's name, or the label of the override that defines it.
+        algorithm_name: as `celora.algorithms.lookup` knows it.
         base: the folder that relative paths in the file are relative to.
         tree: what was written, from which `variant` resolves the others.
     """
 
     name: str
     label: str
+    algorithm_name: str
     data: Data
     model: Model
     adapter: Adapter
@@ -76,8 +79,7 @@ class Experiment:
     def settings(self) -> Tree:
         """Every value, defaults included, as written to `config.toml`; it resolves to this experiment again."""
         sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
-        names = {kind: name for name, kind in ALGORITHMS.items()}
-        algorithm = {"name": names[type(self.algorithm)], **asdict(self.algorithm)}  # type: ignore[call-overload]
+        algorithm = {"name": self.algorithm_name, **asdict(self.algorithm)}  # type: ignore[call-overload]
         tree = {"name": self.name, **sections, "algorithm": algorithm}
         return {k: {n: v for n, v in s.items() if v is not None} if isinstance(s, dict) else s for k, s in tree.items()}
 
@@ -138,16 +140,18 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         raise ConfigError([*problems, f"overrides.{label}: expected tables such as [overrides.{label}.train]"])
     problems += unknown(override, (*SECTIONS, "algorithm"), f"overrides.{label}.")
     name = override.get("algorithm", {}).get("name", label)
-    if name not in ALGORITHMS:
-        known = [*ALGORITHMS, *(key for key in tables["overrides"] if key not in ALGORITHMS)]
-        problems.append(f"algorithm.name: found {name!r}, expected one of {_or(known)}{did_you_mean(name, known)}")
+    algorithm: type | None = None
+    try:
+        algorithm = lookup(str(name), labels=tables["overrides"])
+    except ConfigError as error:
+        problems += [f"algorithm.name: {problem}" for problem in error.problems]
     values: dict[str, Any] = {}
     for section, kind in SECTIONS.items():
         values[section] = _validated(section, kind, {**tables[section], **override.get(section, {})}, problems)
-    if name in ALGORITHMS:
+    if algorithm is not None:
         chosen = {**(tables["algorithm"] if own in (name, label) else {}), **override.get("algorithm", {})}
         chosen.pop("name", None)
-        values["algorithm"] = _validated("algorithm", ALGORITHMS[name], chosen, problems)
+        values["algorithm"] = _validated("algorithm", algorithm, chosen, problems)
         if None not in (values["algorithm"], values["adapter"], values["model"]):
             own = values["model"].own is not None
             problems += _conflicts(name, values["algorithm"], values["adapter"], own=own)
@@ -155,7 +159,8 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         raise ConfigError(problems)
     if seed is not None:
         values["plan"] = replace(values["plan"], seed=seed)
-    return Experiment(name=str(tree.get("name", "run")), label=label, base=base, tree=tree, **values)
+    called = str(tree.get("name", "run"))
+    return Experiment(name=called, label=label, algorithm_name=name, base=base, tree=tree, **values)
 
 
 def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
@@ -189,10 +194,6 @@ def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> An
     except ValidationError as error:
         problems += error_lines(error, section, [field.name for field in fields(kind)])
         return None
-
-
-def _or(words: Iterable[str]) -> str:
-    return ", ".join(repr(word) for word in words)
 
 
 def _set(tree: Tree, change: str) -> str | None:
