@@ -25,8 +25,9 @@ from celora.errors import FederationError
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
 from celora.site.store import SiteStore
+from celora.testing.federation import PLAN, bits
 from celora.wire import Schema
-from tests.contract.test_algorithms import PLAN, VARIANTS, bits, reference
+from tests.contract.test_algorithms import VARIANTS
 from tests.toy import CLIENTS, JobContext, population_of
 
 pytest.importorskip("flwr")
@@ -34,7 +35,7 @@ from celora.engines.flower import GridTransport, simulation
 
 pytest.importorskip("ray")
 
-DEFAULT = {name: next(v for v in VARIANTS if VARIANTS[v] == kind()) for name, kind in ALGORITHMS.items()}
+DEFAULT = {name: next(v for v in VARIANTS if VARIANTS[v].algorithm == kind()) for name, kind in ALGORITHMS.items()}
 """Algorithm -> its variant with default settings."""
 OTHERS = [name for name in VARIANTS if name not in DEFAULT.values()]
 CPUS = float(max(1, (os.cpu_count() or 2) // 2))
@@ -62,7 +63,7 @@ class Places:
 @cache
 def _site(root: Path, client: str) -> Site:
     def enter(begin: JobStart) -> JobContext:
-        algorithm = VARIANTS[begin.label]
+        algorithm = VARIANTS[begin.label].algorithm
         return JobContext(algorithm, population_of(algorithm), client)
 
     return Site(client, root / client, Policy(floor=1), enter, None)
@@ -80,7 +81,7 @@ class Simulated:
 
 
 def simulated(remote: Remote, root: Path, name: str) -> Simulated:
-    algorithm, job = VARIANTS[name], f"toy/{name}"
+    algorithm, job = VARIANTS[name].algorithm, f"toy/{name}"
     initial = population_of(algorithm).initial
     remote.start_job(job, JobStart("", name, "backbone", ("no", "yes"), CLIENTS), CLIENTS, 60)
     folders = {client: root / client / job_folder(client, job) for client in CLIENTS}
@@ -159,7 +160,7 @@ def left(processes: Iterable[psutil.Process], before: Iterable[psutil.Process]) 
 
 
 def same(found: Simulated, name: str) -> None:
-    expected = reference(name)
+    expected = VARIANTS[name].reference
     assert len(found.rounds) == len(expected.rounds) == PLAN.rounds + 1
     for mine, its in zip(found.rounds, expected.rounds, strict=True):
         assert mine.heard == (CLIENTS if mine.index <= PLAN.rounds else ()) and not mine.excluded

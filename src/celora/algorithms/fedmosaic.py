@@ -42,7 +42,7 @@ from celora.core.adapters import Family, Pair
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
 from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
 from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
-from celora.marks import MixingMatrix, RowCount, Summary
+from celora.marks import MixingMatrix, RowCount, Sent, Summary
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights
 from celora.rng import generator
@@ -68,7 +68,7 @@ class Local:
 
     mine: Tensors
     gradient: Tensor | None
-    own: Tensors
+    own: Annotated[Tensors, Sent()]
 
 
 @record
