@@ -22,7 +22,8 @@ from celora.core.algorithm import (
     shared,
     trained,
 )
-from celora.core.learner import ClientUpdate, Features, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, setting, settings
 from celora.marks import DisclosureFloor, MixingMatrix, RowCount, SiteSecret, Summary
 from celora.tensors import Names, Tensors, mean, select
@@ -111,8 +112,8 @@ class OwnWords(Algorithm[Server, Local, Down, Up]):
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train what was received, and tell the mean feature."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
-        features, _ = yield Features()
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
+        features, _ = yield from Features()
         up = Up(select(fitted.weights, self.shares), learner.examples, features.mean(0))
         return Trained(Local(select(fitted.weights, private(self.head, "A", "B"))), up, fitted.weights)
 

@@ -16,20 +16,9 @@ from torch import Tensor
 
 from celora.core.adapters import modules
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.learner import (
-    Batch,
-    Features,
-    Fit,
-    Fitted,
-    Gradient,
-    GradientResult,
-    InputNorms,
-    Metrics,
-    Problem,
-    Recipe,
-    Score,
-    Split,
-)
+from celora.core.learner import Batch, Metrics, Recipe, Split
+from celora.core.problems import Fit, Gradient, Problem
+from celora.core.training import Fitted, GradientResult
 from celora.engines.remote import ClientFacts
 from celora.rng import generator
 from celora.tensors import Tensors
@@ -91,9 +80,9 @@ def turn(
 
 def played(
     algorithm: AnyAlgorithm, learner: Any, local: Any, down: Any, answers: Sequence[object]
-) -> tuple[list[Problem], Trained[Any, Any]]:
+) -> tuple[list[Problem[Any]], Trained[Any, Any]]:
     """A client's turn whose problems get these answers, one after another: the problems posed, and what came of it."""
-    steps, asked = algorithm.train(learner, local, down), list[Problem]()
+    steps, asked = algorithm.train(learner, local, down), list[Problem[Any]]()
     try:
         asked.append(next(steps))
         for answer in answers:
@@ -117,21 +106,16 @@ def pretend(jobs: Sequence[Any]) -> list[Any]:
     return values
 
 
-def pretended(learner: Any, problem: Problem) -> object:
+def pretended(learner: Any, problem: Problem[Any]) -> object:
     match problem:
         case Fit():
             return Fitted({**learner.initial, **problem.weights}, {"loss": 1.0, "steps": 0.0})
-        case Score():
-            return learner.test(problem.weights, problem.split, problem.rows)
-        case Features():
-            return learner.features()
         case Gradient():
             weights = {**learner.initial, **problem.weights}
             return GradientResult(
                 1.0, {name: torch.zeros_like(w) for name, w in weights.items() if problem.names(name)}
             )
-        case InputNorms():
-            return learner.input_norms(problem.rows)
+    return problem.alone(learner)
 
 
 @dataclass(frozen=True)
@@ -145,7 +129,7 @@ class JobContext:
     @property
     def facts(self) -> ClientFacts:
         rows = {split: len(self.population.rows(self.client, split)[1]) for split in SPLITS}
-        return ClientFacts(rows, ("no", "yes"), 0.5, "data of " + self.client, "backbone", "version")
+        return ClientFacts(rows, b"no, yes", 0.5, "data of " + self.client, "backbone", "version")
 
     @property
     def initial(self) -> Tensors:

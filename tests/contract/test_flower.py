@@ -83,7 +83,7 @@ class Simulated:
 def simulated(remote: Remote, root: Path, name: str) -> Simulated:
     algorithm, job = VARIANTS[name].algorithm, f"toy/{name}"
     initial = population_of(algorithm).initial
-    remote.start_job(job, JobStart("", name, "backbone", ("no", "yes"), CLIENTS), CLIENTS, 60)
+    remote.start_job(job, JobStart("", name, "backbone", b"no, yes", CLIENTS), CLIENTS, 60)
     folders = {client: root / client / job_folder(client, job) for client in CLIENTS}
 
     def stores() -> dict[str, dict[str, bytes]]:
@@ -99,7 +99,7 @@ def simulated(remote: Remote, root: Path, name: str) -> Simulated:
     return Simulated(
         tuple(rnd for rnd, _ in pairs),
         tuple(stores for _, stores in pairs),
-        rounds.test(remote, PLAN, CLIENTS, [kept]),
+        rounds.score_on_test(remote, PLAN, CLIENTS, [kept]),
         remote.export(CLIENTS, kept, 60),
         {client: (folder / "adapter" / "adapter.safetensors").exists() for client, folder in folders.items()},
     )
@@ -168,7 +168,7 @@ def same(found: Simulated, name: str) -> None:
     for mine, its in zip(found.stores, expected.stores, strict=True):
         assert mine == {client: its.get(client, {}) for client in CLIENTS}
     [kept] = {kept for tests in found.tests.values() for kept in tests}
-    assert found.tests == rounds.test(expected.federation.engine, PLAN, CLIENTS, [kept])
+    assert found.tests == rounds.score_on_test(expected.federation.engine, PLAN, CLIENTS, [kept])
     assert found.problems == {} and all(found.exported.values())
 
 
@@ -244,7 +244,7 @@ def test_a_simulation_that_cannot_start_says_why_and_where_to_look(
         pytest.raises(FederationError, match=r"simulation has ended: no room in /dev/shm; see .*log"),
         started(tmp_path) as post,
     ):
-        Remote(post).start_job("toy/any", JobStart("", "any", "", (), ()), CLIENTS, 60)
+        Remote(post).start_job("toy/any", JobStart("", "any", "", b"", ()), CLIENTS, 60)
     assert "no room in /dev/shm" in (tmp_path / "flower.log").read_text()
 
 

@@ -7,6 +7,7 @@
     adapter    ΔW_i = s·B_i C_i A_i,   A (r, d_in), C (r, r), B (d_out, r);   at first B = 0, C = I
     client i   C_i <- C̄_i;   A_i, B_i, C_i  <-  AdamW on its rows;   sends C_i
     once       client i sends a class-conditional Gaussian mixture G_i of its frozen-backbone features
+               (ours: one mixture of all its rows, where the task has no classes)
     server     S_data(i, j)  = kernel(OT(G_i, G_j))       S_model(i, j) = mean over layers of CKA(C_i, C_j)
                W = normalise(combine(S_data, S_model))    C̄_i = Σ_j W_ij C_j       j over i and its neighbours
 
@@ -55,7 +56,8 @@ from celora.core.algorithm import (
     shared,
     trained,
 )
-from celora.core.learner import ClientUpdate, Features, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, Fraction, NonNegative, Positive, setting, settings
 from celora.marks import DisclosureFloor, MixingMatrix, RowCount, Summary
 from celora.maths.cka import Estimator, cka, points
@@ -207,14 +209,18 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         bases = ("A", "B") if self.freeze_bases else ()
         if self.freeze_bases and not any(w.any() for w in select(learner.initial, only("B")).values()):
             raise ValueError("freeze_bases: B is 0, so no core could ever matter; set adapter.init = 'orthonormal'")
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, *bases))
-        summary, notes = self.introduce(learner, *(yield Features())) if down.introduce else (None, ())
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, *bases))
+        summary, notes = self.introduce(learner, *(yield from Features())) if down.introduce else (None, ())
         mine = select(fitted.weights, private(self.head, "C", *bases))
         up = Up(select(fitted.weights, self.shares), learner.examples, summary)
         return Trained(Local(mine), up, fitted.weights, notes)
 
-    def introduce(self, learner: Learner, features: Tensor, labels: Tensor) -> tuple[Mixture, tuple[str, ...]]:
-        """The data summary, and what to tell the client of the classes that the disclosure floor withholds."""
+    def introduce(self, learner: Learner, features: Tensor, classes: Tensor | None) -> tuple[Mixture, tuple[str, ...]]:
+        """The data summary, and what to tell the client of it, such as the classes that the disclosure floor withholds.
+
+        Without classes all rows are of one.
+        """
+        labels = torch.zeros(len(features), dtype=torch.int64) if classes is None else classes
         mixture, withheld = fit_mixture(
             features,
             labels,
@@ -224,11 +230,14 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
             seed=int(torch.randint(2**31, (), generator=learner.rng)),
         )
         notes = []
-        if withheld:
-            classes = ", ".join(f"{label} ({rows})" for label, rows in sorted(withheld.items()))
-            notes.append(f"below min_rows = {self.min_rows}, so not in the data summary: class (rows) {classes}")
+        if classes is None and len(mixture.labels):
+            notes.append("the task has no classes: the data summary is one mixture of all training rows")
+        if classes is not None and withheld:
+            listed = ", ".join(f"{label} ({rows})" for label, rows in sorted(withheld.items()))
+            notes.append(f"below min_rows = {self.min_rows}, so not in the data summary: class (rows) {listed}")
         if not len(mixture.labels):
-            notes.append("no class reaches the disclosure floor: this client is known by its core alone")
+            short = "no class reaches" if classes is not None else "the training rows do not reach"
+            notes.append(f"{short} the disclosure floor: this client is known by its core alone")
         return mixture, tuple(notes)
 
     def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:

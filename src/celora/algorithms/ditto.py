@@ -23,7 +23,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import NonNegative, setting, settings
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, select
@@ -105,9 +106,9 @@ class Ditto(Algorithm[Server, Local, Down, Up]):
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train w_i and send it; train v_i and keep it."""
         received, names = self.model(local, down), trained(self.head)
-        ours = yield Fit(received, train=names)
+        ours = yield from Fit(received, train=names)
         w = select({**learner.initial, **received}, self.shares)
-        own = yield Fit({**received, **local.personal}, train=names, penalty=near(w, self.lam))
+        own = yield from Fit({**received, **local.personal}, train=names, penalty=near(w, self.lam))
         mine = select(ours.weights, private(self.head, "A", "B"))
         up = Up(select(ours.weights, self.shares), learner.examples)
         return Trained(Local(select(own.weights, names), mine), up, own.weights)

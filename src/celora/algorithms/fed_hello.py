@@ -36,7 +36,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, GradientResult, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Whole, setting, settings
 from celora.rng import generator
 from celora.tensors import Names, Tensors, but, mean, part, select
@@ -154,7 +155,7 @@ class FedHeLLo(Algorithm[Server, Local, Down, Up]):
         def chosen(names: Names) -> Names:
             return lambda name: names(name) and (name not in place or place[name] in down.layers)
 
-        fitted = yield Fit(start, train=chosen(trained(self.head)))
+        fitted = yield from Fit(start, train=chosen(trained(self.head)))
         up = Up(select(fitted.weights, chosen(self.shares)), importance)
         return Trained(Local(select(fitted.weights, private(self.head, "A", "B"))), up, fitted.weights)
 
@@ -163,7 +164,7 @@ class FedHeLLo(Algorithm[Server, Local, Down, Up]):
         place, rows = layers(learner.initial), 0
         squares = {name: torch.zeros_like(learner.initial[name]) for name in place}
         for batch in islice(learner.batches(1), self.fim_rows):
-            gradient_at: GradientResult = yield Gradient(start, batch, but("head"))
+            gradient_at = yield from Gradient(start, batch, but("head"))
             squares = {name: square + gradient_at.gradient[name] ** 2 for name, square in squares.items()}
             rows += 1
         found = torch.zeros(len(set(place.values())))

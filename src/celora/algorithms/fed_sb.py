@@ -44,7 +44,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, FixedBases, modules
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Positive, Whole, setting, settings
 from celora.marks import Received, RowCount, Summary
 from celora.rng import generator
@@ -155,7 +156,7 @@ class FedSB(Algorithm[Server, Local, Down, Up]):
         if down.introduce:
             summary, trains = (yield from self.slopes(learner, weights)), trained(self.head, "A", "B", "C")
         if any(map(trains, weights)):
-            fitted = yield Fit(weights, train=trains)
+            fitted = yield from Fit(weights, train=trains)
             weights = fitted.weights
         mine = Local(select(weights, private(self.head, "A", "B", "C")), {**local.bases, **down.bases})
         return Trained(mine, Up(select(weights, self.shares), learner.examples, summary), weights)
@@ -165,7 +166,7 @@ class FedSB(Algorithm[Server, Local, Down, Up]):
         total: dict[str, Tensor] = {}
         probe, count = self.probe(select(weights, only("A", "B"))), 0
         for count, batch in enumerate(islice(learner.batches(learner.recipe.batch_size), self.batches), 1):  # noqa: B007
-            gradient_at = yield Gradient(
+            gradient_at = yield from Gradient(
                 {**weights, **probe}, batch, only("A") if self.start == "gradient" else only("A", "B")
             )
             total = {name: total.get(name, 0) + gradient for name, gradient in self.cut(gradient_at.gradient).items()}

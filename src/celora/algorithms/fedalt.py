@@ -26,7 +26,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Gated
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import RowCount, Sent
 from celora.tensors import Names, Tensors, mean, only, select
@@ -117,7 +118,7 @@ class FedALT(Algorithm[Server, Local, Down, Up]):
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train the client's own LoRA and its gate."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "A2", "B2"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "A2", "B2"))
         mine = select(fitted.weights, private(self.head, "A", "B", "A2", "B2"))
         own = select(fitted.weights, only("A", "B"))
         return Trained(Local(mine, own), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)

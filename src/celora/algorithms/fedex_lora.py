@@ -26,8 +26,9 @@ import torch
 
 from celora.core.adapters import Family, Residual, modules
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, setting, settings
 from celora.marks import RowCount
 from celora.maths.lowrank import truncated_svd
@@ -113,7 +114,7 @@ class FedExLoRA(Algorithm[Server, Local, Down, Up]):
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors over W."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "W"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "W"))
         mine = select(fitted.weights, private(self.head, "A", "B", "W"))
         up = Up(select(fitted.weights, self.shares), learner.examples)
         return Trained(Local(local.base.after(down.base), mine), up, fitted.weights)

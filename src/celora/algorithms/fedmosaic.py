@@ -40,7 +40,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Pair
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
 from celora.marks import MixingMatrix, RowCount, Sent, Summary
 from celora.maths.neighbours import average
@@ -103,6 +104,7 @@ class FedMosaic(Algorithm[Server, Local, Down, Up]):
         remembers="every P_i, Q_i and sketch, W",
         uplink="r² + r",
         floats=lambda r, d, k: r * r + r,
+        needs=frozenset({"head"}),
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged) or frozen as drawn")
@@ -139,7 +141,7 @@ class FedMosaic(Algorithm[Server, Local, Down, Up]):
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Take the gradient; train the client's own P, Q and gate."""
         gradient = yield from self.gradient(learner, local)
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "A", "B", "P2", "Q2"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "A", "B", "P2", "Q2"))
         mine = select(fitted.weights, private(self.head, "A", "B", "P", "Q", "P2", "Q2"))
         own = select(fitted.weights, only("P", "Q"))
         up = Up(select(fitted.weights, self.shares), learner.examples, self.blurred(gradient, learner.rng))
@@ -149,7 +151,7 @@ class FedMosaic(Algorithm[Server, Local, Down, Up]):
         """The moving average (n,) of what is sent of the head's gradient, without noise."""
         taken: list[Tensor] = []
         for batch in islice(learner.batches(learner.recipe.batch_size), self.batches):
-            gradient_at = yield Gradient({}, batch, only("head"))
+            gradient_at = yield from Gradient({}, batch, only("head"))
             taken.append(flatten(gradient_at.gradient))
         if not taken:
             return local.gradient

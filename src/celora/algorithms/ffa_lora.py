@@ -16,7 +16,8 @@ from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, select
@@ -96,7 +97,7 @@ class FFALoRA(Algorithm[Server, Local, Down, Up]):
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train B over the frozen A."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "A"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "A"))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 

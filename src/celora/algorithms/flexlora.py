@@ -29,7 +29,8 @@ import torch
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import RowCount
 from celora.maths.lowrank import Sum, truncated_svd
@@ -117,7 +118,7 @@ class FlexLoRA(Algorithm[Server, Local, Down, Up]):
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors at the client's rank."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         up = Up(select(fitted.weights, self.shares), learner.examples)
         return Trained(Local(local.rank, mine), up, fitted.weights)

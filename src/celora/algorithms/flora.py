@@ -29,8 +29,9 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Residual, modules
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, only, select
@@ -118,7 +119,7 @@ class FLoRA(Algorithm[Server, Local, Down, Up]):
         fresh = {name: rearranged(w, learner.rng) for name, w in select(learner.initial, only("A")).items()}
         zero = {name: torch.zeros_like(w) for name, w in select(learner.initial, only("B")).items()}
         start = {**local.mine, **down.head, **base.total, **fresh, **zero}
-        fitted = yield Fit(start, train=trained(self.head, "W"))
+        fitted = yield from Fit(start, train=trained(self.head, "W"))
         mine = select(fitted.weights, private(self.head, "A", "B", "W"))
         return Trained(Local(base, mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 

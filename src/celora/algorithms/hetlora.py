@@ -29,7 +29,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, Fraction, NonNegative, setting, settings
 from celora.marks import RowCount
 from celora.maths.lowrank import norm
@@ -127,7 +128,7 @@ class HetLoRA(Algorithm[Server, Local, Down, Up]):
         """Train both factors with their tail held down, and cut it off if it has shrunk."""
         start = truncated({**learner.initial, **self.model(local, down)}, local.rank)
         penalised = self.pruning and self.lam > 0
-        fitted = yield Fit(start, trained(self.head), penalty=self.penalty if penalised else None)
+        fitted = yield from Fit(start, trained(self.head), penalty=self.penalty if penalised else None)
         rank, weights = local.rank, fitted.weights
         if self.pruning and self.tail(weights) < self.tail(start):
             rank = self.kept(rank)

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
@@ -88,7 +89,7 @@ class LocalOnly(Algorithm[Server, Local, Down, Up]):
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Go on from where the last round ended."""
-        fitted = yield Fit(local.mine, train=trained(self.head))
+        fitted = yield from Fit(local.mine, train=trained(self.head))
         return Trained(Local(select(fitted.weights, private(self.head))), Up(), fitted.weights)
 
     def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:

@@ -28,8 +28,9 @@ from typing import ClassVar, Literal
 
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Gradient, Learner
+from celora.core.learner import Learner
 from celora.core.optim import descend
+from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, select
@@ -117,18 +118,18 @@ class PerFedAvg(Algorithm[Server, Local, Down, Up]):
         w = received = {**learner.initial, **self.model(local, down)}
         names, clip, batches = trained(self.head), learner.recipe.clip, list(learner.batches())
         for first, second in zip(batches[::2], [*batches[1::2], *batches[:1]], strict=False):
-            inner = yield Gradient(w, first, names)
-            outer = yield Gradient(descend(w, inner.gradient, self.alpha, clip), second, names)
+            inner = yield from Gradient(w, first, names)
+            outer = yield from Gradient(descend(w, inner.gradient, self.alpha, clip), second, names)
             v = outer.gradient
             if self.variant == "HF":
-                ahead = yield Gradient(descend(w, v, -self.delta), first, names)
-                behind = yield Gradient(descend(w, v, self.delta), first, names)
+                ahead = yield from Gradient(descend(w, v, -self.delta), first, names)
+                behind = yield from Gradient(descend(w, v, self.delta), first, names)
                 rate = self.alpha / (2 * self.delta)
                 v = {name: g - rate * (ahead.gradient[name] - behind.gradient[name]) for name, g in v.items()}
             w = descend(w, v, self.beta, clip)
         adapted = received
         for batch in islice(cycle(batches), self.adapt):
-            gradient_at = yield Gradient(adapted, batch, names)
+            gradient_at = yield from Gradient(adapted, batch, names)
             adapted = descend(adapted, gradient_at.gradient, self.alpha, clip)
         mine = select(w, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(w, self.shares), learner.examples), adapted)

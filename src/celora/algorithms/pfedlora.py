@@ -26,7 +26,8 @@ import torch
 
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import AdapterSettings, Algorithm, AlgorithmInfo, ClientId, Head, Trained
-from celora.core.learner import ClientUpdate, Fit, Learner, Losses
+from celora.core.learner import Learner, Losses
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, but, mean, only, part, select
@@ -121,8 +122,8 @@ class PFedLoRA(Algorithm[Server, Local, Down, Up]):
         own = but("A", "B", "head") if self.head == "frozen" else but("A", "B")
         held = {**learner.initial, **local.own, **down.adapter}
         if any(map(own, held)):
-            held = (yield Fit(held, train=own, objective=self.mixed)).weights
-        fitted = yield Fit(held, train=only("A", "B"), objective=self.mixed)
+            held = (yield from Fit(held, train=own, objective=self.mixed)).weights
+        fitted = yield from Fit(held, train=only("A", "B"), objective=self.mixed)
         adapter, kept = select(fitted.weights, only("A", "B")), Local(select(fitted.weights, own))
         return Trained(kept, Up(adapter, learner.examples), self.model(Local({**kept.own}), Down(adapter)))
 

@@ -26,7 +26,8 @@ import torch
 
 from celora.core.adapters import Heads
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, setting, settings
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, only, part, select
@@ -113,7 +114,7 @@ class Ravan(Algorithm[Server, Local, Down, Up]):
         """Train cores and scales, all or those of some heads; send their products."""
         start, trains = self.model(local, down), trained(self.head, "A", "B")
         idle = yield from self.idle(learner, start)
-        fitted = yield Fit(start, train=lambda name: trains(name) and name not in idle)
+        fitted = yield from Fit(start, train=lambda name: trains(name) and name not in idle)
         sent = select(fitted.weights, lambda name: self.shares(name) and name not in idle)
         folded = {name: w if part(name) == "head" else w * fitted.weights[_scale(name)] for name, w in sent.items()}
         mine = select(fitted.weights, private(self.head, "A", "B", *self.family.cores, *self.family.scales))
@@ -126,7 +127,7 @@ class Ravan(Algorithm[Server, Local, Down, Up]):
         weights = select({**learner.initial, **start}, only(*self.family.cores))
         batch = next(iter(learner.batches()), None) if self.choose == "gradient" else None
         if batch is not None:
-            gradient_at = yield Gradient(start, batch, only(*self.family.cores))
+            gradient_at = yield from Gradient(start, batch, only(*self.family.cores))
             weights = gradient_at.gradient
         idle = set[str]()
         for module in dict.fromkeys(name.rpartition(".")[0] for name in weights):

@@ -26,7 +26,8 @@ from typing import Annotated, ClassVar
 
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import Received, RowCount
 from celora.tensors import Names, Tensors, mean, only, select
@@ -124,7 +125,7 @@ class RoLoRA(Algorithm[Server, Local, Down, Up]):
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train one half over the other."""
         (other,) = {*HALVES} - {down.half}
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, other))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, other))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         kept = Local(down.turns + 1, select(fitted.weights, only(other)), mine)
         sent = select(fitted.weights, shared(self.head, down.half))

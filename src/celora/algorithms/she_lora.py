@@ -46,7 +46,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, InputNorms, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, InputNorms
 from celora.fields import Count, setting, settings
 from celora.marks import RowCount, SiteSecret
 from celora.maths.lowrank import Sum, truncated_svd
@@ -194,11 +195,11 @@ class SHELoRA(Algorithm[Server, Local, Down, Up]):
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors; the first time tell which columns to hide, from then on hide them."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         public = "key: none is given, so a public one is used: good for a simulation, and it protects nobody"
         notes = (public,) if self.key is None else ()
         if not down.agreed:
-            wishes = self.wishes(local, down.budget, fitted.weights, (yield InputNorms(self.calibration)))
+            wishes = self.wishes(local, down.budget, fitted.weights, (yield from InputNorms(self.calibration)))
             up = Up(None, (), learner.examples, wishes, keys.mark(_secret(local)))
             mine = select(fitted.weights, trained(self.head))
         else:

@@ -18,7 +18,9 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from celora.core.adapters import Family
-from celora.core.learner import ClientUpdate, Learner
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate
+from celora.core.task import Trait
 from celora.marks import DataSummary, MixingMatrix, marked
 from celora.tensors import Names, Tensors, but, only
 from celora.wire import record
@@ -51,6 +53,7 @@ class AlgorithmInfo:
         partial: whether a client may send some of what is shared, and not all.
         own_models: whether it also works where a client's whole model is its own, the adapter standing beside its head.
         server, local, down, up: the record types, as `class FedIT(Algorithm[Server, Local, Down, Up])` says them.
+        needs: what the task must have for it: rows that fall into classes, a trainable head.
     """
 
     title: str
@@ -66,6 +69,7 @@ class AlgorithmInfo:
     mixed_ranks: bool = False
     partial: bool = False
     own_models: bool = False
+    needs: frozenset[Trait] = frozenset()
     server: type = field(init=False, repr=False, compare=False)
     local: type = field(init=False, repr=False, compare=False)
     down: type = field(init=False, repr=False, compare=False)

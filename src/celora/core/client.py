@@ -1,15 +1,29 @@
 """The client's side of a round: `answer` takes an instruction, reads and leaves private state, and gives the reply."""
 
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.learner import ClientUpdate, Fitted, Gradient, GradientResult, Learner, Metrics, Score
-from celora.core.messages import ClientStore, Instruction, KeptModel, Moment, Notes, Reply, unpacked
+from celora.core.client_state import (
+    NOTES,
+    ClientStore,
+    KeptModel,
+    Moment,
+    Notes,
+    StateKey,
+    kept_models,
+    notes_in,
+    private_states,
+    unpacked,
+)
+from celora.core.learner import Learner, Metrics
+from celora.core.messages import Instruction, Reply
+from celora.core.problems import ClientUpdate, Gradient, Score
 from celora.core.screen import not_finite
+from celora.core.training import Fitted, GradientResult
 from celora.errors import WireError
 from celora.tensors import Tensors
 from celora.wire import Schema, pack, unpack
 
-PRIVATE = "private@"
-MODELS = ("received@", "personal@")
+REPORTED = ("rows", "score", "loss")
+"""What is reported of a model in each round; on test, once, all metrics of the task are."""
 
 
 def answer(
@@ -19,21 +33,23 @@ def answer(
     tested: dict[str, Metrics] = {}
     if instruction.task == "test":
         for name in [name for name in instruction.keep if name in store]:
-            tested[name] = yield Score(unpacked(KeptModel, store[name], schema).weights, "test")
+            tested[name] = yield from Score(unpacked(KeptModel, store[name], schema).weights, "test")
         return Reply(b"", tested, None)
-    for name in [name for name in store if name.startswith(MODELS) and name not in instruction.keep]:
-        del store[name]
+    for model in kept_models(store):
+        if model.name not in instruction.keep:
+            del store[model.name]
     down: object = unpack(algorithm.info.down, instruction.frame, schema)
     base = _base(store, instruction.round)
     local: object = (
-        algorithm.client_init(learner) if base is None else unpacked(algorithm.info.local, store[base], schema)
+        algorithm.client_init(learner) if base is None else unpacked(algorithm.info.local, store[base.name], schema)
     )
     scores: dict[str, Metrics] = {}
 
     def evaluate(moment: Moment, round: int, weights: Tensors) -> ClientUpdate[None]:
         complete = {**learner.initial, **weights}
-        scores[moment] = yield Score(complete, "validation")
-        store[f"{moment}@{round}"] = KeptModel(complete)
+        metrics = yield from Score(complete, "validation")
+        scores[moment] = {name: metrics[name] for name in REPORTED if name in metrics}
+        store[StateKey(moment, round).name] = KeptModel(complete)
 
     if instruction.evaluate:
         yield from evaluate("received", instruction.round - 1, algorithm.model(local, down))
@@ -46,29 +62,29 @@ def answer(
         yield from evaluate("personal", instruction.round, trained.model)
     if instruction.task == "evaluate":
         return Reply(b"", scores, None)
-    for name in [name for name in store if name.startswith(PRIVATE) and name != base]:
-        del store[name]
-    store[f"{PRIVATE}{instruction.round}"] = trained.local
+    for state in private_states(store):
+        if state != base:
+            del store[state.name]
+    store[StateKey("private", instruction.round).name] = trained.local
     if trained.notes:
-        told = unpacked(Notes, store.get("notes", Notes(())), schema).lines
-        store["notes"] = Notes(tuple(dict.fromkeys([*told, *trained.notes])))
+        store[NOTES] = Notes(tuple(dict.fromkeys([*notes_in(store, schema), *trained.notes])))
     return Reply(pack(trained.up, schema), scores, None)
 
 
-def _base(store: ClientStore, round: int) -> str | None:
-    """The name of the private state to start a round from: the last one of an earlier round.
+def _base(store: ClientStore, round: int) -> StateKey | None:
+    """The private state that a round starts from: the last one of an earlier round; None before the first.
 
-    A round may be asked for twice (its quorum was missed, the server fell over): what the first attempt left is then
+    A round may be asked for twice (its quorum was missed, or the server fell over). What the first attempt left is then
     passed over, so that nobody trains twice.
 
     Raises:
         WireError: if all that is kept is of later rounds: the server has gone back further than one.
     """
-    rounds = [int(name.removeprefix(PRIVATE)) for name in store if name.startswith(PRIVATE)]
-    earlier = [kept for kept in rounds if kept < round]
-    if len(rounds) > 1 and not earlier:
+    states = private_states(store)
+    earlier = [state for state in states if state.round < round]
+    if len(states) > 1 and not earlier:
         raise WireError(f"the private state here is newer than round {round}: resume from a later checkpoint")
-    return f"{PRIVATE}{max(earlier)}" if earlier else None
+    return earlier[-1] if earlier else None
 
 
 def _metered(turn: ClientUpdate[Trained[object, object]]) -> ClientUpdate[tuple[Trained[object, object], Metrics]]:

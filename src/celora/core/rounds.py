@@ -15,8 +15,10 @@ from dataclasses import replace
 import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.client_state import MOMENTS, StateKey
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
+from celora.core.metrics import ACCURACY, Metric
 from celora.core.screen import odd_score, screen
 from celora.errors import QuorumError, WireError
 from celora.marks import DataSummary, marked_values
@@ -32,11 +34,13 @@ def run_rounds(
     clients: Sequence[ClientId],
     initial: Tensors,
     checkpoint: Checkpoint | None = None,
+    headline: Metric = ACCURACY,
 ) -> Iterator[Round]:
     """Train, round by round, from the start or from a checkpoint; the caller owns the loop.
 
     Args:
         initial: every weight at round 0, as the clients' `Learner.initial` (private bases excepted).
+        headline: what the clients' scores are of; the best round is chosen by it.
 
     Raises:
         QuorumError: when a round brings fewer usable replies than `plan.quorum`. The state is that of the round
@@ -53,9 +57,8 @@ def run_rounds(
         closing = index > plan.rounds
         evaluate = closing or index % plan.evaluate_every == 0 or index == plan.rounds
         drawn = [] if closing else _draw(plan, clients, index)
-        keep = tuple(f"{moment}@{b.round}" for moment, b in best.items()) + (
-            (f"personal@{plan.rounds}",) if closing else ()
-        )
+        kept = [StateKey(moment, best[moment].round) for moment in MOMENTS if moment in best]
+        keep = tuple(key.name for key in [*kept, *([StateKey("personal", plan.rounds)] if closing else [])])
         instructions: dict[ClientId, Instruction] = {}
         traffic: dict[ClientId, Traffic] = {}
         frames: dict[bytes, bytes] = {}
@@ -72,14 +75,14 @@ def run_rounds(
         scores: dict[ClientId, Mapping[str, Metrics]] = {}
         for client in sorted(instructions):  # one reply at a time: of a thousand, no two need be in memory
             reply = replies.get(client)
-            up, problem = _hear(algorithm, schema, instructions[client], reply, plan)
+            up, problem = _hear(algorithm, schema, instructions[client], reply, plan, headline)
             if problem is not None:
                 excluded[client] = problem
             elif instructions[client].task == "train":
                 heard.append(client)
             if reply is not None:
                 traffic[client] = _uplink(traffic[client], reply, up)
-                if reply.scores and not odd_score(reply.scores):
+                if reply.scores and not odd_score(reply.scores, headline):
                     scores[client] = reply.scores
         if len(heard) < (0 if closing else plan.quorum):
             reasons = "; ".join(f"{client}: {why}" for client, why in excluded.items())
@@ -89,7 +92,7 @@ def run_rounds(
             )
         if heard:
             server = algorithm.aggregate(server, _Heard(algorithm.info.up, replies, heard, schema))
-        best = improved(best, index, scores)
+        best = improved(best, index, scores, headline)
         yield Round(
             index=index,
             heard=tuple(heard),
@@ -110,12 +113,17 @@ def _draw(plan: Plan, clients: Sequence[ClientId], index: int) -> list[ClientId]
 
 
 def _hear(
-    algorithm: AnyAlgorithm, schema: Schema, instruction: Instruction, reply: Reply | None, plan: Plan
+    algorithm: AnyAlgorithm,
+    schema: Schema,
+    instruction: Instruction,
+    reply: Reply | None,
+    plan: Plan,
+    headline: Metric,
 ) -> tuple[object, str | None]:
     """What a client sent, if it can be read, and why it cannot be aggregated."""
     if reply is None:
         return None, "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
-    if (problem := reply.error or odd_score(reply.scores)) is not None or instruction.task != "train":
+    if (problem := reply.error or odd_score(reply.scores, headline)) is not None or instruction.task != "train":
         return None, problem
     try:
         up: object = unpack(algorithm.info.up, reply.frame, schema)
@@ -143,7 +151,12 @@ class _Heard(Mapping[ClientId, object]):
         return len(self._clients)
 
 
-def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Mapping[str, Metrics]]) -> dict[str, Best]:
+def improved(
+    best: Mapping[str, Best],
+    index: int,
+    scores: Mapping[ClientId, Mapping[str, Metrics]],
+    headline: Metric = ACCURACY,
+) -> dict[str, Best]:
     """The standings after a round: per moment, the round with the best mean validation score.
 
     A mean over more clients goes before a mean over fewer, so that a round in which weak clients dropped out cannot
@@ -157,9 +170,13 @@ def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Map
             continue
         candidate = Best(of_round, sum(values) / len(values), len(values))
         held = best.get(moment)
-        if held is None or (candidate.clients, candidate.score) > (held.clients, held.score):
+        if held is None or _standing(candidate, headline) > _standing(held, headline):
             now[moment] = candidate
     return now
+
+
+def _standing(of: Best, headline: Metric) -> tuple[int, float]:
+    return of.clients, headline.goodness(of.score)
 
 
 def _downlink(frame: bytes, down: object) -> Traffic:
@@ -190,8 +207,12 @@ def _payload(value: object) -> dict[str, int]:
     return total
 
 
-def test(
-    exchange: Exchange, plan: Plan, clients: Sequence[ClientId], names: Sequence[str]
+def score_on_test(
+    exchange: Exchange,
+    plan: Plan,
+    clients: Sequence[ClientId],
+    names: Sequence[str],
+    headline: Metric = ACCURACY,
 ) -> dict[ClientId, Mapping[str, Metrics]]:
     """Score kept models (`names`, such as "personal@7") on each client's test split: once, after all choices.
 
@@ -204,7 +225,7 @@ def test(
     instruction = Instruction(plan.rounds + 2, "test", b"", evaluate=False, keep=tuple(names), deadline=None)
     replies = exchange(dict.fromkeys(clients, instruction))
     found = {client: replies[client] for client in clients if client in replies}
-    problems = {client: reply.error or odd_score(reply.scores) for client, reply in found.items()}
+    problems = {client: reply.error or odd_score(reply.scores, headline) for client, reply in found.items()}
     scores = {client: reply.scores for client, reply in found.items() if problems[client] is None}
     if len(scores) < min(plan.quorum, len(clients)):
         why = "; ".join(f"{client}: {problems.get(client) or 'no reply'}" for client in clients if client not in scores)

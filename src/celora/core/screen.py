@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from celora.core.metrics import ACCURACY, Metric
 from celora.marks import Bounded, marked_values
 from celora.tensors import Names, Tensors
 from celora.wire import Schema
@@ -74,9 +75,12 @@ def not_finite(value: object, where: str) -> str | None:
     return next((found for name, item in items.items() if (found := not_finite(item, name))), None)
 
 
-def odd_score(scores: Mapping[str, Mapping[str, float]]) -> str | None:
-    """Which score is none, or None: the best round is chosen by them, so one site must not choose it for all."""
+def odd_score(scores: Mapping[str, Mapping[str, float]], headline: Metric = ACCURACY) -> str | None:
+    """Name of the first score that the headline cannot have, or None.
+
+    The best round is chosen by scores, so one site must not choose it for all.
+    """
     for moment, metrics in scores.items():
-        if not 0 <= metrics.get("score", 0.0) <= 1:
-            return f"scores[{moment}]: found {metrics['score']:g}, expected 0 to 1"
+        if "score" in metrics and not headline.admits(metrics["score"]):
+            return f"scores[{moment}]: found {metrics['score']:g}, expected {headline.range}"
     return None

@@ -11,8 +11,10 @@ import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.client import answer
-from celora.core.learner import ClientUpdate, Learner
-from celora.core.messages import ClientStore, Instruction, Notes, Reply, unpacked
+from celora.core.client_state import ClientStore, notes_in
+from celora.core.learner import Learner
+from celora.core.messages import Instruction, Reply
+from celora.core.problems import ClientUpdate
 from celora.core.solve import Solve, solve, solve_together
 from celora.errors import RunFolderError
 from celora.fields import Count, Whole, setting, settings
@@ -110,8 +112,8 @@ class Embedded:
                 replies[client] = _failed(value)
                 continue
             replies[client] = value
-            if (notes := stores[client].get("notes")) is not None:
-                self.notes[client] = unpacked(Notes, notes, self.schema).lines
+            if notes := notes_in(stores[client], self.schema):
+                self.notes[client] = notes
             if stores[client] != kept[client]:
                 self.stores[client] = stores[client]
         return {client: replies[client] for client in instructions}

@@ -54,14 +54,14 @@ class JobStart:
         config: one algorithm with one seed, resolved, as TOML; data, folders and downloads are the node's to decide.
         label: an algorithm's name or the label of an override.
         backbone: SHA-256 of the server's backbone; the node's must be equal.
-        classes: the labels of all clients, sorted; empty as long as the clients are still being asked for theirs.
+        agreement: what the clients have agreed on, packed (`celora.core.task.Task`); empty as long as they are asked.
         clients: all clients of the job; empty as long as they are being asked.
     """
 
     config: str
     label: str
     backbone: str
-    classes: tuple[str, ...]
+    agreement: bytes
     clients: tuple[str, ...]
 
 
@@ -71,16 +71,16 @@ class ClientFacts:
 
     Attributes:
         rows: split -> number of rows; no training rows: the client cannot take part.
-        labels: those that occur in its rows; none where the experiment lists them (`data.classes`).
-        majority: test score of always answering the most frequent training label.
+        proposal: its part in what the clients must agree on, packed, such as the labels of its rows; may be empty.
+        baseline: test score of the best constant answer, such as its most frequent training label.
         data: SHA-256 over its rows.
         backbone: SHA-256 of its backbone.
         version: of celora.
     """
 
     rows: Mapping[str, int]
-    labels: tuple[str, ...]
-    majority: float | None
+    proposal: bytes
+    baseline: float | None
     data: str
     backbone: str
     version: str

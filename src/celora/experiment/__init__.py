@@ -278,10 +278,10 @@ def _job(
     twin_rounds = {e["index"]: e["validation"] for e in twin.events() if e["event"] == "round"} if twin else {}
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
     best = checkpoint.best if checkpoint else None
-    for done in federate(algorithm, team.exchange, plan, known.clients, known.initial, checkpoint):
+    for done in federate(algorithm, team.exchange, plan, known.clients, known.initial, checkpoint, known.task.headline):
         sent += sum(traffic.up_frame for traffic in done.traffic.values())
         event = {
-            **round_event(done, twin_rounds.get(done.index), team.sockets()),
+            **round_event(done, known.task.headline, twin_rounds.get(done.index), team.sockets()),
             "clients": sorted(team.stores),
             "up_bytes": sent,
         }

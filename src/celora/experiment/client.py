@@ -10,7 +10,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,17 +66,18 @@ def enter(name: ClientId, site: "Join", policy: Policy = NO_FILE) -> Callable[[J
                 f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
                 f"{begin.backbone[:16]}…: install the same weights at both ends"
             )
-        asked = not begin.classes and not experiment.data.classes
-        if begin.classes:
-            experiment = replace(experiment, data=replace(experiment.data, classes=begin.classes))
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        task = experiment.task
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, task.strata)
         if name not in federation.clients:
             raise DataError(f"{rows.source}: {name} {federation.excluded[name]}; a site needs rows to take part")
-        everyone = begin.clients or (name,)
+        proposal = task.propose(federation.table)
+        agreement, everyone = begin.agreement, begin.clients
+        if not begin.clients:  # nobody has agreed yet: the server asks who is there
+            agreement, everyone = task.merge(b"", proposal), (name,)
         population = resources.populated(
-            experiment, federation, everyone=everyone, secret=lambda _: own_secret(site.state)
+            experiment, federation, agreement, everyone=everyone, secret=lambda _: own_secret(site.state)
         )
-        return job_context(population, name, labels=asked)
+        return job_context(population, name, b"" if begin.clients else proposal)
 
     return take
 
@@ -197,7 +198,7 @@ def check(site: Join) -> list[Finding]:
     resources = ResourceCache()
     try:
         experiment = local(offer["config"], site.rows, policy)
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, experiment.task.strata)
         share = federation.clients.get(name)
         train = len(share.train) if share else 0
         found = (

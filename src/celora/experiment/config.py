@@ -1,6 +1,7 @@
 """Configuration: a TOML file and `--set key=value` into one validated `Experiment`, and back.
 
     [data]       what the clients hold                celora.data.Data
+    [task]       name, and that task's fields         celora.tasks.TASKS
     [model]      the frozen backbone                  celora.models.Model
     [adapter]    rank, targets, initialisation        celora.models.Adapter
     [train]      local training                       celora.core.learner.Recipe
@@ -13,7 +14,7 @@ A label is an algorithm's name, or any name whose override says `algorithm.name`
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from celora.algorithms import ALGORITHMS
 from celora.algorithms.lookup import lookup
-from celora.core.algorithm import AnyAlgorithm
+from celora.core.algorithm import AlgorithmInfo, AnyAlgorithm
 from celora.core.learner import Recipe
 from celora.core.messages import Plan
+from celora.core.task import Task
 from celora.data import Data
 from celora.engines.embedded import Engine
 from celora.errors import ConfigError
-from celora.fields import error_lines, unknown
+from celora.fields import did_you_mean, error_lines, unknown
 from celora.models import Adapter, Model
+from celora.tasks import TASKS
 
 Tree = dict[str, Any]
 SECTIONS: Mapping[str, type] = {
@@ -59,6 +62,7 @@ class Experiment:
     label: str
     algorithm_name: str
     data: Data
+    task: Task
     model: Model
     adapter: Adapter
     train: Recipe
@@ -79,8 +83,9 @@ class Experiment:
     def settings(self) -> Tree:
         """Every value, defaults included, as written to `config.toml`; it resolves to this experiment again."""
         sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
+        task = _task_tree(self.task)
         algorithm = {"name": self.algorithm_name, **asdict(self.algorithm)}  # type: ignore[call-overload]
-        tree = {"name": self.name, **sections, "algorithm": algorithm}
+        tree = {"name": self.name, "data": sections.pop("data"), "task": task, **sections, "algorithm": algorithm}
         return {k: {n: v for n, v in s.items() if v is not None} if isinstance(s, dict) else s for k, s in tree.items()}
 
 
@@ -126,8 +131,9 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     Raises:
         ConfigError: with every problem found.
     """
-    problems = unknown(tree, ("name", *SECTIONS, "algorithm", "overrides"), "")
-    tables = {name: tree.get(name, {}) for name in (*SECTIONS, "algorithm", "overrides")}
+    names = (*SECTIONS, "task", "algorithm", "overrides")
+    problems = unknown(tree, ("name", *names), "")
+    tables = {name: tree.get(name, {}) for name in names}
     for name, table in tables.items():
         if not isinstance(table, dict):
             problems.append(f"{name}: found {table!r}, expected a table [{name}]")
@@ -140,27 +146,57 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         raise ConfigError([*problems, f"overrides.{label}: expected tables such as [overrides.{label}.train]"])
     problems += unknown(override, (*SECTIONS, "algorithm"), f"overrides.{label}.")
     name = override.get("algorithm", {}).get("name", label)
-    algorithm: type | None = None
+    algorithm: type[Any] | None = None
     try:
         algorithm = lookup(str(name), labels=tables["overrides"])
     except ConfigError as error:
         problems += [f"algorithm.name: {problem}" for problem in error.problems]
-    values: dict[str, Any] = {}
+    chosen = {section: {**tables[section], **override.get(section, {})} for section in SECTIONS}
+    listed = {"classes": chosen["data"].pop("classes")} if "classes" in chosen["data"] else {}
+    values: dict[str, Any] = {"task": _task({**listed, **tables["task"]}, problems)}
     for section, kind in SECTIONS.items():
-        values[section] = _validated(section, kind, {**tables[section], **override.get(section, {})}, problems)
+        values[section] = _validated(section, kind, chosen[section], problems)
     if algorithm is not None:
-        chosen = {**(tables["algorithm"] if own in (name, label) else {}), **override.get("algorithm", {})}
-        chosen.pop("name", None)
-        values["algorithm"] = _validated("algorithm", algorithm, chosen, problems)
+        fields_of = {**(tables["algorithm"] if own in (name, label) else {}), **override.get("algorithm", {})}
+        fields_of.pop("name", None)
+        values["algorithm"] = _validated("algorithm", algorithm, fields_of, problems)
         if None not in (values["algorithm"], values["adapter"], values["model"]):
             own = values["model"].own is not None
             problems += _conflicts(name, values["algorithm"], values["adapter"], own=own)
+        if None not in (values["model"], values["task"]):
+            problems += _unmet(name, algorithm.info, values["task"], own=values["model"].own is not None)
     if problems:
         raise ConfigError(problems)
     if seed is not None:
         values["plan"] = replace(values["plan"], seed=seed)
     called = str(tree.get("name", "run"))
     return Experiment(name=called, label=label, algorithm_name=name, base=base, tree=tree, **values)
+
+
+def _task(table: Tree, problems: list[str]) -> Any:
+    """The task that a table names, a classifier by default. (`data.classes` is where `task.classes` once stood.)"""
+    name = table.pop("name", "classify")
+    if name not in TASKS:
+        problems.append(f"task.name: found {name!r}, expected one of {_or(TASKS)}{did_you_mean(name, TASKS)}")
+        return None
+    return _validated("task", TASKS[name], table, problems)
+
+
+def _unmet(name: str, info: AlgorithmInfo, task: Task, *, own: bool) -> list[str]:
+    """What an algorithm, or a client's own model, needs of a task that has it not."""
+    has = f"task.name: {_task_tree(task)['name']} has no"
+    able = ", ".join(repr(key) for key, kind in TASKS.items() if info.needs <= kind().traits)
+    missing = sorted(info.needs - task.traits)
+    found = [f"{has} {trait}, and {name} needs it; expected {able or 'another algorithm'}" for trait in missing]
+    if own and "head" not in task.traits:
+        found.append(f"{has} head, and with model.own the adapter stands beside it; remove model.own")
+    return found
+
+
+def _task_tree(task: Task) -> Tree:
+    """The fields of a task, after its name in the table."""
+    names = {kind: name for name, kind in TASKS.items()}
+    return {"name": names[type(task)], **asdict(task)}  # type: ignore[call-overload]
 
 
 def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
@@ -194,6 +230,10 @@ def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> An
     except ValidationError as error:
         problems += error_lines(error, section, [field.name for field in fields(kind)])
         return None
+
+
+def _or(words: Iterable[str]) -> str:
+    return ", ".join(repr(word) for word in words)
 
 
 def _set(tree: Tree, change: str) -> str | None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.client_state import KeptModel, unpacked
 from celora.core.learner import Learner
-from celora.core.messages import Exchange, KeptModel, unpacked
+from celora.core.messages import Exchange
 from celora.engines.embedded import Embedded
 from celora.engines.remote import ClientFacts, JobStart, Remote
 from celora.experiment.config import Experiment, dump, resolve
@@ -126,17 +127,17 @@ class JobContext:
         self.population.export(folder, self.client, weights)
 
 
-def job_context(population: Population, client: ClientId, *, labels: bool) -> JobContext:
+def job_context(population: Population, client: ClientId, proposal: bytes = b"") -> JobContext:
     """A client's place in a job.
 
     Args:
-        labels: whether the server must be told which labels occur.
+        proposal: its part in what the clients agree on, where the server asks for it.
     """
     known = population.known
     facts = ClientFacts(
         rows=known.rows[client],
-        labels=tuple(known.classes) if labels else (),
-        majority=known.majority[client],
+        proposal=proposal,
+        baseline=known.baseline[client],
         data=known.data["sha256"],
         backbone=known.backbone["sha256"],
         version=version("celora"),
@@ -156,8 +157,8 @@ class FlowerSimRuntime:
     def team(self, experiment: Experiment, folder: RunFolder, job: str, stores: Mapping[ClientId, str]) -> ClientPool:
         """As `Runtime.team`."""
         known = self.resources.population(experiment).known
-        clients, classes = tuple(known.clients), tuple(known.classes)
-        begin = JobStart(dump(experiment), experiment.label, known.backbone["sha256"], classes, clients)
+        clients = tuple(known.clients)
+        begin = JobStart(dump(experiment), experiment.label, known.backbone["sha256"], known.agreement, clients)
         self.remote.start_job(job, begin, clients, 600)
 
         def export(name: str) -> list[str]:
@@ -221,7 +222,7 @@ def _simulated_site(where: _Simulated, client: ClientId) -> Site:
 
     def enter(begin: JobStart) -> JobContext:
         experiment = resolve(tomllib.loads(begin.config), Path(where.base))
-        return job_context(resources.population(experiment), client, labels=False)
+        return job_context(resources.population(experiment), client)
 
     return Site(client, site_folder(Path(where.root), client), SIMULATED, enter, None)
 

@@ -1,9 +1,10 @@
 """The server of a federation of real sites (a `Runtime`); `celora.experiment.client` is the other end.
 
-The server has no rows. What it must know it asks for: how many rows each site has, and which labels, unless
-`data.classes` lists them.
+The server has no rows. What it must know it asks for: how many rows each site has, and what the task's clients must
+agree on, such as the labels, unless the experiment lists them.
 """
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from celora.core.algorithm import ClientId
+from celora.core.metrics import Metric
+from celora.core.task import Task
 from celora.data.table import SPLITS, natural_key
 from celora.engines.remote import ClientFacts, JobStart, Remote
-from celora.errors import ConfigError, DataError, QuorumError
+from celora.errors import ConfigError, DataError, QuorumError, WireError
 from celora.experiment.config import Experiment, dump
 from celora.experiment.population import FederationInfo, ResourceCache, check_quorum
 from celora.experiment.runtimes import ClientPool, lost, nothing
@@ -28,12 +31,14 @@ class Roster:
     """Who takes part in a job, from its beginning to its end, however often it is resumed.
 
     Attributes:
-        clients: name, in order -> its "rows" by split, "majority" and "data", the SHA-256 of its rows.
+        clients: name, in order -> its "rows" by split, "baseline" and "data", the SHA-256 of its rows.
+        agreement: what they have agreed on, in base64; facts: the same for a reader, such as all labels.
         excluded: client -> why it was left out at the beginning.
     """
 
     clients: dict[ClientId, dict[str, Any]]
-    classes: list[str]
+    agreement: str
+    facts: dict[str, Any]
     excluded: dict[ClientId, str]
 
 
@@ -58,28 +63,30 @@ class SiteRuntime:
 
         Raises:
             QuorumError: if no site comes, or fewer than `plan.quorum`.
-            DataError: if nobody tells any label.
+            DataError: if what the sites propose leaves something open, such as the labels.
         """
         fingerprint = self.resources.fingerprint(experiment)
-        begin = JobStart(dump(experiment), experiment.label, fingerprint, (), ())
+        begin = JobStart(dump(experiment), experiment.label, fingerprint, b"", ())
         kept = folder.read_json(ROSTER) if folder.latest() else None
         roster = self._call_the_roll(experiment, job, begin) if kept is None else Roster(**kept)
         folder.write_json(ROSTER, asdict(roster))
-        clients, classes = list(roster.clients), roster.classes
+        clients, agreement = list(roster.clients), b64decode(roster.agreement)
+        task = experiment.task.agreed(agreement)
         here = set(self.expected) if not isinstance(self.expected, int) else set(clients)
-        begin = replace(begin, classes=tuple(classes), clients=tuple(clients))
+        begin = replace(begin, agreement=agreement, clients=tuple(clients))
         self.remote.start_job(job, begin, [client for client in clients if client in here], self.wait)
         for client, facts in self.remote.facts.items():
             if client in clients and facts.data != roster.clients[client]["data"]:
                 self.remote.refused[client] = "its rows are others than when the run began; give it those rows again"
         known = FederationInfo(
             clients=clients,
-            classes=classes,
+            task=task,
+            agreement=agreement,
             rows={client: facts["rows"] for client, facts in roster.clients.items()},
-            majority={client: facts["majority"] for client, facts in roster.clients.items()},
+            baseline={client: facts["baseline"] for client, facts in roster.clients.items()},
             excluded=roster.excluded,
             notices=[f"{client} is left out: {why}" for client, why in sorted(roster.excluded.items())],
-            initial=self.resources.start(experiment, len(classes)),
+            initial=self.resources.models(experiment, task).initial,
             device="sites",
             data={"source": "sites", "sha256": {client: facts["data"] for client, facts in roster.clients.items()}},
             backbone={"name": experiment.model.backbone, "sha256": fingerprint},
@@ -102,24 +109,27 @@ class SiteRuntime:
         if not isinstance(self.expected, int):
             absent = [client for client in self.expected if client not in facts and client not in excluded]
             excluded |= dict.fromkeys(absent, f"did not come within {self.wait:g} s")
-        labels = {label for client in clients for label in facts[client].labels}
-        classes = sorted(experiment.data.classes or labels)
-        if not classes:
-            raise DataError(
-                "no site has told its labels, and data.classes lists none; list them, or allow the field 'labels' of "
-                "'remote.ClientFacts' in the sites' policies"
-            )
+        agreement = b""
+        for client in list(clients):
+            try:
+                agreement = experiment.task.merge(agreement, facts[client].proposal)
+            except WireError as error:
+                excluded[client] = f"its proposal cannot be read: {error}"
+                clients.remove(client)
         if len(clients) < experiment.plan.quorum:
             why = "; ".join(f"{client}: {reason}" for client, reason in sorted(excluded.items()))
             raise QuorumError(f"{len(clients)} sites have come, plan.quorum is {experiment.plan.quorum} ({why})")
         check_quorum(experiment, len(clients))
-        return Roster({client: _row(facts[client]) for client in clients}, classes, excluded)
+        agreed = dict(experiment.task.agreed(agreement).facts)
+        rows = {client: _row(facts[client], experiment.task.headline) for client in clients}
+        return Roster(rows, b64encode(agreement).decode(), agreed, excluded)
 
 
-def _row(facts: ClientFacts) -> dict[str, Any]:
-    """What is kept of a client; a score that is none counts as not told."""
-    majority = facts.majority if facts.majority is not None and 0 <= facts.majority <= 1 else None
-    return {"rows": {split: facts.rows.get(split, 0) for split in SPLITS}, "majority": majority, "data": facts.data}
+def _row(facts: ClientFacts, headline: Metric) -> dict[str, Any]:
+    """What is kept of a client; a score that the headline cannot have counts as not told."""
+    told = facts.baseline is not None and headline.admits(facts.baseline)
+    rows = {split: facts.rows.get(split, 0) for split in SPLITS}
+    return {"rows": rows, "baseline": facts.baseline if told else None, "data": facts.data}
 
 
 @dataclass(frozen=True)
@@ -243,6 +253,20 @@ def check_server(experiment: Experiment, resources: ResourceCache, listen: Liste
     at = resolve_listen(listen)
     if isinstance(at.expected, tuple) and (unknown := [name for name in at.expected if at.tls and name not in at.keys]):
         raise ConfigError([f"--clients: found {unknown[0]!r}, expected some of {', '.join(at.keys)}: those with a key"])
-    if experiment.model.own is not None and experiment.data.classes is None:
-        raise ConfigError(["data.classes: with model.own the server must know all labels; list them"])
-    resources.start(experiment, len(experiment.data.classes or "ab"))
+    _ = resources.models(experiment, _settled(experiment)).initial
+
+
+def _settled(experiment: Experiment) -> Task:
+    """The task as far as the experiment alone says what it is.
+
+    Raises:
+        ConfigError: if that is not enough to know how large the clients' own models' adapters are.
+    """
+    try:
+        return experiment.task.agreed(b"")
+    except DataError:
+        if experiment.model.own is not None:
+            raise ConfigError(
+                ["task.classes: with model.own the server must know all labels beforehand; list them"]
+            ) from None
+        return experiment.task

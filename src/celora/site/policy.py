@@ -5,7 +5,7 @@
     [leaves]                                  # without this section: whatever the algorithm declares
     "ce_lora.Up" = ["core", "examples"]       # so the data summary stays
     "messages.Reply" = ["frame", "scores", "error"]
-    "remote.ClientFacts" = ["rows", "labels", "majority", "data", "backbone", "version"]
+    "remote.ClientFacts" = ["rows", "proposal", "baseline", "data", "backbone", "version"]
 
     [budget]
     round_bytes = 1_000_000

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.client import answer
+from celora.core.client_state import KeptModel, notes_in, unpacked
 from celora.core.learner import Learner
-from celora.core.messages import Instruction, KeptModel, Notes, Reply, unpacked
+from celora.core.messages import Instruction, Reply
 from celora.core.solve import solve
 from celora.engines.remote import ClientFacts, JobStart, Request, Response
 from celora.errors import CeloraError, FederationError, PolicyError, RunFolderError, WireError
@@ -145,7 +146,7 @@ class Site:
         start = unpack(JobStart, body)
         job_context = self._entered(start)
         self.policy.admit(name_of(ClientFacts), job_context.facts)
-        if start.classes:  # else this was only a question
+        if start.clients:  # else this was only a question
             folder = self._folder(job)
             with writing(folder):
                 for place in (folder.parent.parent, folder.parent, folder):
@@ -184,7 +185,7 @@ class Site:
             if isinstance(reply, Exception):
                 raise reply
             kept.keep(store)
-        self._tell(unpacked(Notes, store.get("notes", Notes(())), schema).lines)
+        self._tell(notes_in(store, schema))
         kind = name_of(Reply)
         if reply.frame:
             info = job_context.algorithm.info

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from celora.core.algorithm import AnyAlgorithm
-from celora.core.messages import Checkpoint, ClientStore, Exchange, Instruction, Plan, Reply, Round, frame_of, unpacked
+from celora.core.client_state import ClientStore, StateKey, frame_of, private_states, unpacked
+from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply, Round
 from celora.core.rounds import run_rounds
 from celora.engines.embedded import Embedded
 from celora.testing.population import CLIENTS, RANK, Population
@@ -80,7 +81,7 @@ class Federation:
 
 def newest(store: Mapping[str, object]) -> str:
     """The name of the newest private state on a store; "private@0" if there is none."""
-    return max((name for name in store if name.startswith("private@")), key=lambda n: int(n[8:]), default="private@0")
+    return [StateKey("private", 0), *private_states(store)][-1].name
 
 
 class Tape:

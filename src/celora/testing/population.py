@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
-from celora.core.learner import Batch, Metrics, Recipe, Score, Split
+from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -94,6 +94,9 @@ class Together:
     def __init__(self) -> None:
         self.clients: list[int] = []  # in each pass of several, for tests that ask whether there was one
 
+    def count(self, batch: Batch) -> int:
+        return len(batch["y"])
+
     def size(self, batch: Batch) -> tuple[int, int]:
         return len(batch["y"]), 1
 
@@ -110,10 +113,10 @@ class Together:
         y = [F.pad(batch["y"], (0, n), value=-100) for batch, n in zip(batches, more, strict=True)]
         return {"x": torch.stack(x), "y": torch.stack(y)}
 
-    def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
-        return [learner.test(score.weights, score.split, score.rows) for learner, score in asked]
+    def scores(self, asked: Sequence[tuple[Any, Tensors, Split, int | None]]) -> list[Metrics]:
+        return [learner.test(weights, split, rows) for learner, weights, split, rows in asked]
 
-    def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
         return [learner.features() for learner in learners]
 
 

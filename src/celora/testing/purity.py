@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.learner import Fit, Gradient
-from celora.core.messages import KeptModel
+from celora.core.client_state import KeptModel
+from celora.core.problems import Fit, Gradient
 from celora.core.solve import solve
 from celora.tensors import Tensors
 from celora.testing.federation import PLAN, Federation, Run, ToyAdapter, image, population_of

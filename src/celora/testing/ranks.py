@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from celora.core.messages import KeptModel, unpacked
+from celora.core.client_state import KeptModel, unpacked
 from celora.tensors import Tensors, part
 from celora.testing.federation import PLAN, Federation, bits, lost, plan, population_of, record_run
 from celora.testing.population import CLIENTS, Population

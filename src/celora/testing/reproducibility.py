@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from celora.core.messages import Checkpoint, Exchange, Instruction, KeptModel, Notes, Plan, Reply, Round
+from celora.core.client_state import KeptModel, Notes
+from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply, Round
 from celora.core.solve import solve_together
 from celora.engines import embedded
 from celora.testing.federation import PLAN, Federation, bits, newest, plan, population_of, record_run, tensors_in

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from celora.core.messages import unpacked
+from celora.core.client_state import unpacked
 from celora.errors import WireError
 from celora.marks import Received, Sent, marked
 from celora.tensors import Tensors
