@@ -16,6 +16,7 @@ from torch import Tensor
 
 from celora.core.adapters import modules
 from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.channel import Channel
 from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.core.problems import Fit, Gradient, Problem
 from celora.core.training import Fitted, GradientResult
@@ -125,6 +126,7 @@ class JobContext:
     algorithm: AnyAlgorithm
     population: Population
     client: str
+    channel: Channel = ()
 
     @property
     def facts(self) -> ClientFacts:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from celora import data
 from celora.algorithms.lookup import lookup
 from celora.core.algorithm import ClientId
-from celora.engines.flower import NodeConnection, run_node
+from celora.engines.flower_site import NodeConnection, run_node
 from celora.engines.remote import JobStart
 from celora.errors import CeloraError, ConfigError, DataError, FederationError, RunFolderError
 from celora.experiment.config import Experiment, resolve

@@ -6,8 +6,9 @@
     [adapter]    rank, targets, initialisation        celora.models.Adapter
     [train]      local training                       celora.core.learner.Recipe
     [plan]       rounds, participation, seed          celora.core.messages.Plan
-    [engine]     clients in a pass, memory budgets    celora.engines.embedded.Engine
+    [engine]     clients in a pass, memory budgets    celora.engines.embedded.EngineSettings
     [algorithm]  name, and that algorithm's fields    celora.algorithms.lookup
+    [[filters]]  name, and that filter's fields       celora.filters.FILTERS
     [overrides.LABEL.SECTION]                         what differs when LABEL is run by `compare`
 
 A label is an algorithm's name, or any name whose override says `algorithm.name`.
@@ -25,13 +26,15 @@ from pydantic import TypeAdapter, ValidationError
 from celora.algorithms import ALGORITHMS
 from celora.algorithms.lookup import lookup
 from celora.core.algorithm import AlgorithmInfo, AnyAlgorithm
+from celora.core.channel import Channel
 from celora.core.learner import Recipe
 from celora.core.messages import Plan
 from celora.core.task import Task
 from celora.data import Data
-from celora.engines.embedded import Engine
+from celora.engines.embedded import EngineSettings
 from celora.errors import ConfigError
 from celora.fields import did_you_mean, error_lines, unknown
+from celora.filters import filter_tables, read_filters
 from celora.models import Adapter, Model
 from celora.tasks import TASKS
 
@@ -42,7 +45,7 @@ SECTIONS: Mapping[str, type] = {
     "adapter": Adapter,
     "train": Recipe,
     "plan": Plan,
-    "engine": Engine,
+    "engine": EngineSettings,
 }
 
 
@@ -54,6 +57,7 @@ class Experiment:
         name: of the run folder.
         label: the algorithm's name, or the label of the override that defines it.
         algorithm_name: as `celora.algorithms.lookup` knows it.
+        filters: what is done to what the clients send, in this order.
         base: the folder that relative paths in the file are relative to.
         tree: what was written, from which `variant` resolves the others.
     """
@@ -67,8 +71,9 @@ class Experiment:
     adapter: Adapter
     train: Recipe
     plan: Plan
-    engine: Engine
+    engine: EngineSettings
     algorithm: AnyAlgorithm
+    filters: Channel
     base: Path
     tree: Tree
 
@@ -85,7 +90,11 @@ class Experiment:
         sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
         task = _task_tree(self.task)
         algorithm = {"name": self.algorithm_name, **asdict(self.algorithm)}  # type: ignore[call-overload]
-        tree = {"name": self.name, "data": sections.pop("data"), "task": task, **sections, "algorithm": algorithm}
+        tree: Tree = {
+            "name": self.name, "data": sections.pop("data"), "task": task, **sections, "algorithm": algorithm
+        }  # fmt: skip
+        if self.filters:
+            tree["filters"] = filter_tables(self.filters)
         return {k: {n: v for n, v in s.items() if v is not None} if isinstance(s, dict) else s for k, s in tree.items()}
 
 
@@ -132,7 +141,7 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         ConfigError: with every problem found.
     """
     names = (*SECTIONS, "task", "algorithm", "overrides")
-    problems = unknown(tree, ("name", *names), "")
+    problems = unknown(tree, ("name", *names, "filters"), "")
     tables = {name: tree.get(name, {}) for name in names}
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -142,9 +151,11 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     own = tables["algorithm"].get("name", "ce-lora")
     label = label or own
     override = tables["overrides"].get(label, {})
-    if not isinstance(override, dict) or not all(isinstance(section, dict) for section in override.values()):
+    if not isinstance(override, dict) or not all(
+        isinstance(section, dict) for key, section in override.items() if key != "filters"
+    ):
         raise ConfigError([*problems, f"overrides.{label}: expected tables such as [overrides.{label}.train]"])
-    problems += unknown(override, (*SECTIONS, "algorithm"), f"overrides.{label}.")
+    problems += unknown(override, (*SECTIONS, "algorithm", "filters"), f"overrides.{label}.")
     name = override.get("algorithm", {}).get("name", label)
     algorithm: type[Any] | None = None
     try:
@@ -153,7 +164,10 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         problems += [f"algorithm.name: {problem}" for problem in error.problems]
     chosen = {section: {**tables[section], **override.get(section, {})} for section in SECTIONS}
     listed = {"classes": chosen["data"].pop("classes")} if "classes" in chosen["data"] else {}
-    values: dict[str, Any] = {"task": _task({**listed, **tables["task"]}, problems)}
+    values: dict[str, Any] = {
+        "task": _task({**listed, **tables["task"]}, problems),
+        "filters": _filters(override.get("filters", tree.get("filters", [])), problems),
+    }
     for section, kind in SECTIONS.items():
         values[section] = _validated(section, kind, chosen[section], problems)
     if algorithm is not None:
@@ -197,6 +211,18 @@ def _task_tree(task: Task) -> Tree:
     """The fields of a task, after its name in the table."""
     names = {kind: name for name, kind in TASKS.items()}
     return {"name": names[type(task)], **asdict(task)}  # type: ignore[call-overload]
+
+
+def _filters(found: Any, problems: list[str]) -> Channel:
+    """The stages under `[[filters]]`; one that packs must be the last."""
+    channel = read_filters(found, problems)
+    problems += [
+        f"filters: found '{channel[at + 1].describe()}' after '{stage.describe()}', which changes what travels; "
+        f"expected '{stage.describe()}' at the end"
+        for at, stage in enumerate(channel[:-1])
+        if stage.packs
+    ]
+    return channel
 
 
 def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from celora.core.algorithm import AnyAlgorithm
+from celora.core.channel import Channel
 from celora.core.client_state import ClientStore, StateKey, frame_of, private_states, unpacked
 from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply, Round
 from celora.core.rounds import run_rounds
@@ -50,12 +51,13 @@ class Federation:
         population: Population | None = None,
         stores: Mapping[str, Mapping[str, object]] | None = None,
         clients: Sequence[str] = CLIENTS,
+        channel: Channel = (),
     ) -> None:
-        self.algorithm, self.clients = algorithm, clients
+        self.algorithm, self.clients, self.channel = algorithm, clients, channel
         self.population = population or population_of(algorithm)
         self.schema = Schema.of(self.population.initial)
         self.stores: MutableMapping[str, ClientStore] = {c: dict(store) for c, store in (stores or {}).items()}
-        self.engine = Embedded(algorithm, self.population, self.stores, self.schema)
+        self.engine = Embedded(algorithm, self.population, self.stores, self.schema, channel=channel)
 
     def run(
         self,
@@ -63,8 +65,9 @@ class Federation:
         around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
         checkpoint: Checkpoint | None = None,
     ) -> Iterator[Round]:
+        initial = self.population.initial
         return run_rounds(
-            self.algorithm, around(self.engine), plan, self.clients, self.population.initial, checkpoint=checkpoint
+            self.algorithm, around(self.engine), plan, self.clients, initial, checkpoint, channel=self.channel
         )
 
     def private(self, store: Mapping[str, object]) -> Any:
@@ -156,9 +159,10 @@ def record_run(
     population: Population | None = None,
     plan: Plan = PLAN,
     around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
+    channel: Channel = (),
 ) -> Run:
     """A run from start to end, with everything that crossed."""
-    federation, tapes = Federation(algorithm, population), list[Tape]()
+    federation, tapes = Federation(algorithm, population, channel=channel), list[Tape]()
 
     def taped(exchange: Exchange) -> Exchange:
         tapes.append(Tape(around(exchange)))
