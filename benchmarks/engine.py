@@ -39,7 +39,8 @@ from transformers import AutoConfig, AutoModel
 import flower_job
 import job
 from celora import experiment
-from celora.core.learner import Batch, Fit, Learner
+from celora.core.learner import Batch, Learner
+from celora.core.problems import Fit
 from celora.core.rounds import run_rounds
 from celora.core.solve import solve, solve_together
 from celora.engines import embedded
@@ -119,7 +120,7 @@ def fit(population: Population, client: str) -> Tensors:
     learner = population.learner(client, 1)
 
     def turn() -> Generator[Any, Any, Tensors]:
-        weights: Tensors = (yield Fit({}, train=but("C"))).weights
+        weights: Tensors = (yield from Fit({}, train=but("C"))).weights
         return weights
 
     (found,) = solve([(learner, turn())])
@@ -264,7 +265,7 @@ def grouping(size: Size) -> Result:
 
     def all_clients(group: int | None) -> list[Tensors]:
         def turn() -> Generator[Any, Any, Tensors]:
-            weights: Tensors = (yield Fit({}, train=but("C"))).weights
+            weights: Tensors = (yield from Fit({}, train=but("C"))).weights
             return weights
 
         found: list[Tensors | Exception] = []

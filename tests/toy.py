@@ -23,22 +23,12 @@ from torch import Tensor
 from celora.core.adapters import Family, modules, truncated
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.channel import Channel
-from celora.core.learner import (
-    Batch,
-    Features,
-    Fit,
-    Fitted,
-    Gradient,
-    GradientResult,
-    InputNorms,
-    Metrics,
-    Problem,
-    Recipe,
-    Score,
-    Split,
-)
-from celora.core.messages import Checkpoint, ClientStore, Exchange, Instruction, Plan, Reply, Round, frame_of, unpacked
+from celora.core.client_state import ClientStore, StateKey, frame_of, private_states, unpacked
+from celora.core.learner import Batch, Metrics, Recipe, Split
+from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply, Round
+from celora.core.problems import Fit, Gradient, Problem
 from celora.core.rounds import run_rounds
+from celora.core.training import Fitted, GradientResult
 from celora.engines.embedded import Embedded
 from celora.engines.remote import ClientFacts
 from celora.rng import generator
@@ -122,6 +112,9 @@ class Together:
     def __init__(self) -> None:
         self.clients: list[int] = []  # in each pass of several, for tests that ask whether there was one
 
+    def count(self, batch: Batch) -> int:
+        return len(batch["y"])
+
     def size(self, batch: Batch) -> tuple[int, int]:
         return len(batch["y"]), 1
 
@@ -138,8 +131,8 @@ class Together:
         y = [F.pad(batch["y"], (0, n), value=-100) for batch, n in zip(batches, more, strict=True)]
         return {"x": torch.stack(x), "y": torch.stack(y)}
 
-    def scores(self, asked: Sequence[tuple[Any, Score]]) -> list[Metrics]:
-        return [learner.test(score.weights, score.split, score.rows) for learner, score in asked]
+    def scores(self, asked: Sequence[tuple[Any, Tensors, Split, int | None]]) -> list[Metrics]:
+        return [learner.test(weights, split, rows) for learner, weights, split, rows in asked]
 
     def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         return [learner.features() for learner in learners]
@@ -252,9 +245,9 @@ def turn(
 
 def played(
     algorithm: AnyAlgorithm, learner: Any, local: Any, down: Any, answers: Sequence[object]
-) -> tuple[list[Problem], Trained[Any, Any]]:
+) -> tuple[list[Problem[Any]], Trained[Any, Any]]:
     """A client's turn whose problems get these answers, one after another: the problems posed, and what came of it."""
-    steps, asked = algorithm.train(learner, local, down), list[Problem]()
+    steps, asked = algorithm.train(learner, local, down), list[Problem[Any]]()
     try:
         asked.append(next(steps))
         for answer in answers:
@@ -278,21 +271,16 @@ def pretend(jobs: Sequence[Any]) -> list[Any]:
     return values
 
 
-def pretended(learner: Any, problem: Problem) -> object:
+def pretended(learner: Any, problem: Problem[Any]) -> object:
     match problem:
         case Fit():
             return Fitted({**learner.initial, **problem.weights}, {"loss": 1.0, "steps": 0.0})
-        case Score():
-            return learner.test(problem.weights, problem.split, problem.rows)
-        case Features():
-            return learner.features()
         case Gradient():
             weights = {**learner.initial, **problem.weights}
             return GradientResult(
                 1.0, {name: torch.zeros_like(w) for name, w in weights.items() if problem.names(name)}
             )
-        case InputNorms():
-            return learner.input_norms(problem.rows)
+    return problem.alone(learner)
 
 
 class Federation:
@@ -347,7 +335,7 @@ class JobContext:
     @property
     def facts(self) -> ClientFacts:
         rows = {split: len(self.population.rows(self.client, split)[1]) for split in SPLITS}
-        return ClientFacts(rows, ("no", "yes"), 0.5, "data of " + self.client, "backbone", "version")
+        return ClientFacts(rows, b"no, yes", 0.5, "data of " + self.client, "backbone", "version")
 
     @property
     def initial(self) -> Tensors:
@@ -363,7 +351,7 @@ class JobContext:
 
 def newest(store: Mapping[str, object]) -> str:
     """The name of the newest private state on a store; "private@0" if there is none."""
-    return max((name for name in store if name.startswith("private@")), key=lambda n: int(n[8:]), default="private@0")
+    return [StateKey("private", 0), *private_states(store)][-1].name
 
 
 def population_of(algorithm: AnyAlgorithm, **options: Any) -> Population:

@@ -23,6 +23,11 @@ def part(name: str) -> str:
     return "head" if name.startswith("head.") else name.rpartition(".")[2]
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to the task head, and not to an adapter."""
+    return part(name) == "head"
+
+
 def only(*parts: str) -> Names:
     """Names whose part is one of `parts`."""
     return lambda name: part(name) in parts

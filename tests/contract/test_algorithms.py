@@ -21,8 +21,9 @@ from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.channel import Channel
-from celora.core.learner import Fit
-from celora.core.messages import Checkpoint, Exchange, Instruction, KeptModel, Notes, Plan, Reply, Round, unpacked
+from celora.core.client_state import KeptModel, Notes, unpacked
+from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply, Round
+from celora.core.problems import Fit
 from celora.core.solve import solve, solve_together
 from celora.engines import embedded
 from celora.errors import QuorumError, WireError

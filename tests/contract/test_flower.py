@@ -31,7 +31,7 @@ from tests.contract.test_channel import BOTH, CHANNELS, filtered
 from tests.toy import CLIENTS, JobContext, population_of
 
 pytest.importorskip("flwr")
-from celora.engines.flower import GridTransport, simulation
+from celora.engines.flower_sim import GridTransport, simulation
 
 pytest.importorskip("ray")
 
@@ -85,7 +85,7 @@ def simulated(remote: Remote, root: Path, name: str, channel: str = "") -> Simul
     algorithm, job = VARIANTS[name], f"toy/{name}{'-filtered' if channel else ''}"
     initial, stages = population_of(algorithm).initial, CHANNELS[channel] if channel else ()
     label = f"{name} + {channel}" if channel else name
-    remote.start_job(job, JobStart("", label, "backbone", ("no", "yes"), CLIENTS), CLIENTS, 60)
+    remote.start_job(job, JobStart("", label, "backbone", b"no, yes", CLIENTS), CLIENTS, 60)
     folders = {client: root / client / job_folder(client, job) for client in CLIENTS}
 
     def stores() -> dict[str, dict[str, bytes]]:
@@ -101,7 +101,7 @@ def simulated(remote: Remote, root: Path, name: str, channel: str = "") -> Simul
     return Simulated(
         tuple(rnd for rnd, _ in pairs),
         tuple(stores for _, stores in pairs),
-        rounds.test(remote, PLAN, CLIENTS, [kept]),
+        rounds.score_on_test(remote, PLAN, CLIENTS, [kept]),
         remote.export(CLIENTS, kept, 60),
         {client: (folder / "adapter" / "adapter.safetensors").exists() for client, folder in folders.items()},
     )
@@ -140,16 +140,16 @@ def started(root: Path, cpus: float = CPUS) -> Iterator[GridTransport]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         try:
-            with simulation(len(CLIENTS), Places(root), cpus, root / "flower.log") as post:
-                yield post
+            with simulation(len(CLIENTS), Places(root), cpus, root / "flower.log") as transport:
+                yield transport
         finally:
             gc.collect()
 
 
 def session(root: Path, names: Iterable[str]) -> Session:
     before = tree()
-    with started(root) as post:
-        remote = Remote(post)
+    with started(root) as transport:
+        remote = Remote(transport)
         runs = {name: simulated(remote, root, name) for name in names}
         with_filters = simulated(remote, root, DEFAULT["fedit"], BOTH)
         here = tree()
@@ -171,7 +171,7 @@ def same(found: Simulated, expected: Run) -> None:
     for mine, its in zip(found.stores, expected.stores, strict=True):
         assert mine == {client: its.get(client, {}) for client in CLIENTS}
     [kept] = {kept for tests in found.tests.values() for kept in tests}
-    assert found.tests == rounds.test(expected.federation.engine, PLAN, CLIENTS, [kept])
+    assert found.tests == rounds.score_on_test(expected.federation.engine, PLAN, CLIENTS, [kept])
     assert found.problems == {} and all(found.exported.values())
 
 
@@ -229,13 +229,13 @@ def test_a_second_simulation_in_the_same_process_works_and_an_exception_ends_it(
     name, before, here = DEFAULT["fedit"], tree(), list[psutil.Process]()
     path = os.environ.get("PYTHONPATH")
 
-    def breaks(post: GridTransport) -> None:
-        same(simulated(Remote(post), tmp_path, name), reference(name))
+    def breaks(transport: GridTransport) -> None:
+        same(simulated(Remote(transport), tmp_path, name), reference(name))
         here.extend(tree())
         raise Broken
 
-    with pytest.raises(Broken), started(tmp_path, float(os.cpu_count() or 1)) as post:  # one process is enough
-        breaks(post)
+    with pytest.raises(Broken), started(tmp_path, float(os.cpu_count() or 1)) as transport:  # one process is enough
+        breaks(transport)
     assert len(here) > len(before) and left(here, before) == ()
     assert os.environ.get("PYTHONPATH") == path
 
@@ -251,9 +251,9 @@ def test_a_simulation_that_cannot_start_says_why_and_where_to_look(
     monkeypatch.setattr(RayBackend, "__init__", fails)
     with (
         pytest.raises(FederationError, match=r"simulation has ended: no room in /dev/shm; see .*log"),
-        started(tmp_path) as post,
+        started(tmp_path) as transport,
     ):
-        Remote(post).start_job("toy/any", JobStart("", "any", "", (), ()), CLIENTS, 60)
+        Remote(transport).start_job("toy/any", JobStart("", "any", "", b"", ()), CLIENTS, 60)
     assert "no room in /dev/shm" in (tmp_path / "flower.log").read_text()
 
 
@@ -263,7 +263,7 @@ def test_ray_that_would_listen_elsewhere_is_not_started(tmp_path: Path, monkeypa
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.7")
     with (
         pytest.raises(
-            FederationError, match=r"Ray would listen on 192\.0\.2\.7.*import celora\.engines\.flower before"
+            FederationError, match=r"Ray would listen on 192\.0\.2\.7.*import celora\.engines\.flower_sim before"
         ),
         started(tmp_path),
     ):

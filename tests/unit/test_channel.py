@@ -28,7 +28,8 @@ from celora.core.channel import (
     encode,
     wire,
 )
-from celora.core.messages import Exchange, Instruction, KeptModel, Plan, Reply, Round, unpacked
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Exchange, Instruction, Plan, Reply, Round
 from celora.errors import PolicyError, QuorumError
 from celora.fields import setting, settings
 from celora.filters.clip import Clip

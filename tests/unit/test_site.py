@@ -16,6 +16,7 @@ from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm
 from celora.core.channel import Channel, ChannelState, decode, wire
+from celora.core.client_state import kept_models, private_states
 from celora.core.messages import Instruction, Plan, Reply
 from celora.engines.remote import ClientFacts, JobStart, Request, Response
 from celora.filters.clip import Clip
@@ -30,7 +31,7 @@ from celora.wire import Schema, pack, unpack
 from tests.toy import CLIENTS, Federation, JobContext, Population, Tape, image, population_of, tensors_in
 
 PLAN, JOB = Plan(rounds=2), "fed/job"
-BEGIN = JobStart("", "any", "backbone", ("no", "yes"), CLIENTS)
+BEGIN = JobStart("", "any", "backbone", b"no, yes", CLIENTS)
 SECRET = "row 17: Mrs Smith, 47, Leeds"
 
 
@@ -159,7 +160,7 @@ def test_a_restarted_site_goes_on_with_the_residual_that_the_first_one_kept(stat
 
 def test_a_question_for_facts_begins_nothing(state: Path) -> None:
     bench = Bench(state)
-    assert bench.begin(replace(BEGIN, classes=(), clients=())).error is None
+    assert bench.begin(replace(BEGIN, agreement=b"", clients=())).error is None
     assert not (state / "fed").exists()
     [order, *_], _, _ = embedded(FedSALoRA())
     assert bench.order(order).error == "the job fed/job has not begun at this site"
@@ -254,7 +255,7 @@ def test_words_of_foreign_errors_stay_here_and_their_kind_leaves(state: Path) ->
     frame = bench.frame("instruction", pack(orders[0]))
     assert unpack(Response, frame).error == "ValueError: see this site's log"
     assert b"Smith" not in frame and f"failed: ValueError: {SECRET}" in bench.said
-    assert not [name for name in bench.store() if name.startswith("private@")]
+    assert not private_states(bench.store())
     away = Bench(state.with_name("other"), refuses=KeyError(SECRET))
     frame = away.frame("start", pack(BEGIN))
     assert unpack(Response, frame).error == "KeyError: see this site's log" and b"Smith" not in frame
@@ -282,15 +283,15 @@ def test_of_a_record_with_a_field_that_may_not_leave_nothing_leaves(state: Path)
     [order, *_], [reply, *_], _ = embedded(CELoRA())
     leaves = {
         "ce_lora.Up": ("core", "examples"),
-        "remote.ClientFacts": ("rows", "majority", "data", "backbone", "version"),
+        "remote.ClientFacts": ("rows", "baseline", "data", "backbone", "version"),
     }
     leaves |= {"messages.Reply": ("frame", "scores", "error")}
     bench = Bench(state, CELoRA(), Policy(leaves=leaves, floor=1))
-    assert "labels (tuple)" in (bench.begin().error or "")
+    assert "proposal (bytes)" in (bench.begin().error or "")
     bench = Bench(
         state,
         CELoRA(),
-        Policy(leaves={**leaves, "remote.ClientFacts": (*leaves["remote.ClientFacts"], "labels")}, floor=1),
+        Policy(leaves={**leaves, "remote.ClientFacts": (*leaves["remote.ClientFacts"], "proposal")}, floor=1),
     )
     bench.begin()
     up: Any = unpack(CELoRA.info.up, reply.frame, bench.schema)
@@ -382,7 +383,7 @@ def test_the_ledger_has_a_line_with_the_hash_of_each_frame_that_left(state: Path
     bench = Bench(state, faults={("c0", 2): ValueError(SECRET)})
     frames = [bench.frame("start", pack(BEGIN)), *(bench.frame("instruction", pack(order)) for order in orders[:2])]
     frames.append(bench.frame("instruction", pack(orders[2])))
-    [model, *_] = [name for name in bench.store() if "private" not in name and name != "notes"]
+    [model, *_] = [model.name for model in kept_models(bench.store())]
     frames += [bench.frame("export", model.encode()), bench.frame("end"), bench.site(b"garbage")]
     entries = list(bench.ledger.entries())
     assert [entry.sha256 for entry in entries] == [hashlib.sha256(frame).hexdigest() for frame in frames]

@@ -23,7 +23,7 @@ from celora.wire.records import name_of
 
 SUMMARY = Mixture(torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, 2), torch.ones(1, 2))
 CORE = {"q.C": torch.eye(2)}
-FACTS = ClientFacts({"train": 40}, ("a", "b"), 0.5, "00", "11", "0.1.0")
+FACTS = ClientFacts({"train": 40}, b"a, b", 0.5, "00", "11", "0.1.0")
 
 
 def written(folder: Path, text: str) -> Path:
@@ -54,7 +54,7 @@ def test_everything_in_a_file_is_in_the_policy(tmp_path: Path) -> None:
         leaves={
             "ce_lora.Up": ("core", "examples"),
             "messages.Reply": ("frame", "scores", "error"),
-            "remote.ClientFacts": ("rows", "labels", "majority", "data", "backbone", "version"),
+            "remote.ClientFacts": ("rows", "proposal", "baseline", "data", "backbone", "version"),
         },
         round_bytes=1_000_000,
         total_bytes=100_000_000,

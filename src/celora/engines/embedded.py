@@ -12,8 +12,10 @@ import torch
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.channel import Channel
 from celora.core.client import answer
-from celora.core.learner import ClientUpdate, Learner
-from celora.core.messages import ClientStore, Instruction, Notes, Reply, unpacked
+from celora.core.client_state import ClientStore, notes_in
+from celora.core.learner import Learner
+from celora.core.messages import Instruction, Reply
+from celora.core.problems import ClientUpdate
 from celora.core.solve import Solve, solve, solve_together
 from celora.errors import RunFolderError
 from celora.fields import Count, Whole, setting, settings
@@ -30,7 +32,7 @@ _COHORT = {"cpu": 16, "cuda": 512}
 
 
 @settings
-class Engine:
+class EngineSettings:
     """How the work is done; the results are the same but for rounding."""
 
     group: Count | None = setting(None, "clients whose rows may share a pass; 1: one after another; by default many")
@@ -114,8 +116,8 @@ class Embedded:
                 replies[client] = _failed(value)
                 continue
             replies[client] = value
-            if (notes := stores[client].get("notes")) is not None:
-                self.notes[client] = unpacked(Notes, notes, self.schema).lines
+            if notes := notes_in(stores[client], self.schema):
+                self.notes[client] = notes
             if stores[client] != kept[client]:
                 self.stores[client] = stores[client]
         return {client: replies[client] for client in instructions}

@@ -5,7 +5,7 @@
     [leaves]                                  # without this section: whatever the algorithm declares
     "ce_lora.Up" = ["core", "examples"]       # so the data summary stays
     "messages.Reply" = ["frame", "scores", "error"]
-    "remote.ClientFacts" = ["rows", "labels", "majority", "data", "backbone", "version"]
+    "remote.ClientFacts" = ["rows", "proposal", "baseline", "data", "backbone", "version"]
 
     [budget]
     round_bytes = 1_000_000
@@ -41,6 +41,7 @@ from celora.engines.remote import ClientFacts
 from celora.errors import ConfigError, PolicyError
 from celora.fields import Count, did_you_mean, error_lines, setting, settings, unknown
 from celora.filters import read_filters
+from celora.marks import DisclosureFloor, marked
 from celora.site.ledger import Ledger
 from celora.wire.records import name_of
 
@@ -73,13 +74,12 @@ class Policy:
                 "this site does not take part: found fewer training rows than its policy's disclosure.floor, expected "
                 f"at least {self.floor}; add rows, or change the policy at the site"
             )
-        chosen: dict[str, Any] = {field.name: getattr(algorithm, field.name) for field in _fields(algorithm)}
-        if chosen.get("min_rows", self.floor) < self.floor:
-            raise PolicyError(
-                f"this site does not take part: found algorithm.min_rows = {chosen['min_rows']}, expected at least "
-                f"{self.floor}, its policy's disclosure.floor; raise min_rows in the experiment, or change the policy "
-                "at the site"
-            )
+        for name in marked(type(algorithm), DisclosureFloor):
+            if (least := getattr(algorithm, name)) < self.floor:
+                raise PolicyError(
+                    f"this site does not take part: found algorithm.{name} = {least}, expected at least {self.floor}, "
+                    f"its policy's disclosure.floor; raise {name} in the experiment, or change the policy at the site"
+                )
         if _fields(algorithm.info.up):
             self._allowed(name_of(algorithm.info.up))
 

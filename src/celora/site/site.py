@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.channel import Channel, wire
-from celora.core.client import answer, channel_notes
+from celora.core.client import answer, channel_state
+from celora.core.client_state import KeptModel, notes_in, unpacked
 from celora.core.learner import Learner
-from celora.core.messages import Instruction, KeptModel, Notes, Reply, unpacked
+from celora.core.messages import Instruction, Reply
 from celora.core.solve import solve
 from celora.engines.remote import ClientFacts, JobStart, Request, Response
 from celora.errors import CeloraError, FederationError, PolicyError, RunFolderError, WireError
@@ -150,7 +151,7 @@ class Site:
         start = unpack(JobStart, body)
         job_context = self._entered(start)
         self.policy.admit(name_of(ClientFacts), job_context.facts)
-        if start.classes:  # else this was only a question
+        if start.clients:  # else this was only a question
             folder = self._folder(job)
             with writing(folder):
                 for place in (folder.parent.parent, folder.parent, folder):
@@ -191,8 +192,8 @@ class Site:
             if isinstance(reply, Exception):
                 raise reply
             kept.keep(store)
-        self._tell(unpacked(Notes, store.get("notes", Notes(())), schema).lines)
-        self._tell(channel_notes(store, instruction.round, schema))
+        self._tell(notes_in(store, schema))
+        self._tell(channel_state(store, instruction.round, schema).notes)
         kind = name_of(Reply)
         if reply.frame:
             info = job_context.algorithm.info
