@@ -13,12 +13,10 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core import rounds as loop
 from celora.core.client_state import KeptModel, Notes, kept_models, unpacked
 from celora.core.messages import Best, Exchange, Instruction, Plan, Reply, Round
-from celora.core.rounds import improved, run_rounds
+from celora.core.rounds import improved, run_rounds, score_on_test
 from celora.errors import QuorumError
 from celora.wire import Schema, contents, pack, unpack
 from tests.toy import CLIENTS, Federation, Tape, image
-
-score_kept_models = loop.test
 
 
 def taped(federation: Federation, plan: Plan, **options: Any) -> tuple[list[Round], Tape]:
@@ -133,7 +131,7 @@ def test_there_is_no_reading_of_a_test_split_before_test_and_of_no_other_after()
     federation.population.reads.clear()
     best = rounds[-1].checkpoint.best
     names = [f"{moment}@{standing.round}" for moment, standing in best.items()]
-    scores = score_kept_models(federation.engine, plan, CLIENTS, names)
+    scores = score_on_test(federation.engine, plan, CLIENTS, names)
     assert set(federation.population.reads) == {(client, "test") for client in CLIENTS}
     assert {tuple(scores[client]) for client in CLIENTS} == {tuple(names)}
 
@@ -165,7 +163,7 @@ def test_test_scores_what_a_client_has_and_leaves_out_who_does_not_answer() -> N
         assert {order.frame for order in orders.values()} == {b""}
         return federation.engine({client: order for client, order in orders.items() if client != "c2"})
 
-    scores = score_kept_models(without_c2, plan, CLIENTS, ["personal@1", "personal@9"])
+    scores = score_on_test(without_c2, plan, CLIENTS, ["personal@1", "personal@9"])
     assert {client: sorted(found) for client, found in scores.items()} == {
         "c0": ["personal@1"],
         "c1": [],
@@ -381,8 +379,8 @@ def test_a_test_that_too_few_clients_answer_stops_the_run_instead_of_ending_it()
         r"1 clients were scored on test, the quorum is 3 \(c1: gone; c2: scores\[personal@3\]: found 2.*c3: no reply\)"
     )
     with pytest.raises(QuorumError, match=said):
-        loop.test(far, plan, CLIENTS, ["personal@3"])
-    assert loop.test(far, Plan(), CLIENTS, ["personal@3"]).keys() == {"c0"}
+        score_on_test(far, plan, CLIENTS, ["personal@3"])
+    assert score_on_test(far, Plan(), CLIENTS, ["personal@3"]).keys() == {"c0"}
 
 
 def test_a_score_that_is_none_costs_its_sender_the_round_and_chooses_nothing() -> None:

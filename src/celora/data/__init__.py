@@ -144,7 +144,7 @@ def _carved(
     expected = [name for name in ("validation", "test") if name in fixed or wanted[name] > 0]
     return FederatedDataset(
         table=table, clients=clients, excluded=excluded,
-        notices=(*table.notices, *_without(clients, expected), *(_oddities(strata, clients) if strata else ())),
+        notices=(*table.notices, *(_oddities(strata, clients) if strata else ()), *_without(clients, expected)),
     )  # fmt: skip
 
 

@@ -41,7 +41,9 @@ class LocalRuntime(Runtime):
         schema = Schema.of(population.initial)
         states = ClientStores(folder.stores, schema, experiment.engine.state_mb * 2**20, stores)
         solver = experiment.engine.solver(population.models.device)
-        exchange = Embedded(experiment.algorithm, population.learner, states, schema, *solver)
+        exchange = Embedded(
+            experiment.algorithm, population.learner, states, schema, *solver, channel=experiment.filters
+        )
 
         def notices() -> list[str]:
             notes = [f"{client}: {note}" for client, lines in sorted(exchange.notes.items()) for note in lines]

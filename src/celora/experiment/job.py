@@ -92,8 +92,9 @@ def run_job(
     sent = sum(t["up_frame"] for e in folder.events() if e["event"] == "round" for t in e["traffic"].values())
     best = checkpoint.best if checkpoint else None
     for done in run_rounds(
-        experiment.algorithm, pool.exchange, plan, info.clients, info.initial, checkpoint, info.task.headline
-    ):
+        experiment.algorithm, pool.exchange, plan, info.clients, info.initial, checkpoint,
+        headline=info.task.headline, channel=experiment.filters,
+    ):  # fmt: skip
         sent += sum(traffic.up_frame for traffic in done.traffic.values())
         event = {
             **round_event(done, info.task.headline, twin_rounds.get(done.index), pool.sockets()),

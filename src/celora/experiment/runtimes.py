@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.channel import Channel
 from celora.core.learner import Learner
 from celora.core.messages import Exchange
 from celora.engines.remote import ClientFacts
@@ -137,6 +138,11 @@ class JobContext:
     def algorithm(self) -> AnyAlgorithm:
         """What is run."""
         return self.population.experiment.algorithm
+
+    @property
+    def channel(self) -> Channel:
+        """The stages that the experiment names."""
+        return self.population.experiment.filters
 
     @property
     def initial(self) -> Tensors:
