@@ -16,21 +16,12 @@ from celora.core.messages import Checkpoint, Exchange, Instruction, Plan, Reply
 from celora.errors import QuorumError
 from celora.filters.clip import Clip
 from celora.filters.quantise import Quantise
+from celora.testing.federation import PLAN, Run, bits, record_run
+from celora.testing.reproducibility import together
+from celora.testing.travel import private_bytes_that_travel, received, sent
+from celora.testing.variant import FULL
 from celora.wire import pack, unpack
-from tests.contract.test_algorithms import (
-    FULL,
-    PLAN,
-    Run,
-    bits,
-    private,
-    private_bytes_that_travel,
-    public,
-    record_run,
-    reference,
-    sends_anything,
-    sent,
-    together,
-)
+from tests.contract.test_algorithms import VARIANTS
 from tests.toy import CLIENTS, Federation, image, lost, population_of, tensors_in
 
 CHANNELS: Mapping[str, Channel] = {
@@ -39,8 +30,8 @@ CHANNELS: Mapping[str, Channel] = {
     "4 bits": (Quantise(bits=4),),
     "clip, 8 bits": (Clip(norm=0.05), Quantise(bits=8)),
 }
-VARIANT = {name: f"{name}-{kind().head}" for name, kind in ALGORITHMS.items()}
-"""Algorithm -> the name of its default settings in the other suite."""
+VARIANT = {name: VARIANTS[f"{name}-{kind().head}"] for name, kind in ALGORITHMS.items()}
+"""Algorithm -> its default settings in the other suite."""
 
 BOTH = "clip, 8 bits"
 SOME = {"fedit": "plain", "ce-lora": "a data summary", "hetlora": "ranks that shrink", "ravan": "others each round"}
@@ -107,7 +98,7 @@ def test_clients_that_are_away_or_fail_are_left_out_and_heard_again(name: str, c
     assert [rnd.heard for rnd in run.rounds] == [("c0", "c1", "c2"), ("c0",), ("c0", "c1", "c2"), ()]
     assert run.rounds[1].excluded["c2"] == "RuntimeError: the disk is full"
     for client in ("c1", "c2"):
-        assert image(private(run, 1, client)) == image(private(run, 2, client))
+        assert image(run.private(1, client)) == image(run.private(2, client))
         kept = [{key: value for key, value in run.stores[at][client].items() if "channel" in key} for at in (0, 1)]
         assert kept[0] == kept[1]
 
@@ -115,7 +106,7 @@ def test_clients_that_are_away_or_fail_are_left_out_and_heard_again(name: str, c
 @sample
 def test_nothing_private_and_no_residual_is_in_anything_that_crosses(name: str, channel: str) -> None:
     run, variant = filtered(name, channel), VARIANT[name]
-    assert private_bytes_that_travel(run, public(variant), sent(variant)) == []
+    assert private_bytes_that_travel(run, received(variant), sent(variant)) == []
     frames = [pack(message) for _, _, message in (*run.tape.orders, *run.tape.replies)]
     crossed = {frame[at : at + 32] for frame in frames for at in range(len(frame) - 31)}
     kept = [frame for store in run.stores[-1].values() for key, frame in store.items() if key.startswith("channel@")]
@@ -123,7 +114,7 @@ def test_nothing_private_and_no_residual_is_in_anything_that_crosses(name: str, 
         raw = image(tensor)[3]
         windows = {raw[at : at + 32] for at in range(len(raw) - 31)}
         assert not {window for window in windows if window != window[:4] * 8} & crossed
-    assert bool(kept) == sends_anything(variant)
+    assert bool(kept) == variant.sends_anything
 
 
 def coarsest(run: Run, channel: str) -> float:
@@ -148,11 +139,11 @@ def test_clients_that_share_passes_send_what_they_send_alone(name: str, channel:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_quantised_frames_are_smaller_and_of_the_same_size_whatever_is_clipped(name: str) -> None:
     variant = VARIANT[name]
-    plain = [sum(t.up_frame for t in rnd.traffic.values()) for rnd in reference(variant).rounds]
+    plain = [sum(t.up_frame for t in rnd.traffic.values()) for rnd in variant.reference.rounds]
     sizes = {
         channel: [sum(t.up_frame for t in rnd.traffic.values()) for rnd in filtered(name, channel).rounds]
         for channel in CHANNELS
     }
     assert sizes["clip"] == plain and sizes["clip, 8 bits"] == sizes["8 bits"]
-    if sends_anything(variant):
+    if variant.sends_anything:
         assert sizes["4 bits"][1] < sizes["8 bits"][1] < plain[1]

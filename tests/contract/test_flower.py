@@ -25,8 +25,9 @@ from celora.errors import FederationError
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
 from celora.site.store import SiteStore
+from celora.testing.federation import PLAN, Run, bits
 from celora.wire import Schema
-from tests.contract.test_algorithms import PLAN, VARIANTS, Run, bits, reference
+from tests.contract.test_algorithms import VARIANTS
 from tests.contract.test_channel import BOTH, CHANNELS, filtered
 from tests.toy import CLIENTS, JobContext, population_of
 
@@ -35,7 +36,7 @@ from celora.engines.flower_sim import GridTransport, simulation
 
 pytest.importorskip("ray")
 
-DEFAULT = {name: next(v for v in VARIANTS if VARIANTS[v] == kind()) for name, kind in ALGORITHMS.items()}
+DEFAULT = {name: next(v for v in VARIANTS if VARIANTS[v].algorithm == kind()) for name, kind in ALGORITHMS.items()}
 """Algorithm -> its variant with default settings."""
 OTHERS = [name for name in VARIANTS if name not in DEFAULT.values()]
 CPUS = float(max(1, (os.cpu_count() or 2) // 2))
@@ -64,7 +65,7 @@ class Places:
 def _site(root: Path, client: str) -> Site:
     def enter(begin: JobStart) -> JobContext:
         variant, _, channel = begin.label.partition(" + ")
-        algorithm = VARIANTS[variant]
+        algorithm = VARIANTS[variant].algorithm
         return JobContext(algorithm, population_of(algorithm), client, CHANNELS[channel] if channel else ())
 
     return Site(client, root / client, Policy(floor=1), enter, None)
@@ -82,7 +83,7 @@ class Simulated:
 
 
 def simulated(remote: Remote, root: Path, name: str, channel: str = "") -> Simulated:
-    algorithm, job = VARIANTS[name], f"toy/{name}{'-filtered' if channel else ''}"
+    algorithm, job = VARIANTS[name].algorithm, f"toy/{name}{'-filtered' if channel else ''}"
     initial, stages = population_of(algorithm).initial, CHANNELS[channel] if channel else ()
     label = f"{name} + {channel}" if channel else name
     remote.start_job(job, JobStart("", label, "backbone", b"no, yes", CLIENTS), CLIENTS, 60)
@@ -188,7 +189,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Session:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_flowers_simulation_equals_the_embedded_run_bit_for_bit(algorithm: str, defaults: Session) -> None:
     """Server state, scores, bytes and checkpoint of every round; private state on disk; test scores of kept models."""
-    same(defaults.runs[DEFAULT[algorithm]], reference(DEFAULT[algorithm]))
+    same(defaults.runs[DEFAULT[algorithm]], VARIANTS[DEFAULT[algorithm]].reference)
 
 
 def test_flowers_simulation_equals_the_embedded_run_with_filters(defaults: Session) -> None:
@@ -200,7 +201,7 @@ def test_flowers_simulation_equals_the_embedded_run_with_filters(defaults: Sessi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_flowers_simulation_equals_the_embedded_run_under_other_settings(name: str, others: Session) -> None:
-    same(others.runs[name], reference(name))
+    same(others.runs[name], VARIANTS[name].reference)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor: one process plays all clients")
@@ -230,7 +231,7 @@ def test_a_second_simulation_in_the_same_process_works_and_an_exception_ends_it(
     path = os.environ.get("PYTHONPATH")
 
     def breaks(transport: GridTransport) -> None:
-        same(simulated(Remote(transport), tmp_path, name), reference(name))
+        same(simulated(Remote(transport), tmp_path, name), VARIANTS[name].reference)
         here.extend(tree())
         raise Broken
 

@@ -59,6 +59,7 @@ def test_everything_in_a_file_is_in_the_policy(tmp_path: Path) -> None:
         round_bytes=1_000_000,
         total_bytes=100_000_000,
         floor=10,
+        allow=("fedit", "ce-lora"),
         filters=(Clip(norm=1.0),),
     )
 
@@ -116,7 +117,8 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         bits = 2
     """
     assert problems(tmp_path, text) == [
-        "versoin: unknown key. Did you mean 'version'? (allowed: version, leaves, budget, disclosure, filters)",
+        "versoin: unknown key. Did you mean 'version'? "
+        "(allowed: version, leaves, budget, disclosure, algorithms, filters)",
         "version: missing, expected 1, the form of policy files that this celora reads",
         "budget.round_byte: unknown key. Did you mean 'round_bytes'? (allowed: round_bytes, total_bytes)",
         "budget.floor: unknown key (allowed: round_bytes, total_bytes)",

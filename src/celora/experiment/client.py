@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from celora import data
-from celora.algorithms import ALGORITHMS
+from celora.algorithms.lookup import lookup
 from celora.core.algorithm import ClientId
 from celora.engines.flower_site import NodeConnection, run_node
 from celora.engines.remote import JobStart
@@ -31,7 +31,7 @@ from celora.marks import SiteSecret, marked
 from celora.site.certificates import private_key
 from celora.site.check import Finding, backbone, certificate, clock, disk, key, passed, reach, versions
 from celora.site.ledger import Ledger
-from celora.site.policy import NO_FILE, read_policy
+from celora.site.policy import NO_FILE, Policy, read_policy
 from celora.site.site import Site
 from celora.track.disk import owners, put, sync, writing
 
@@ -55,12 +55,12 @@ class SiteData:
     secret: Path | None = None
 
 
-def enter(name: ClientId, site: "Join") -> Callable[[JobStart], JobContext]:
+def enter(name: ClientId, site: "Join", policy: Policy = NO_FILE) -> Callable[[JobStart], JobContext]:
     """What a site does when a job begins: read its rows and the backbone, and check that they fit the server's."""
     resources, rows = ResourceCache(), site.rows
 
     def take(begin: JobStart) -> JobContext:
-        experiment = local(begin.config, rows)
+        experiment = local(begin.config, rows, policy)
         if (found := resources.fingerprint(experiment)) != begin.backbone:
             raise FederationError(
                 f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
@@ -137,7 +137,7 @@ def join(site: Join, stop: threading.Event, log: Callable[[str], None], *, once:
         def handler(offer: Mapping[str, Any]) -> Callable[[bytes], bytes]:
             name: ClientId = offer["client"] or site.name or ""
             if name not in sites:
-                sites[name] = Site(name, site.state, policy, enter(name, site), ledger, line.socket, log)
+                sites[name] = Site(name, site.state, policy, enter(name, site, policy), ledger, line.socket, log)
             answering = sites[name]
 
             def handle(frame: bytes) -> bytes:
@@ -197,7 +197,7 @@ def check(site: Join) -> list[Finding]:
     ]
     resources = ResourceCache()
     try:
-        experiment = local(offer["config"], site.rows)
+        experiment = local(offer["config"], site.rows, policy)
         federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, experiment.task.strata)
         share = federation.clients.get(name)
         train = len(share.train) if share else 0
@@ -214,13 +214,16 @@ def check(site: Join) -> list[Finding]:
     return findings
 
 
-def local(config: str, rows: SiteData) -> Experiment:
+def local(config: str, rows: SiteData, policy: Policy = NO_FILE) -> Experiment:
     """The server's experiment with this site's own rows, weights and machine.
 
     Raises:
         ConfigError: if it is not one.
+        PolicyError: if the algorithm may not run here; nothing that the server names has been imported then.
     """
     tree = tomllib.loads(config)
+    algorithm: str = tree["algorithm"]["name"]
+    policy.permit(algorithm)
     if "test" in tree["data"] and rows.test is None:
         raise ConfigError(["--test: the experiment has separate test rows (data.test); give this site's with --test"])
     own = {"source": str(rows.source.resolve()), "partition": "natural", "clients_per_group": 1}
@@ -230,9 +233,9 @@ def local(config: str, rows: SiteData) -> Experiment:
     tree["model"]["allow_download"] = False
     if rows.backbone is not None:
         tree["model"]["backbone"] = rows.backbone
-    for name in marked(ALGORITHMS[tree["algorithm"]["name"]], SiteSecret):
+    for name in marked(lookup(algorithm), SiteSecret):
         if rows.secret is None:
-            raise ConfigError([f"--secret: {tree['algorithm']['name']} encrypts; give the file of the sites' key"])
+            raise ConfigError([f"--secret: {algorithm} encrypts; give the file of the sites' key"])
         tree["algorithm"][name] = str(rows.secret.resolve())
     for section in ("engine", "overrides"):  # an override would be put over all of this
         tree.pop(section, None)

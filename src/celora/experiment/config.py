@@ -7,7 +7,7 @@
     [train]      local training                       celora.core.learner.Recipe
     [plan]       rounds, participation, seed          celora.core.messages.Plan
     [engine]     clients in a pass, memory budgets    celora.engines.embedded.EngineSettings
-    [algorithm]  name, and that algorithm's fields    celora.algorithms.ALGORITHMS
+    [algorithm]  name, and that algorithm's fields    celora.algorithms.lookup
     [[filters]]  name, and that filter's fields       celora.filters.FILTERS
     [overrides.LABEL.SECTION]                         what differs when LABEL is run by `compare`
 
@@ -24,7 +24,8 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from celora.algorithms import ALGORITHMS
-from celora.core.algorithm import AnyAlgorithm
+from celora.algorithms.lookup import lookup
+from celora.core.algorithm import AlgorithmInfo, AnyAlgorithm
 from celora.core.channel import Channel
 from celora.core.learner import Recipe
 from celora.core.messages import Plan
@@ -55,6 +56,7 @@ class Experiment:
     Attributes:
         name: of the run folder.
         label: the algorithm's name, or the label of the override that defines it.
+        algorithm_name: as `celora.algorithms.lookup` knows it.
         filters: what is done to what the clients send, in this order.
         base: the folder that relative paths in the file are relative to.
         tree: what was written, from which `variant` resolves the others.
@@ -62,6 +64,7 @@ class Experiment:
 
     name: str
     label: str
+    algorithm_name: str
     data: Data
     task: Task
     model: Model
@@ -85,7 +88,8 @@ class Experiment:
     def settings(self) -> Tree:
         """Every value, defaults included, as written to `config.toml`; it resolves to this experiment again."""
         sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
-        task, algorithm = _named(self.task, TASKS), _named(self.algorithm, ALGORITHMS)
+        task = _task_tree(self.task)
+        algorithm = {"name": self.algorithm_name, **asdict(self.algorithm)}  # type: ignore[call-overload]
         tree: Tree = {
             "name": self.name, "data": sections.pop("data"), "task": task, **sections, "algorithm": algorithm
         }  # fmt: skip
@@ -153,9 +157,11 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         raise ConfigError([*problems, f"overrides.{label}: expected tables such as [overrides.{label}.train]"])
     problems += unknown(override, (*SECTIONS, "algorithm", "filters"), f"overrides.{label}.")
     name = override.get("algorithm", {}).get("name", label)
-    if name not in ALGORITHMS:
-        known = [*ALGORITHMS, *(key for key in tables["overrides"] if key not in ALGORITHMS)]
-        problems.append(f"algorithm.name: found {name!r}, expected one of {_or(known)}{did_you_mean(name, known)}")
+    algorithm: type[Any] | None = None
+    try:
+        algorithm = lookup(str(name), labels=tables["overrides"])
+    except ConfigError as error:
+        problems += [f"algorithm.name: {problem}" for problem in error.problems]
     chosen = {section: {**tables[section], **override.get(section, {})} for section in SECTIONS}
     listed = {"classes": chosen["data"].pop("classes")} if "classes" in chosen["data"] else {}
     values: dict[str, Any] = {
@@ -164,20 +170,21 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     }
     for section, kind in SECTIONS.items():
         values[section] = _validated(section, kind, chosen[section], problems)
-    if name in ALGORITHMS:
+    if algorithm is not None:
         fields_of = {**(tables["algorithm"] if own in (name, label) else {}), **override.get("algorithm", {})}
         fields_of.pop("name", None)
-        values["algorithm"] = _validated("algorithm", ALGORITHMS[name], fields_of, problems)
+        values["algorithm"] = _validated("algorithm", algorithm, fields_of, problems)
         if None not in (values["algorithm"], values["adapter"], values["model"]):
             own = values["model"].own is not None
             problems += _conflicts(name, values["algorithm"], values["adapter"], own=own)
         if None not in (values["model"], values["task"]):
-            problems += _unmet(name, values["task"], own=values["model"].own is not None)
+            problems += _unmet(name, algorithm.info, values["task"], own=values["model"].own is not None)
     if problems:
         raise ConfigError(problems)
     if seed is not None:
         values["plan"] = replace(values["plan"], seed=seed)
-    return Experiment(name=str(tree.get("name", "run")), label=label, base=base, tree=tree, **values)
+    called = str(tree.get("name", "run"))
+    return Experiment(name=called, label=label, algorithm_name=name, base=base, tree=tree, **values)
 
 
 def _task(table: Tree, problems: list[str]) -> Any:
@@ -189,21 +196,21 @@ def _task(table: Tree, problems: list[str]) -> Any:
     return _validated("task", TASKS[name], table, problems)
 
 
-def _unmet(name: str, task: Task, *, own: bool) -> list[str]:
+def _unmet(name: str, info: AlgorithmInfo, task: Task, *, own: bool) -> list[str]:
     """What an algorithm, or a client's own model, needs of a task that has it not."""
-    has = f"task.name: {_named(task, TASKS)['name']} has no"
-    able = ", ".join(repr(key) for key, kind in TASKS.items() if ALGORITHMS[name].info.needs <= kind().traits)
-    missing = sorted(ALGORITHMS[name].info.needs - task.traits)
+    has = f"task.name: {_task_tree(task)['name']} has no"
+    able = ", ".join(repr(key) for key, kind in TASKS.items() if info.needs <= kind().traits)
+    missing = sorted(info.needs - task.traits)
     found = [f"{has} {trait}, and {name} needs it; expected {able or 'another algorithm'}" for trait in missing]
     if own and "head" not in task.traits:
         found.append(f"{has} head, and with model.own the adapter stands beside it; remove model.own")
     return found
 
 
-def _named(chosen: Any, table: Mapping[str, type[Any]]) -> Tree:
-    """The fields of a task or an algorithm, after its name in the table."""
-    names = {kind: name for name, kind in table.items()}
-    return {"name": names[type(chosen)], **asdict(chosen)}
+def _task_tree(task: Task) -> Tree:
+    """The fields of a task, after its name in the table."""
+    names = {kind: name for name, kind in TASKS.items()}
+    return {"name": names[type(task)], **asdict(task)}  # type: ignore[call-overload]
 
 
 def _filters(found: Any, problems: list[str]) -> Channel:

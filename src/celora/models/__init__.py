@@ -1,7 +1,7 @@
 """The frozen backbone, its adapters and what trains on them; nothing else imports transformers or peft."""
 
 from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Adapter, Backbone, Inputs, Model, load
+from celora.models.backbone import Backbone, Inputs, load
 from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_peft, export_private
 from celora.models.export import load as load_adapters
@@ -12,6 +12,7 @@ from celora.models.loader import ModelLoader
 from celora.models.model_zoo import ModelZoo, private_models
 from celora.models.protocol import ClientModels, Network
 from celora.models.rows import Rows
+from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import AdaptedBackbone, SharedBackbone
 
 __all__ = [

