@@ -21,6 +21,7 @@ from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, 
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
 from celora.experiment.server import SitesEngine
+from celora.privacy import keys as shared_keys
 from celora.site.ledger import Entry, Ledger
 from celora.track.text import printable
 
@@ -75,6 +76,7 @@ def add(app: typer.Typer) -> None:
     made = typer.Typer(no_args_is_help=True, help="Make keys and certificates.")
     made.command("dev", epilog=examples("celora keys dev --out keys --sites site-a,site-b --host 127.0.0.1"))(dev)
     made.command("site", epilog=examples("celora keys site --out keys --name site-a"))(own)
+    made.command("secret", epilog=examples("celora keys secret shared.secret"))(secret)
     app.add_typer(made, name="keys")
 
 
@@ -210,6 +212,16 @@ def own(
         from celora.site.certificates import site_key  # noqa: PLC0415  # an extra
 
         typer.echo(f"{site_key(out, name)}\n{out / name}.pub")
+
+
+def secret(
+    *,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A new file, for every site and never for the server.")],
+) -> None:
+    """The key that all sites share where the algorithm encrypts (she-lora); each site names it with --secret."""
+    with explained(SessionState(), as_json=False):
+        shared_keys.make(path)
+        typer.echo(path)
 
 
 def _join(
