@@ -21,6 +21,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
+from celora.core.aggregation import Stage
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.core.messages import Checkpoint, ClientStore, Exchange, Instruction, Plan, Reply, Round, frame_of, unpacked
@@ -299,9 +300,10 @@ class Federation:
         plan: Plan,
         around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
         checkpoint: Checkpoint | None = None,
+        stage: Stage | None = None,
     ) -> Iterator[Round]:
         return run_rounds(
-            self.algorithm, around(self.engine), plan, self.clients, self.population.initial, checkpoint=checkpoint
+            self.algorithm, around(self.engine), plan, self.clients, self.population.initial, checkpoint, stage
         )
 
     def private(self, store: Mapping[str, object]) -> Any:

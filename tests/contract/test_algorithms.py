@@ -6,6 +6,7 @@ A new algorithm is covered by its line in the table. `MORE` adds settings that t
 import dataclasses
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 from celora.algorithms import ALGORITHMS
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
+from celora.core.aggregation import Heard
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.messages import Checkpoint, Exchange, Instruction, KeptModel, Notes, Plan, Reply, Round, unpacked
 from celora.core.problems import Fit
@@ -416,7 +418,11 @@ class Watched:
         return self._call("send", server, client)
 
     def aggregate(self, server: Any, heard: Any) -> Any:
-        return self._call("aggregate", server, dict(heard))  # `heard` itself gives a new value each time
+        ups = dict(heard._sent.items())  # `heard` itself may give a new value each time
+        before = image((self.inner, server, ups))
+        value = self.inner.aggregate(server, Heard(ups, self.info.aggregation))
+        self._unchanged("aggregate", before, server, ups)
+        return value
 
     def model(self, local: Any, down: Any) -> Any:
         return self._call("model", local, down)
@@ -460,7 +466,7 @@ class Scribbling(FedIT):
     """FedIT that averages into the first reply."""
 
     def aggregate(self, server: Any, heard: Any) -> Any:
-        first, *others = heard.values()
+        first, *others = (up for _, up in heard._sent.items())
         for name, tensor in first.weights.items():
             tensor.copy_(mean((up.weights, 1) for up in (first, *others))[name])
         return dataclasses.replace(server, weights=first.weights)
@@ -469,6 +475,60 @@ class Scribbling(FedIT):
 def test_a_method_that_writes_into_its_argument_is_noticed() -> None:
     with pytest.raises(Changed, match="aggregate"):
         list(Federation(Watched(Scribbling())).run(PLAN))
+
+
+# --- what the server reads of the replies ------------------------------------------------------------------------
+
+READ_TWICE = ("she-lora",)
+"""Algorithms whose server reads replies twice: a ciphertext can be weighted once, and its weight is a share of all."""
+
+
+@every_algorithm
+def test_the_server_reads_what_the_card_says_and_unpacks_each_reply_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm, read, unpacked = again(name), set[str](), Counter[int]()
+
+    def unpacking(kind: Any, frame: bytes, *schema: Any) -> Any:
+        unpacked[id(frame)] += kind is algorithm.info.up
+        return unpack(kind, frame, *schema)
+
+    def noted(reading: str) -> None:
+        method = getattr(Heard, reading)
+        monkeypatch.setattr(Heard, reading, lambda heard, *how: (read.add(reading), method(heard, *how))[1])
+
+    noted("mean")
+    noted("each")
+    monkeypatch.setattr("celora.core.rounds.unpack", unpacking)
+    run = record_run(algorithm)  # its tape holds all frames, so that no two have one id
+    assert read == (set() if name.startswith("local") else {algorithm.info.aggregation})
+    often = [unpacked[id(reply.frame)] for _, _, reply in run.tape.replies if reply.frame]
+    assert set(often) == ({1, 2} if name.startswith(READ_TWICE) else {1})
+    assert sum(often) == sum(unpacked.values())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_stage_changes_what_is_averaged_and_is_refused_where_each_reply_is_read(name: str) -> None:
+    algorithm, calls = ALGORITHMS[name](), list[str]()
+
+    def one_more(average: Tensors) -> Tensors:
+        calls.append("stage")
+        return {name: w + 1 for name, w in average.items()}
+
+    def around(engine: Exchange) -> Exchange:
+        return lambda orders: (calls.append("exchange"), engine(orders))[1]
+
+    plan = Plan(rounds=1)
+    staged = Federation(algorithm).run(plan, around, stage=one_more)
+    if algorithm.info.aggregation == "each":
+        with pytest.raises(ValueError, match=f"a stage for the means of {type(algorithm).__name__}.*no stage"):
+            next(staged)
+        assert calls == []
+        return
+    one, other = next(staged), next(Federation(algorithm).run(plan))
+    averages = name != "local"
+    assert calls == ["exchange", "stage"][: 1 + averages]
+    assert (image(one.server) != image(other.server)) == averages
 
 
 # --- one client or many in a pass -------------------------------------------------------------------------------

@@ -4,18 +4,19 @@
     S = server_init(weights, clients)               L = client_init(learner)
     D = send(S, client)          -- frame -->       predicts with model(L, D)            "received"
                                  <-- frame --       Trained(L, U, model) = train(learner, L, D)   "personal"
-    S = aggregate(S, {client: U})
+    S = aggregate(S, heard)                         heard: means of all U, or each
 
 What lasts is a record (`celora.wire.record`); what must not cross is in L, and only there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from celora.core.adapters import Family
+from celora.core.aggregation import Aggregation, Heard
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate
 from celora.tensors import Names, Tensors, but, only
@@ -49,6 +50,7 @@ class AlgorithmInfo:
         mixed_ranks: whether each client may have a rank of its own.
         partial: whether a client may send some of what is shared, and not all.
         own_models: whether it also works where a client's whole model is its own, the adapter standing beside its head.
+        aggregation: what the server reads of the replies: "mean", nothing but means of them; or "each" of them.
     """
 
     title: str
@@ -68,6 +70,7 @@ class AlgorithmInfo:
     mixed_ranks: bool = False
     partial: bool = False
     own_models: bool = False
+    aggregation: Aggregation = "mean"
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,10 @@ class Algorithm(Protocol[S, L, D, U]):
     def train(self, learner: Learner, local: L, down: D) -> ClientUpdate[Trained[L, U]]:
         """A client's turn: yields `Fit` problems and returns what it keeps, sends and predicts with."""
 
-    def aggregate(self, server: S, heard: Mapping[ClientId, U]) -> S:
-        """The server's next state from the replies that passed the screen, sorted by client.
+    def aggregate(self, server: S, heard: Heard[U]) -> S:
+        """The server's next state from the replies that pass the screen, sorted by client.
 
-        `heard` unpacks a reply each time it is asked for it: go through it once, and keep no more of it than needed.
+        Replies are unpacked as they are read: go through `heard` once, and keep no more of it than needed.
         """
 
     def model(self, local: L, down: D) -> Tensors:

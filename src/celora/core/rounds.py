@@ -7,6 +7,7 @@ An `Exchange` is an engine: it takes one `Instruction` a client and brings back 
 from them dropped out. In process, on a network, or with a fault in between: to this file it is one function.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from celora.core.aggregation import Heard, Stage
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
@@ -31,16 +33,24 @@ def run_rounds(
     clients: Sequence[ClientId],
     initial: Tensors,
     checkpoint: Checkpoint | None = None,
+    stage: Stage | None = None,
 ) -> Iterator[Round]:
     """Train, round by round, from the start or from a checkpoint; the caller owns the loop.
 
     Args:
         initial: every weight at round 0, as the clients' `Learner.initial` (private bases excepted).
+        stage: what every mean over clients passes before the algorithm uses it.
 
     Raises:
+        ValueError: before round 1, if there is a stage and the algorithm reads each reply, which no stage covers.
         QuorumError: when a round brings fewer usable replies than `plan.quorum`. The state is that of the round
             before; running again from its checkpoint repeats the round.
     """
+    if stage is not None and algorithm.info.aggregation != "mean":
+        raise ValueError(
+            f"found a stage for the means of {type(algorithm).__name__}, whose server reads each reply, which no stage "
+            'covers; leave the stage out, or take an algorithm whose info says aggregation = "mean"'
+        )
     schema = Schema.of(initial)
     if checkpoint is None:
         server, best, done = algorithm.server_init(initial, clients), dict[str, Best](), 0
@@ -66,35 +76,17 @@ def run_rounds(
             instructions[client] = Instruction(index, task, frame, evaluate, keep, plan.deadline)
             traffic[client] = _downlink(frame, down)
         replies = exchange(instructions)
-        heard: list[ClientId] = []
-        excluded: dict[ClientId, str] = {}
-        scores: dict[ClientId, Mapping[str, Metrics]] = {}
-        for client in sorted(instructions):  # one reply at a time: of a thousand, no two need be in memory
-            reply = replies.get(client)
-            up, problem = _hear(algorithm, schema, instructions[client], reply, plan)
-            if problem is not None:
-                excluded[client] = problem
-            elif instructions[client].task == "train":
-                heard.append(client)
-            if reply is not None:
-                traffic[client] = _uplink(traffic[client], reply, up)
-                if reply.scores and not odd_score(reply.scores):
-                    scores[client] = reply.scores
-        if len(heard) < (0 if closing else plan.quorum):
-            reasons = "; ".join(f"{client}: {why}" for client, why in excluded.items())
-            raise QuorumError(
-                f"round {index}: {len(heard)} usable replies, the quorum is {plan.quorum} ({reasons}). "
-                "Nothing of this round was kept; mend the clients and resume the run."
-            )
-        if heard:
-            server = algorithm.aggregate(server, _Heard(algorithm.info.up, replies, heard, schema))
-        best = improved(best, index, scores)
+        intake = _Intake(algorithm, schema, plan, index, instructions, replies, traffic)
+        if not closing:
+            server = algorithm.aggregate(server, Heard(intake, algorithm.info.aggregation, stage))
+        heard = tuple(intake)  # what `aggregate` has not read is screened now
+        best = improved(best, index, intake.scores)
         yield Round(
             index=index,
-            heard=tuple(heard),
-            excluded=excluded,
-            scores=scores,
-            traffic=traffic,
+            heard=heard,
+            excluded=intake.excluded,
+            scores=intake.scores,
+            traffic=intake.traffic,
             seconds=time.monotonic() - began,
             server=server,
             checkpoint=Checkpoint(index, pack(server, schema), best),
@@ -124,22 +116,71 @@ def _hear(
     return up, screen(up, schema, algorithm.shares, mixed_ranks=info.mixed_ranks, partial=info.partial)
 
 
-class _Heard(Mapping[ClientId, object]):
-    """What the clients sent, unpacked when it is asked for: an average needs one of them at a time."""
+class _Intake:
+    """A round's replies (`celora.core.aggregation.Sent`), screened and written down as they are first read, one by one.
 
-    def __init__(self, kind: type, replies: Mapping[ClientId, Reply], clients: Sequence[ClientId], schema: Schema):
-        self._kind, self._replies, self._clients, self._schema = kind, replies, dict.fromkeys(clients), schema
+    The first pass over them ends in a `QuorumError` where too few pass the screen: so nothing is made of them.
 
-    def __getitem__(self, client: ClientId) -> object:
-        if client not in self._clients:
-            raise KeyError(client)
-        return unpack(self._kind, self._replies[client].frame, self._schema)
+    Attributes:
+        heard: whose replies have passed so far.
+        excluded, scores, traffic: as in `Round`, of the replies read so far.
+    """
+
+    def __init__(
+        self,
+        algorithm: AnyAlgorithm,
+        schema: Schema,
+        plan: Plan,
+        index: int,
+        instructions: Mapping[ClientId, Instruction],
+        replies: Mapping[ClientId, Reply],
+        downlink: Mapping[ClientId, Traffic],
+    ) -> None:
+        self._algorithm, self._schema, self._plan, self._index = algorithm, schema, plan, index
+        self._instructions, self._replies = instructions, replies
+        self.heard: list[ClientId] = []
+        self.excluded: dict[ClientId, str] = {}
+        self.scores: dict[ClientId, Mapping[str, Metrics]] = {}
+        self.traffic = dict(downlink)
+        self._screened = self._screen()
 
     def __iter__(self) -> Iterator[ClientId]:
-        return iter(self._clients)
+        for _, up in self._screened:
+            del up
+        return iter(self.heard)
 
-    def __len__(self) -> int:
-        return len(self._clients)
+    def items(self) -> Iterator[tuple[ClientId, object]]:
+        """What passes the screen; what has been read before is unpacked again."""
+        for at in itertools.count():
+            if at < len(self.heard):
+                client = self.heard[at]
+                yield client, unpack(self._algorithm.info.up, self._replies[client].frame, self._schema)
+            elif (fresh := next(self._screened, None)) is not None:
+                yield fresh
+                del fresh  # before the next one is unpacked
+            else:
+                return
+
+    def _screen(self) -> Iterator[tuple[ClientId, object]]:
+        for client in sorted(self._instructions):
+            reply, instruction = self._replies.get(client), self._instructions[client]
+            up, problem = _hear(self._algorithm, self._schema, instruction, reply, self._plan)
+            if reply is not None:
+                self.traffic[client] = _uplink(self.traffic[client], reply, up)
+                if reply.scores and not odd_score(reply.scores):
+                    self.scores[client] = reply.scores
+            if problem is not None:
+                self.excluded[client] = problem
+            elif instruction.task == "train":
+                self.heard.append(client)
+                yield client, up
+            del up  # before the next one is unpacked
+        if self._index <= self._plan.rounds and len(self.heard) < self._plan.quorum:
+            reasons = "; ".join(f"{client}: {why}" for client, why in self.excluded.items())
+            raise QuorumError(
+                f"round {self._index}: {len(self.heard)} usable replies, the quorum is {self._plan.quorum} "
+                f"({reasons}). Nothing of this round was kept; mend the clients and resume the run."
+            )
 
 
 def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Mapping[str, Metrics]]) -> dict[str, Best]:
