@@ -13,8 +13,9 @@ from celora.core.adapters import modules
 from celora.core.aggregation import Heard
 from celora.core.messages import Plan
 from celora.core.problems import Gradient
-from celora.models import Adapter, Model, initial, load
+from celora.models import Adapter, Model, load
 from celora.tensors import only, select
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, D_IN, D_OUT, SCALE, Federation, Population
 from tests.toy import RANK as SMALL

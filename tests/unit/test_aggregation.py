@@ -175,7 +175,7 @@ def test_a_stage_for_an_algorithm_that_reads_replies_is_refused_before_anybody_i
         tapes.append(Tape(exchange))
         return tapes[0]
 
-    run = Federation(FedExLoRA()).run(Plan(rounds=1), taped, stage=dict)
+    run = Federation(FedExLoRA()).run(Plan(rounds=1), taped, mean_stage=dict)
     with pytest.raises(ValueError, match="a stage for the means of FedExLoRA, whose server reads each reply"):
         next(run)
     assert tapes[0].orders == []

@@ -16,8 +16,10 @@ from celora.core.learner import Learner, Recipe
 from celora.core.problems import ClientUpdate, Features, Fit, Score
 from celora.core.solve import solve, solve_together
 from celora.core.training import FILLING, PASS, Fitted, passes
-from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, initial, load
+from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, load
 from celora.tensors import Tensors, but, only
+from tests.classifier import forward, initial, parts
+from tests.classifier import rows as rows_of
 from tests.toy import RECIPE, Population, image
 
 EVERYTHING = but()
@@ -45,8 +47,8 @@ def test_batches_of_one_shape_share_passes_up_to_the_capacity() -> None:
 def test_rows_of_unlike_length_are_cut_and_go_with_their_like() -> None:
     """Two clients' batches of a short and a long text: padded 4 × 40 tokens, cut and joined 2 × 5 and 2 × 40."""
     backbone = load(Model(device="cpu"), Adapter(), Path())
-    shared = BatchedForward(backbone, Lora())
-    rows = Rows([[101] * 5, [101] * 40, [101] * 41, [101] * 42], torch.arange(4))
+    shared = forward(backbone, Lora())
+    rows = rows_of([[101] * 5, [101] * 40, [101] * 41, [101] * 42], torch.arange(4))
     uneven, even = shared.batch(rows, [0, 1]), shared.batch(rows, [1, 2, 3])
     assert [shared.size(piece) for piece in shared.cut(uneven)] == [(1, 5), (1, 40)]
     assert [shared.size(piece) for piece in shared.cut(even)] == [(3, 42)]
@@ -198,17 +200,17 @@ def vit(**more: Any) -> tuple[Backbone, Adapter]:
 
 def clients(backbone: Backbone, adapter: Adapter, family: Family = Tri()) -> list[ModelLearner]:
     """Five of 5, 8, 11, 14 and 17 rows, in batches of 4."""
-    found, shared, draw = [], BatchedForward(backbone, family), torch.Generator().manual_seed(0)
+    found, shared, draw = list[ModelLearner](), forward(backbone, family), torch.Generator().manual_seed(0)
     weights = initial(backbone, adapter, family, 2, seed=0)
-    for client in range(5):
-        labels = torch.arange(5 + 3 * client) % 2
-        inputs: Any = torch.rand(len(labels), 1, 8, 8, generator=draw)
-        if backbone.kind == "text":
-            sizes = torch.randint(3, 30, labels.shape, generator=draw).tolist()
-            inputs = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in sizes]
-        rows = Rows(inputs, labels)
-        recipe = Recipe(batch_size=4, lr=2e-3)
+    sizes = [5 + 3 * client for client in range(5)]
+    labels = torch.cat([torch.arange(size) % 2 for size in sizes])
+    inputs: Any = torch.rand(len(labels), 1, 8, 8, generator=draw)
+    if backbone.kind == "text":
+        tokens = torch.randint(3, 30, labels.shape, generator=draw).tolist()
+        inputs = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in tokens]
+    for client, rows in enumerate(parts(rows_of(inputs, labels), sizes)):
         splits: Any = {"train": rows, "validation": rows}
+        recipe = Recipe(batch_size=4, lr=2e-3)
         found.append(ModelLearner(shared, splits, weights, recipe, seed=0, client=str(client), round=1))
     return found
 

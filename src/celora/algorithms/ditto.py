@@ -23,10 +23,11 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import NonNegative, setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
@@ -58,20 +59,16 @@ class Up:
     """w_i, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class Ditto:
+class Ditto(Algorithm[Server, Local, Down, Up]):
     """FedAvg, and a personal model near it."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Li et al., Ditto: Fair and Robust Federated Learning Through Personalization (on LoRA), ICML 2021",
         link="https://arxiv.org/abs/2012.04221",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head; all again as v_i",
         sends="A, B",

@@ -30,17 +30,18 @@ each client keeps a head of θ_s of its own.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Score
 from celora.errors import ModelError
 from celora.fields import Count, NonNegative, Positive, setting, settings
+from celora.marks import RowCount, Sent
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
@@ -60,7 +61,7 @@ class Server:
 class Local:
     """θ_p, the head of θ_s where it is private, turns of stage 2 so far, and w."""
 
-    personal: Tensors
+    personal: Annotated[Tensors, Sent()]
     mine: Tensors
     turns: int
     fusion: tuple[float, ...]
@@ -78,20 +79,16 @@ class Up:
     """θ_p in stage 1, then θ_s,i; and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FDLoRA:
+class FDLoRA(Algorithm[Server, Local, Down, Up]):
     """Dual LoRA with an outer optimiser and adaptive fusion."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Qi et al., FDLoRA: Personalized Federated Learning of Large Language Model via Dual LoRA Tuning, 2024",
         link="https://arxiv.org/abs/2406.07925",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head as θ_s; once as θ_p",
         sends="A, B of θ_s; of θ_p once",

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Whole, setting, settings
@@ -83,17 +83,13 @@ class Up:
 
 
 @settings
-class FedHeLLo:
+class FedHeLLo(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A and B where each client trains some layers."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Zhang et al., Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Heterogeneous LoRA "
         "Allocation, IEEE TNNLS 2025",
         link="https://arxiv.org/abs/2506.12213",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B of k_i of L layers, head",
         sends="A, B of these; F at times",

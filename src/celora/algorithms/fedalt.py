@@ -20,16 +20,17 @@ the authors' code, unless `by_rows`. Their LoRA dropout of 0.05 is left out. The
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from celora.core.adapters import Family, Gated
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount, Sent
 from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
 
@@ -49,7 +50,7 @@ class Local:
     """G, the head where it is private, and the client's own A and B, which it also sends."""
 
     mine: Tensors
-    own: Tensors
+    own: Annotated[Tensors, Sent()]
 
 
 @record
@@ -64,21 +65,17 @@ class Up:
     """A_i and B_i, a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedALT:
+class FedALT(Algorithm[Server, Local, Down, Up]):
     """A LoRA of one's own and the mean of the others', gated."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Bian et al., FedALT: Federated Fine-Tuning through Adaptive Local Training with Rest-of-World LoRA, "
         "AAAI 2026",
         link="https://arxiv.org/abs/2503.11880",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, G, head",
         sends="A, B",

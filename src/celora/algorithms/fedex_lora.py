@@ -26,11 +26,12 @@ import torch
 
 from celora.core.adapters import Family, Residual, modules
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import truncated_svd
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
@@ -65,21 +66,17 @@ class Up:
     """What was trained of the shared names, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedExLoRA:
+class FedExLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A and B, with its error merged into W."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation "
         "Models, ACL 2025",
         link="https://arxiv.org/abs/2410.09432",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A, B",

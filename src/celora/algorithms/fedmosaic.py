@@ -32,7 +32,7 @@ What could not be read: τ, the number of coordinates, the size of the noise and
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +40,11 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Pair
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
+from celora.marks import MixingMatrix, RowCount, Sent, Summary
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights
 from celora.rng import generator
@@ -58,7 +59,7 @@ class Server:
     cores: Mapping[str, Tensors]
     sketches: Mapping[str, Tensor]
     length: int
-    mixing: Mixing
+    mixing: Annotated[Mixing, MixingMatrix()]
     received: Mapping[str, Tensors]
     head: Tensors
 
@@ -69,7 +70,7 @@ class Local:
 
     mine: Tensors
     gradient: Tensor | None
-    own: Tensors
+    own: Annotated[Tensors, Sent()]
 
 
 @record
@@ -84,22 +85,18 @@ class Up:
     """P_i and Q_i, a shared head, n_i, and the sketch of a gradient."""
 
     weights: Tensors
-    examples: int
-    summary: Tensor | None
+    examples: RowCount
+    summary: Summary[Tensor | None]
 
 
 @settings
-class FedMosaic:
+class FedMosaic(Algorithm[Server, Local, Down, Up]):
     """Small maps between common bases, averaged over the others by likeness of gradients."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Seo et al., Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients "
         "(FedMosaic), ICLR 2026",
         link="https://arxiv.org/abs/2506.11024",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="P, Q, β, head",
         sends="P, Q; a gradient's sketch",
@@ -109,6 +106,7 @@ class FedMosaic:
         uplink="r² + r",
         floats=lambda r, d, k: r * r + r,
         aggregation="each",
+        needs=frozenset({"head"}),
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged) or frozen as drawn")

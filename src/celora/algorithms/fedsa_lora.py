@@ -17,10 +17,11 @@ from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
@@ -51,20 +52,16 @@ class Up:
     """What was trained of the shared names, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedSALoRA:
+class FedSALoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A; B is personal."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning (FedSA-LoRA), ICLR 2025",
         link="https://arxiv.org/abs/2410.01463",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A",

@@ -29,10 +29,11 @@ import torch
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import Sum, truncated_svd
 from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
@@ -67,21 +68,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FlexLoRA:
+class FlexLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of ΔW, redistributed by SVD."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
         "Resources (FlexLoRA), NeurIPS 2024",
         link="https://arxiv.org/abs/2402.11505",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",

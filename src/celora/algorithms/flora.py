@@ -29,11 +29,12 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Residual, modules
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount
 from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
 
@@ -67,21 +68,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FLoRA:
+class FLoRA(Algorithm[Server, Local, Down, Up]):
     """Stacking of A and B, merged into W."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank "
         "Adaptations, NeurIPS 2024",
         link="https://arxiv.org/abs/2409.05976",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",

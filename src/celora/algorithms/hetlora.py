@@ -29,10 +29,11 @@ from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, Fraction, NonNegative, setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import norm
 from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
@@ -69,21 +70,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class HetLoRA:
+class HetLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of zero-padded A and B, weighted by ‖B_i A_i‖."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models (HetLoRA), "
         "EMNLP 2024",
         link="https://arxiv.org/abs/2401.06432",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",

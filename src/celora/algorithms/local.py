@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
@@ -42,16 +42,12 @@ class Up:
 
 
 @settings
-class LocalOnly:
+class LocalOnly(Algorithm[Server, Local, Down, Up]):
     """Train alone."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Each client alone, at the same budget",
         link="",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=True,
         trains="A, B, head",
         sends="nothing",

@@ -28,11 +28,12 @@ from typing import ClassVar, Literal
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.optim import descend
 from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
@@ -63,21 +64,17 @@ class Up:
     """w_i, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class PerFedAvg:
+class PerFedAvg(Algorithm[Server, Local, Down, Up]):
     """Federated meta-learning."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Fallah et al., Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic "
         "Meta-Learning Approach (Per-FedAvg, on LoRA), NeurIPS 2020",
         link="https://arxiv.org/abs/2002.07948",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A, B",

@@ -30,11 +30,12 @@ import torch
 
 from celora.core.adapters import Dual, Family
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.optim import AdamW, descend, unflatten
 from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, flatten, only, select
 from celora.wire import record
 
@@ -65,21 +66,17 @@ class Up:
     """x_k, and n_k."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class PF2LoRA:
+class PF2LoRA(Algorithm[Server, Local, Down, Up]):
     """Two levels of LoRA."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Hao et al., Personalized Federated Fine-tuning for Heterogeneous Data: An Automatic Rank Learning "
         "Approach via Two-Level LoRA (PF2LoRA), 2025",
         link="https://arxiv.org/abs/2503.03920",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head; C_k, D_k as A2, B2",
         sends="A, B",

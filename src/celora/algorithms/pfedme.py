@@ -22,11 +22,12 @@ from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.optim import descend
 from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
@@ -58,20 +59,16 @@ class Up:
     """w_i, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class PFedMe:
+class PFedMe(Algorithm[Server, Local, Down, Up]):
     """Moreau envelopes."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Dinh et al., Personalized Federated Learning with Moreau Envelopes (pFedMe, on LoRA), NeurIPS 2020",
         link="https://arxiv.org/abs/2006.08848",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="θ and w_i: A, B, head",
         sends="A, B",

@@ -26,10 +26,11 @@ import torch
 
 from celora.core.adapters import Heads
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, only, part, select
 from celora.wire import record
 
@@ -60,20 +61,16 @@ class Up:
     """s_h C_h of the heads that were trained, a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class Ravan:
+class Ravan(Algorithm[Server, Local, Down, Up]):
     """Several cores between frozen orthogonal bases; only the cores travel."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Raje et al., Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning, NeurIPS 2025",
         link="https://arxiv.org/abs/2506.05568",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="C_h, s_h, head",
         sends="s_h C_h",

@@ -22,14 +22,15 @@ is trained in every turn and averaged with either half unless told otherwise.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import Received, RowCount
 from celora.tensors import Names, Tensors, only, select
 from celora.wire import record
 
@@ -51,7 +52,7 @@ class Local:
     """The client's last turn, the half that was frozen in it (everybody's), and the head where it is private."""
 
     turn: int
-    frozen: Tensors
+    frozen: Annotated[Tensors, Received()]
     mine: Tensors
 
 
@@ -74,21 +75,17 @@ class Up:
     """The half that was trained, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class RoLoRA:
+class RoLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of B and of A in turns."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Chen et al., Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA (RoLoRA), "
         "NeurIPS 2025",
         link="https://arxiv.org/abs/2502.01755",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="B or A, head",
         sends="B or A",

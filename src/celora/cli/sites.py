@@ -20,6 +20,7 @@ from celora import experiment
 from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, read, show_all
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
+from celora.experiment.server import SitesEngine
 from celora.site.ledger import Entry, Ledger
 from celora.track.text import printable
 
@@ -106,8 +107,8 @@ def server(
             expected = int(words[0]) if len(words) == 1 and words[0].isdecimal() else words
         if insecure and not expected:
             raise ConfigError(["--clients: with --insecure, say whom to wait for (a,b,c), or how many"])
-        where = experiment.Listen(listen, None if keys is None else str(keys.resolve()), expected, wait)
-        return experiment.run(read(config, sets), out, where=where, log=log)
+        engine = SitesEngine(listen, None if keys is None else str(keys.resolve()), expected, wait)
+        return experiment.run(read(config, sets), out, engine=engine, log=log)
 
     follow(start, as_json, quiet)
 

@@ -18,11 +18,11 @@ U_co = TypeVar("U_co", covariant=True)
 
 Aggregation = Literal["mean", "each"]
 """What an algorithm's `aggregate` reads: nothing but means, or each reply."""
-Stage = Callable[[Tensors], Tensors]
+MeanStage = Callable[[Tensors], Tensors]
 """Stands at the server between a mean and its use: central noise, say."""
 
 
-class Sent(Protocol[U_co]):
+class Uplinks(Protocol[U_co]):
     """Client -> what it sent, sorted by client: a dictionary, or something that unpacks as it goes."""
 
     def __iter__(self) -> Iterator[str]:
@@ -41,7 +41,7 @@ class Heard(Generic[U]):
         stage: what every mean passes before it is used.
     """
 
-    def __init__(self, sent: Sent[U], aggregation: Aggregation = "each", stage: Stage | None = None) -> None:
+    def __init__(self, sent: Uplinks[U], aggregation: Aggregation = "each", stage: MeanStage | None = None) -> None:
         self._sent, self._aggregation, self._stage = sent, aggregation, stage
 
     @property

@@ -70,13 +70,16 @@ class Learner(Protocol):
         """
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
-        """Mean loss of a batch: `()` for one client, `(K,)` where the weights carry a leading client axis."""
+        """Mean loss over what counts in a batch: `()`, or `(K,)` where the weights carry a leading client axis."""
 
     def test(self, weights: Tensors, split: Split, rows: int | None = None) -> Metrics:
-        """`score` (higher is better), `loss` and `rows` on a split or its first rows; `rows` alone if it is empty."""
+        """`score` (the task's headline), `loss`, `rows` and the task's other metrics on a split or its first rows.
 
-    def features(self) -> tuple[Tensor, Tensor]:
-        """Frozen-backbone features (n, d) of the training rows and their class ids (n,)."""
+        An empty split has `rows` alone.
+        """
+
+    def features(self) -> tuple[Tensor, Tensor | None]:
+        """Frozen-backbone features (n, d) of the training rows, and their class ids (n,) where the task has classes."""
 
     def input_norms(self, rows: int) -> dict[str, Tensor]:
         """Module -> ‖X_j‖₂ (d_in,) of its inputs X (tokens, d_in) over the first training rows, nothing adapted."""
@@ -88,6 +91,9 @@ class Shared(Protocol):
     @property
     def capacity(self) -> int:
         """Tokens (or whatever `size` counts) of the largest pass that is worth it, or fits into memory."""
+
+    def count(self, batch: Batch) -> int:
+        """What the mean loss of one client's mini-batch is over: rows, or target tokens."""
 
     def size(self, batch: Batch) -> tuple[int, int]:
         """(rows, tokens of the longest row) of a mini-batch: in a pass every row is filled up to the longest."""
@@ -101,5 +107,5 @@ class Shared(Protocol):
     def scores(self, asked: Sequence[tuple[Learner, Tensors, Split, int | None]]) -> list[Metrics]:
         """`Learner.test(weights, split, rows)` of each (learner, weights, split, rows)."""
 
-    def features(self, learners: Sequence[Learner]) -> list[tuple[Tensor, Tensor]]:
+    def features(self, learners: Sequence[Learner]) -> list[tuple[Tensor, Tensor | None]]:
         """`Learner.features` of each."""

@@ -139,15 +139,17 @@ class Score(Problem[Metrics]):
 
 
 @dataclass(frozen=True)
-class Features(Problem[tuple[Tensor, Tensor]]):
-    """The frozen backbone's features (n, d) of the training rows, and their class ids (n,)."""
+class Features(Problem[tuple[Tensor, Tensor | None]]):
+    """The frozen backbone's features (n, d) of the training rows, and their class ids (n,) where there are classes."""
 
-    def alone(self, learner: Learner) -> tuple[Tensor, Tensor]:
+    def alone(self, learner: Learner) -> tuple[Tensor, Tensor | None]:
         """`Learner.features`."""
         return learner.features()
 
     @classmethod
-    def together(cls, asked: Sequence[tuple[Learner, Self]], shared: Shared) -> list[tuple[Tensor, Tensor] | Exception]:
+    def together(
+        cls, asked: Sequence[tuple[Learner, Self]], shared: Shared
+    ) -> list[tuple[Tensor, Tensor | None] | Exception]:
         """Rows of all clients share passes."""
         return [*shared.features([learner for learner, _ in asked])]
 

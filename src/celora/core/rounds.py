@@ -10,20 +10,27 @@ from them dropped out. In process, on a network, or with a fault in between: to 
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from celora.core.aggregation import Heard, Stage
+from celora.core.aggregation import Heard, MeanStage
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.channel import Channel, decode, wire
+from celora.core.client_state import MOMENTS, StateKey
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
+from celora.core.metrics import ACCURACY, Metric
 from celora.core.screen import odd_score, screen
 from celora.errors import QuorumError, WireError
+from celora.marks import DataSummary, marked_values
 from celora.rng import generator
-from celora.tensors import Tensors
+from celora.tensors import Tensors, is_head
 from celora.wire import Schema, contents, pack, unpack
+
+Read = Callable[[Instruction, Reply], tuple[object, object]]
+"""Instruction and reply -> the uplink record, as it travelled and as it was before the channel."""
 
 
 def run_rounds(
@@ -33,25 +40,38 @@ def run_rounds(
     clients: Sequence[ClientId],
     initial: Tensors,
     checkpoint: Checkpoint | None = None,
-    stage: Stage | None = None,
+    headline: Metric = ACCURACY,
+    channel: Channel = (),
+    mean_stage: MeanStage | None = None,
 ) -> Iterator[Round]:
     """Train, round by round, from the start or from a checkpoint; the caller owns the loop.
 
     Args:
         initial: every weight at round 0, as the clients' `Learner.initial` (private bases excepted).
-        stage: what every mean over clients passes before the algorithm uses it.
+        headline: what the clients' scores are of; the best round is chosen by it.
+        channel: the stages that what the clients send has gone through.
+        mean_stage: what every mean over clients passes before the algorithm uses it.
 
     Raises:
-        ValueError: before round 1, if there is a stage and the algorithm reads each reply, which no stage covers.
+        ValueError: before round 1, if there is a `mean_stage` and the algorithm's server reads each reply.
         QuorumError: when a round brings fewer usable replies than `plan.quorum`. The state is that of the round
             before; running again from its checkpoint repeats the round.
     """
-    if stage is not None and algorithm.info.aggregation != "mean":
+    if mean_stage is not None and algorithm.info.aggregation != "mean":
         raise ValueError(
             f"found a stage for the means of {type(algorithm).__name__}, whose server reads each reply, which no stage "
             'covers; leave the stage out, or take an algorithm whose info says aggregation = "mean"'
         )
     schema = Schema.of(initial)
+    wired, packs = wire(channel, schema), any(stage.packs for stage in channel)
+
+    def read(instruction: Instruction, reply: Reply) -> tuple[object, object]:
+        """A client's uplink record, as it travelled and as it was before the channel."""
+        sent: object = unpack(algorithm.info.up, reply.frame, wired)
+        if not packs:
+            return sent, sent
+        return sent, decode(channel, sent, unpack(algorithm.info.down, instruction.frame, schema), initial)
+
     if checkpoint is None:
         server, best, done = algorithm.server_init(initial, clients), dict[str, Best](), 0
     else:
@@ -62,9 +82,8 @@ def run_rounds(
         closing = index > plan.rounds
         evaluate = closing or index % plan.evaluate_every == 0 or index == plan.rounds
         drawn = [] if closing else _draw(plan, clients, index)
-        keep = tuple(f"{moment}@{b.round}" for moment, b in best.items()) + (
-            (f"personal@{plan.rounds}",) if closing else ()
-        )
+        kept = [StateKey(moment, best[moment].round) for moment in MOMENTS if moment in best]
+        keep = tuple(key.name for key in [*kept, *([StateKey("personal", plan.rounds)] if closing else [])])
         instructions: dict[ClientId, Instruction] = {}
         traffic: dict[ClientId, Traffic] = {}
         frames: dict[bytes, bytes] = {}
@@ -76,11 +95,11 @@ def run_rounds(
             instructions[client] = Instruction(index, task, frame, evaluate, keep, plan.deadline)
             traffic[client] = _downlink(frame, down)
         replies = exchange(instructions)
-        intake = _Intake(algorithm, schema, plan, index, instructions, replies, traffic)
+        intake = _Intake(algorithm, schema, read, plan, headline, index, instructions, replies, traffic)
         if not closing:
-            server = algorithm.aggregate(server, Heard(intake, algorithm.info.aggregation, stage))
+            server = algorithm.aggregate(server, Heard(intake, algorithm.info.aggregation, mean_stage))
         heard = tuple(intake)  # what `aggregate` has not read is screened now
-        best = improved(best, index, intake.scores)
+        best = improved(best, index, intake.scores, headline)
         yield Round(
             index=index,
             heard=heard,
@@ -100,24 +119,8 @@ def _draw(plan: Plan, clients: Sequence[ClientId], index: int) -> list[ClientId]
     return sorted(clients[position] for position in order[:count])
 
 
-def _hear(
-    algorithm: AnyAlgorithm, schema: Schema, instruction: Instruction, reply: Reply | None, plan: Plan
-) -> tuple[object, str | None]:
-    """What a client sent, if it can be read, and why it cannot be aggregated."""
-    if reply is None:
-        return None, "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
-    if (problem := reply.error or odd_score(reply.scores)) is not None or instruction.task != "train":
-        return None, problem
-    try:
-        up: object = unpack(algorithm.info.up, reply.frame, schema)
-    except WireError as error:
-        return None, str(error)
-    info = algorithm.info
-    return up, screen(up, schema, algorithm.shares, mixed_ranks=info.mixed_ranks, partial=info.partial)
-
-
 class _Intake:
-    """A round's replies (`celora.core.aggregation.Sent`), screened and written down as they are first read, one by one.
+    """A round's replies (`celora.core.aggregation.Uplinks`), screened and written down as they are first read.
 
     The first pass over them ends in a `QuorumError` where too few pass the screen: so nothing is made of them.
 
@@ -130,13 +133,16 @@ class _Intake:
         self,
         algorithm: AnyAlgorithm,
         schema: Schema,
+        read: Read,
         plan: Plan,
+        headline: Metric,
         index: int,
         instructions: Mapping[ClientId, Instruction],
         replies: Mapping[ClientId, Reply],
         downlink: Mapping[ClientId, Traffic],
     ) -> None:
-        self._algorithm, self._schema, self._plan, self._index = algorithm, schema, plan, index
+        self._algorithm, self._schema, self._read = algorithm, schema, read
+        self._plan, self._headline, self._index = plan, headline, index
         self._instructions, self._replies = instructions, replies
         self.heard: list[ClientId] = []
         self.excluded: dict[ClientId, str] = {}
@@ -154,7 +160,7 @@ class _Intake:
         for at in itertools.count():
             if at < len(self.heard):
                 client = self.heard[at]
-                yield client, unpack(self._algorithm.info.up, self._replies[client].frame, self._schema)
+                yield client, self._read(self._instructions[client], self._replies[client])[1]
             elif (fresh := next(self._screened, None)) is not None:
                 yield fresh
                 del fresh  # before the next one is unpacked
@@ -163,15 +169,16 @@ class _Intake:
 
     def _screen(self) -> Iterator[tuple[ClientId, object]]:
         for client in sorted(self._instructions):
-            reply, instruction = self._replies.get(client), self._instructions[client]
-            up, problem = _hear(self._algorithm, self._schema, instruction, reply, self._plan)
+            reply, task = self._replies.get(client), self._instructions[client].task
+            sent, up, problem = self._hear(client, reply)
             if reply is not None:
-                self.traffic[client] = _uplink(self.traffic[client], reply, up)
-                if reply.scores and not odd_score(reply.scores):
+                self.traffic[client] = _uplink(self.traffic[client], reply, sent)
+                if reply.scores and not odd_score(reply.scores, self._headline):
                     self.scores[client] = reply.scores
+            del sent
             if problem is not None:
                 self.excluded[client] = problem
-            elif instruction.task == "train":
+            elif task == "train":
                 self.heard.append(client)
                 yield client, up
             del up  # before the next one is unpacked
@@ -182,8 +189,28 @@ class _Intake:
                 f"({reasons}). Nothing of this round was kept; mend the clients and resume the run."
             )
 
+    def _hear(self, client: ClientId, reply: Reply | None) -> tuple[object, object, str | None]:
+        """What a client sent, as it travelled and as it was before the channel, and why it cannot be aggregated."""
+        if reply is None:
+            deadline = self._plan.deadline
+            return None, None, "no reply" + (f" within {deadline:g} s" if deadline else "")
+        problem = reply.error or odd_score(reply.scores, self._headline)
+        if problem is not None or self._instructions[client].task != "train":
+            return None, None, problem
+        try:
+            sent, up = self._read(self._instructions[client], reply)
+        except WireError as error:
+            return None, None, str(error)
+        info, shares = self._algorithm.info, self._algorithm.shares
+        return sent, up, screen(up, self._schema, shares, mixed_ranks=info.mixed_ranks, partial=info.partial)
 
-def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Mapping[str, Metrics]]) -> dict[str, Best]:
+
+def improved(
+    best: Mapping[str, Best],
+    index: int,
+    scores: Mapping[ClientId, Mapping[str, Metrics]],
+    headline: Metric = ACCURACY,
+) -> dict[str, Best]:
     """The standings after a round: per moment, the round with the best mean validation score.
 
     A mean over more clients goes before a mean over fewer, so that a round in which weak clients dropped out cannot
@@ -197,9 +224,13 @@ def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Map
             continue
         candidate = Best(of_round, sum(values) / len(values), len(values))
         held = best.get(moment)
-        if held is None or (candidate.clients, candidate.score) > (held.clients, held.score):
+        if held is None or _standing(candidate, headline) > _standing(held, headline):
             now[moment] = candidate
     return now
+
+
+def _standing(of: Best, headline: Metric) -> tuple[int, float]:
+    return of.clients, headline.goodness(of.score)
 
 
 def _downlink(frame: bytes, down: object) -> Traffic:
@@ -207,9 +238,9 @@ def _downlink(frame: bytes, down: object) -> Traffic:
     return Traffic(down_payload=size["adapter"], down_frame=len(frame), head_down=size["head"])
 
 
-def _uplink(traffic: Traffic, reply: Reply, up: object) -> Traffic:
+def _uplink(traffic: Traffic, reply: Reply, sent: object) -> Traffic:
     """With what came back; of a frame that could not be read its length is known, and not what is in it."""
-    size = _payload(up)
+    size = _payload(sent)
     return replace(
         traffic,
         up_payload=size["adapter"],
@@ -221,16 +252,21 @@ def _uplink(traffic: Traffic, reply: Reply, up: object) -> Traffic:
 
 
 def _payload(value: object) -> dict[str, int]:
-    """Tensor bytes in a record by what they are of: a field called `summary`, a tensor called `head.*`, the adapter."""
+    """Tensor bytes in a record by what they are of: what is marked as a data summary, the head, the adapter."""
     total = {"adapter": 0, "head": 0, "summary": 0}
+    summaries = [path for path, _, _ in marked_values(value, DataSummary)]
     for path, size in contents(value):
-        of_head = any(step.startswith("head.") for step in path)
-        total["summary" if path[0] == "summary" else "head" if of_head else "adapter"] += size
+        of_data = any(path[: len(summary)] == summary for summary in summaries)
+        total["summary" if of_data else "head" if any(map(is_head, path)) else "adapter"] += size
     return total
 
 
-def test(
-    exchange: Exchange, plan: Plan, clients: Sequence[ClientId], names: Sequence[str]
+def score_on_test(
+    exchange: Exchange,
+    plan: Plan,
+    clients: Sequence[ClientId],
+    names: Sequence[str],
+    headline: Metric = ACCURACY,
 ) -> dict[ClientId, Mapping[str, Metrics]]:
     """Score kept models (`names`, such as "personal@7") on each client's test split: once, after all choices.
 
@@ -243,7 +279,7 @@ def test(
     instruction = Instruction(plan.rounds + 2, "test", b"", evaluate=False, keep=tuple(names), deadline=None)
     replies = exchange(dict.fromkeys(clients, instruction))
     found = {client: replies[client] for client in clients if client in replies}
-    problems = {client: reply.error or odd_score(reply.scores) for client, reply in found.items()}
+    problems = {client: reply.error or odd_score(reply.scores, headline) for client, reply in found.items()}
     scores = {client: reply.scores for client, reply in found.items() if problems[client] is None}
     if len(scores) < min(plan.quorum, len(clients)):
         why = "; ".join(f"{client}: {problems.get(client) or 'no reply'}" for client in clients if client not in scores)

@@ -1,7 +1,8 @@
 """Local training and gradients, of one client or of many in one pass through the frozen backbone.
 
     active prefix      clients sorted by their number of steps; at step s those that still have a batch, a prefix
-    piece              a mini-batch, or each of its rows where they are of unlike length: a share of its mean loss
+    piece              a mini-batch, or each of its rows where they are of unlike length; its mean loss has a share in
+                       the batch's, by what counts in it: rows, or target tokens
     pass               pieces of like length of any of the active clients, up to the backbone's capacity
     stack              (m, n): a client's trained weights are a row; gradient, clipping and AdamW are per row
 
@@ -186,11 +187,17 @@ def _passes(tasks: Sequence[Task], step: int, whole: bool) -> Iterator[list[_Pie
     pieces: list[_Piece] = []
     for row, task in enumerate(tasks):
         parts = shared.cut(task.batches[step])
-        rows = [shared.size(part)[0] for part in parts]
-        pieces += [_Piece(row, task, part, n / sum(rows)) for part, n in zip(parts, rows, strict=True)]
+        shares = _shares([shared.count(part) for part in parts])
+        pieces += [_Piece(row, task, part, share) for part, share in zip(parts, shares, strict=True)]
     sizes = [shared.size(piece.batch) for piece in pieces]
     for chosen in passes(sizes, shared.capacity):
         yield [pieces[at] for at in chosen]
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    """Each piece's share of its batch; where nothing counts all losses are 0, and penalties are shared evenly."""
+    total = sum(counts)
+    return [count / total for count in counts] if total else [1 / len(counts)] * len(counts)
 
 
 def gradients(tasks: Sequence[Task], *, whole: bool = False) -> list[GradientResult]:

@@ -9,21 +9,20 @@
 
 Clients are named by us; which node speaks for which client is learned by asking. A node that restarts, or comes back
 under another id, is asked again, and what it still owes is sent to it once more: a turn may be asked for twice and
-gives the same reply (`celora.core.client`). Nothing here knows what carries the bytes: see `celora.engines.flower`.
+gives the same reply (`celora.core.client`). Nothing here knows what carries the bytes: see `celora.engines.transport`.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from celora.core.algorithm import ClientId
 from celora.core.messages import Instruction, Reply
+from celora.engines.transport import NodeId, Transport
 from celora.errors import QuorumError, WireError
 from celora.wire import pack, record, unpack
 
-NodeId = int
 DEADLINE = 3600.0
 """Seconds a round waits where `plan.deadline` says nothing: no reply is waited for without end."""
 
@@ -54,14 +53,14 @@ class JobStart:
         config: one algorithm with one seed, resolved, as TOML; data, folders and downloads are the node's to decide.
         label: an algorithm's name or the label of an override.
         backbone: SHA-256 of the server's backbone; the node's must be equal.
-        classes: the labels of all clients, sorted; empty as long as the clients are still being asked for theirs.
+        agreement: what the clients have agreed on, packed (`celora.core.task.Task`); empty as long as they are asked.
         clients: all clients of the job; empty as long as they are being asked.
     """
 
     config: str
     label: str
     backbone: str
-    classes: tuple[str, ...]
+    agreement: bytes
     clients: tuple[str, ...]
 
 
@@ -71,16 +70,16 @@ class ClientFacts:
 
     Attributes:
         rows: split -> number of rows; no training rows: the client cannot take part.
-        labels: those that occur in its rows; none where the experiment lists them (`data.classes`).
-        majority: test score of always answering the most frequent training label.
+        proposal: its part in what the clients must agree on, packed, such as the labels of its rows; may be empty.
+        baseline: test score of the best constant answer, such as its most frequent training label.
         data: SHA-256 over its rows.
         backbone: SHA-256 of its backbone.
         version: of celora.
     """
 
     rows: Mapping[str, int]
-    labels: tuple[str, ...]
-    majority: float | None
+    proposal: bytes
+    baseline: float | None
     data: str
     backbone: str
     version: str
@@ -101,22 +100,6 @@ class Response:
     body: bytes
     error: str | None
     socket: tuple[int, ...]
-
-
-class Transport(Protocol):
-    """What carries bytes to nodes and back."""
-
-    def nodes(self) -> Mapping[NodeId, str]:
-        """The nodes that are there -> since when; a node that went and came back has another since."""
-
-    def send(self, node: NodeId, frame: bytes, seconds: float) -> str:
-        """Send a frame that is of no use after so many seconds; the letter's name."""
-
-    def collect(self, requests: Sequence[str]) -> Mapping[str, bytes | str]:
-        """Of those letters that have come to an end: the response's frame, or why there is none."""
-
-    def forget(self, requests: Sequence[str]) -> None:
-        """Nobody waits for these any more."""
 
 
 @dataclass

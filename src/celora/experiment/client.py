@@ -10,7 +10,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from celora import data
-from celora.algorithms import ALGORITHMS
+from celora.algorithms.lookup import lookup
 from celora.core.algorithm import ClientId
-from celora.engines.flower import NodeConnection, run_node
+from celora.engines.flower_site import NodeConnection, run_node
 from celora.engines.remote import JobStart
 from celora.errors import CeloraError, ConfigError, DataError, FederationError, RunFolderError
 from celora.experiment.config import Experiment, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.runtimes import JobContext, job_context
 from celora.experiment.server import loopback, parsed
+from celora.marks import SiteSecret, marked
 from celora.site.certificates import private_key
 from celora.site.check import Finding, backbone, certificate, clock, disk, key, passed, reach, versions
 from celora.site.ledger import Ledger
-from celora.site.policy import NO_FILE, read_policy
+from celora.site.policy import NO_FILE, Policy, read_policy
 from celora.site.site import Site
 from celora.track.disk import owners, put, sync, writing
 
@@ -54,28 +55,29 @@ class SiteData:
     secret: Path | None = None
 
 
-def enter(name: ClientId, site: "Join") -> Callable[[JobStart], JobContext]:
+def enter(name: ClientId, site: "Join", policy: Policy = NO_FILE) -> Callable[[JobStart], JobContext]:
     """What a site does when a job begins: read its rows and the backbone, and check that they fit the server's."""
     resources, rows = ResourceCache(), site.rows
 
     def take(begin: JobStart) -> JobContext:
-        experiment = local(begin.config, rows)
+        experiment = local(begin.config, rows, policy)
         if (found := resources.fingerprint(experiment)) != begin.backbone:
             raise FederationError(
                 f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
                 f"{begin.backbone[:16]}…: install the same weights at both ends"
             )
-        asked = not begin.classes and not experiment.data.classes
-        if begin.classes:
-            experiment = replace(experiment, data=replace(experiment.data, classes=begin.classes))
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        task = experiment.task
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, task.strata)
         if name not in federation.clients:
             raise DataError(f"{rows.source}: {name} {federation.excluded[name]}; a site needs rows to take part")
-        everyone = begin.clients or (name,)
+        proposal = task.propose(federation.table)
+        agreement, everyone = begin.agreement, begin.clients
+        if not begin.clients:  # nobody has agreed yet: the server asks who is there
+            agreement, everyone = task.merge(b"", proposal), (name,)
         population = resources.populated(
-            experiment, federation, everyone=everyone, secret=lambda _: own_secret(site.state)
+            experiment, federation, agreement, everyone=everyone, secret=lambda _: own_secret(site.state)
         )
-        return job_context(population, name, labels=asked)
+        return job_context(population, name, b"" if begin.clients else proposal)
 
     return take
 
@@ -135,7 +137,7 @@ def join(site: Join, stop: threading.Event, log: Callable[[str], None], *, once:
         def handler(offer: Mapping[str, Any]) -> Callable[[bytes], bytes]:
             name: ClientId = offer["client"] or site.name or ""
             if name not in sites:
-                sites[name] = Site(name, site.state, policy, enter(name, site), ledger, line.socket, log)
+                sites[name] = Site(name, site.state, policy, enter(name, site, policy), ledger, line.socket, log)
             answering = sites[name]
 
             def handle(frame: bytes) -> bytes:
@@ -195,8 +197,8 @@ def check(site: Join) -> list[Finding]:
     ]
     resources = ResourceCache()
     try:
-        experiment = local(offer["config"], site.rows)
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        experiment = local(offer["config"], site.rows, policy)
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, experiment.task.strata)
         share = federation.clients.get(name)
         train = len(share.train) if share else 0
         found = (
@@ -212,13 +214,16 @@ def check(site: Join) -> list[Finding]:
     return findings
 
 
-def local(config: str, rows: SiteData) -> Experiment:
+def local(config: str, rows: SiteData, policy: Policy = NO_FILE) -> Experiment:
     """The server's experiment with this site's own rows, weights and machine.
 
     Raises:
         ConfigError: if it is not one.
+        PolicyError: if the algorithm may not run here; nothing that the server names has been imported then.
     """
     tree = tomllib.loads(config)
+    algorithm: str = tree["algorithm"]["name"]
+    policy.permit(algorithm)
     if "test" in tree["data"] and rows.test is None:
         raise ConfigError(["--test: the experiment has separate test rows (data.test); give this site's with --test"])
     own = {"source": str(rows.source.resolve()), "partition": "natural", "clients_per_group": 1}
@@ -228,10 +233,10 @@ def local(config: str, rows: SiteData) -> Experiment:
     tree["model"]["allow_download"] = False
     if rows.backbone is not None:
         tree["model"]["backbone"] = rows.backbone
-    if "key" in {field.name for field in fields(ALGORITHMS[tree["algorithm"]["name"]])}:
+    for name in marked(lookup(algorithm), SiteSecret):
         if rows.secret is None:
-            raise ConfigError([f"--secret: {tree['algorithm']['name']} encrypts; give the file of the sites' key"])
-        tree["algorithm"]["key"] = str(rows.secret.resolve())
+            raise ConfigError([f"--secret: {algorithm} encrypts; give the file of the sites' key"])
+        tree["algorithm"][name] = str(rows.secret.resolve())
     for section in ("engine", "overrides"):  # an override would be put over all of this
         tree.pop(section, None)
     return resolve(tree, Path.cwd())
