@@ -38,6 +38,16 @@ class MixingMatrix:
 
 
 @dataclasses.dataclass(frozen=True)
+class Received:
+    """Of a record that a client keeps: a copy of what the server sends to everybody; private only in where it lies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """Of a record that a client keeps: what it has itself sent to the server, and what no other client may get."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DisclosureFloor:
     """Of settings: the fewest training rows behind anything that leaves; a site accepts no less than its own floor."""
 

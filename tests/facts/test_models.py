@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Recipe
 from celora.models import Adapter, Backbone, Model, ModelLearner, export_peft, load
-from celora.models.sources import embedded, quiet
+from celora.models.loading import embedded, quiet
 from celora.tasks.classify import Classify
 from celora.tensors import part
 from tests.classifier import forward, initial, predict

@@ -151,8 +151,8 @@ def test_a_state_folder_is_for_one_process_and_its_owner(tmp_path: Path) -> None
 def test_without_keys_only_this_machine_is_a_server(shard: Path) -> None:
     far = Join(SiteData(shard), "server.example:8000", shard.parent, None, None, "mine")
     with pytest.raises(ConfigError, match=r"--insecure: found the server server\.example:8000, expected one of"):
-        far.line()
+        far.connection()
     with pytest.raises(ConfigError, match=r"found the address 'server', expected host:port"):
-        Join(SiteData(shard), "server", shard.parent, None, None, "mine").line()
+        Join(SiteData(shard), "server", shard.parent, None, None, "mine").connection()
     with pytest.raises(ConfigError, match=r"ca\.crt: cannot be read .*ask the server's operator for it"):
-        Join(SiteData(shard), "server.example:8000", shard.parent, shard.parent, None, None).line()
+        Join(SiteData(shard), "server.example:8000", shard.parent, shard.parent, None, None).connection()

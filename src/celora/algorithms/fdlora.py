@@ -30,7 +30,7 @@ each client keeps a head of θ_s of its own.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -40,7 +40,7 @@ from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Score
 from celora.errors import ModelError
 from celora.fields import Count, NonNegative, Positive, setting, settings
-from celora.marks import RowCount
+from celora.marks import RowCount, Sent
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
 
@@ -60,7 +60,7 @@ class Server:
 class Local:
     """θ_p, the head of θ_s where it is private, turns of stage 2 so far, and w."""
 
-    personal: Tensors
+    personal: Annotated[Tensors, Sent()]
     mine: Tensors
     turns: int
     fusion: tuple[float, ...]

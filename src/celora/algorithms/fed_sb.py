@@ -37,7 +37,7 @@ trains, at the frozen backbone. η is the authors' lr / (warm-up steps); s multi
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trai
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Positive, Whole, setting, settings
-from celora.marks import RowCount, Summary
+from celora.marks import Received, RowCount, Summary
 from celora.rng import generator
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
@@ -75,7 +75,7 @@ class Local:
     """The head, where it is private, and the bases that came down."""
 
     mine: Tensors
-    bases: Tensors
+    bases: Annotated[Tensors, Received()]
 
 
 @record

@@ -20,7 +20,7 @@ the authors' code, unless `by_rows`. Their LoRA dropout of 0.05 is left out. The
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trai
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.marks import RowCount
+from celora.marks import RowCount, Sent
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
 
@@ -49,7 +49,7 @@ class Local:
     """G, the head where it is private, and the client's own A and B, which it also sends."""
 
     mine: Tensors
-    own: Tensors
+    own: Annotated[Tensors, Sent()]
 
 
 @record

@@ -43,7 +43,7 @@ from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixi
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
-from celora.marks import MixingMatrix, RowCount, Summary
+from celora.marks import MixingMatrix, RowCount, Sent, Summary
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights
 from celora.rng import generator
@@ -69,7 +69,7 @@ class Local:
 
     mine: Tensors
     gradient: Tensor | None
-    own: Tensors
+    own: Annotated[Tensors, Sent()]
 
 
 @record

@@ -22,14 +22,14 @@ is trained in every turn and averaged with either half unless told otherwise.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from celora.core.adapters import Family, Lora
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.marks import RowCount
+from celora.marks import Received, RowCount
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
 
@@ -51,7 +51,7 @@ class Local:
     """The client's last turn, the half that was frozen in it (everybody's), and the head where it is private."""
 
     turn: int
-    frozen: Tensors
+    frozen: Annotated[Tensors, Received()]
     mine: Tensors
 
 

@@ -76,11 +76,19 @@ class AlgorithmInfo:
     up: type = field(init=False, repr=False, compare=False)
 
     def __set_name__(self, algorithm: type, name: str) -> None:
-        """Python calls this when the algorithm's class is built, and so tells which class it is."""
-        for base in vars(algorithm).get("__orig_bases__", ()):
-            if typing.get_origin(base) is Algorithm:
-                for role, kind in zip(("server", "local", "down", "up"), typing.get_args(base), strict=True):
-                    object.__setattr__(self, role, kind)  # once, before anybody has seen this object
+        """Python calls this when the algorithm's class is built: its records are read off its bases.
+
+        Raises:
+            TypeError: if the class does not inherit `Algorithm[Server, Local, Down, Up]`.
+        """
+        if "server" in vars(self):  # the same card at another class, a subclass for example
+            return
+        bases = [base for kind in algorithm.__mro__ for base in vars(kind).get("__orig_bases__", ())]
+        records = next((typing.get_args(base) for base in bases if typing.get_origin(base) is Algorithm), ())
+        if len(records) != 4:
+            raise TypeError(f"expected class {algorithm.__name__}(Algorithm[Server, Local, Down, Up])")
+        for role, kind in zip(("server", "local", "down", "up"), records, strict=True):
+            object.__setattr__(self, role, kind)
 
     @property
     def data_summary(self) -> bool:

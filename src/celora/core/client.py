@@ -1,6 +1,7 @@
 """The client's side of a round: `answer` takes an instruction, reads and leaves private state, and gives the reply."""
 
 from celora.core.algorithm import AnyAlgorithm, Trained
+from celora.core.channel import NOTHING_KEPT, Channel, ChannelState, encode, receive, wire
 from celora.core.client_state import (
     NOTES,
     ClientStore,
@@ -8,6 +9,7 @@ from celora.core.client_state import (
     Moment,
     Notes,
     StateKey,
+    channel_states,
     kept_models,
     notes_in,
     private_states,
@@ -27,9 +29,18 @@ REPORTED = ("rows", "score", "loss")
 
 
 def answer(
-    algorithm: AnyAlgorithm, learner: Learner, instruction: Instruction, store: ClientStore, schema: Schema
+    algorithm: AnyAlgorithm,
+    learner: Learner,
+    instruction: Instruction,
+    store: ClientStore,
+    schema: Schema,
+    channel: Channel = (),
 ) -> ClientUpdate[Reply]:
-    """A client's whole turn, from instruction to reply; what it keeps is read from and left in `store`, unpacked."""
+    """A client's whole turn, from instruction to reply; what it keeps is read from and left in `store`, unpacked.
+
+    Raises:
+        PolicyError: if a stage of the channel refuses what came down or what is to be sent.
+    """
     tested: dict[str, Metrics] = {}
     if instruction.task == "test":
         for name in [name for name in instruction.keep if name in store]:
@@ -38,11 +49,10 @@ def answer(
     for model in kept_models(store):
         if model.name not in instruction.keep:
             del store[model.name]
-    down: object = unpack(algorithm.info.down, instruction.frame, schema)
+    received: object = unpack(algorithm.info.down, instruction.frame, schema)
+    down = receive(channel, received)
     base = _base(store, instruction.round)
-    local: object = (
-        algorithm.client_init(learner) if base is None else unpacked(algorithm.info.local, store[base.name], schema)
-    )
+    local: object = unpacked(algorithm.info.local, store[base.name], schema) if base else algorithm.client_init(learner)
     scores: dict[str, Metrics] = {}
 
     def evaluate(moment: Moment, round: int, weights: Tensors) -> ClientUpdate[None]:
@@ -62,13 +72,22 @@ def answer(
         yield from evaluate("personal", instruction.round, trained.model)
     if instruction.task == "evaluate":
         return Reply(b"", scores, None)
-    for state in private_states(store):
-        if state != base:
-            del store[state.name]
+    before = channel_state(store, base.round if base else 0, schema)
+    up, state = encode(channel, trained.up, received, learner.initial, before)
+    for key in (*private_states(store), *channel_states(store)):
+        if base is None or key.round != base.round:
+            del store[key.name]
+    if state is not NOTHING_KEPT:  # before the private state, so that one that is whole has its other half
+        store[StateKey("channel", instruction.round).name] = state
     store[StateKey("private", instruction.round).name] = trained.local
     if trained.notes:
         store[NOTES] = Notes(tuple(dict.fromkeys([*notes_in(store, schema), *trained.notes])))
-    return Reply(pack(trained.up, schema), scores, None)
+    return Reply(pack(up, wire(channel, schema)), scores, None)
+
+
+def channel_state(store: ClientStore, round: int, schema: Schema) -> ChannelState:
+    """What the stages of the channel left at the client in a round."""
+    return unpacked(ChannelState, store.get(StateKey("channel", round).name, NOTHING_KEPT), schema)
 
 
 def _base(store: ClientStore, round: int) -> StateKey | None:

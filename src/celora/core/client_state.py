@@ -1,6 +1,7 @@
 """What a client keeps at its site from one round to the next, and the names that it is kept under.
 
 private@3                 its private state after round 3; of the last two rounds in which it trained
+channel@3                 beside it, what the stages of the channel keep (`celora.core.channel.ChannelState`)
 received@2, personal@3    its `KeptModel` at the moments worth keeping
 notes                     `Notes`
 """
@@ -28,7 +29,7 @@ A value is never changed: a new value takes the place of the old one.
 
 @dataclass(frozen=True)
 class StateKey:
-    """What is kept once for each round: the private state, or the model of a moment.
+    """What is kept once for each round: the private state, what the channel keeps, or the model of a moment.
 
     Attributes:
         round: 1, 2, …; a client that has never trained receives its first model at round 0.
@@ -39,7 +40,7 @@ class StateKey:
     (StateKey(kind='private', round=12), None)
     """
 
-    kind: Literal["private"] | Moment
+    kind: Literal["private", "channel"] | Moment
     round: int
 
     @property
@@ -54,20 +55,28 @@ class StateKey:
         if not (digits.isascii() and digits.isdecimal()):
             return None
         match kind:
-            case "private" | "received" | "personal":
+            case "private" | "channel" | "received" | "personal":
                 return StateKey(kind, int(digits))
         return None
 
 
 def private_states(names: Iterable[str]) -> list[StateKey]:
     """The keys of the private states in a store, oldest first."""
-    keys = [key for name in names if (key := StateKey.parse(name)) is not None and key.kind == "private"]
-    return sorted(keys, key=lambda key: key.round)
+    return sorted(_of_kinds(names, "private"), key=lambda key: key.round)
+
+
+def channel_states(names: Iterable[str]) -> list[StateKey]:
+    """The keys of what the channel keeps in a store."""
+    return _of_kinds(names, "channel")
 
 
 def kept_models(names: Iterable[str]) -> list[StateKey]:
     """The keys of the models in a store."""
-    return [key for name in names if (key := StateKey.parse(name)) is not None and key.kind != "private"]
+    return _of_kinds(names, *MOMENTS)
+
+
+def _of_kinds(names: Iterable[str], *kinds: str) -> list[StateKey]:
+    return [key for name in names if (key := StateKey.parse(name)) is not None and key.kind in kinds]
 
 
 @record

@@ -9,12 +9,13 @@ from them dropped out. In process, on a network, or with a fault in between: to 
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.channel import Channel, decode, wire
 from celora.core.client_state import MOMENTS, StateKey
 from celora.core.learner import Metrics
 from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
@@ -26,6 +27,9 @@ from celora.rng import generator
 from celora.tensors import Tensors, is_head
 from celora.wire import Schema, contents, pack, unpack
 
+Read = Callable[[Instruction, Reply], tuple[object, object]]
+"""Instruction and reply -> the uplink record, as it travelled and as it was before the channel."""
+
 
 def run_rounds(
     algorithm: AnyAlgorithm,
@@ -35,18 +39,29 @@ def run_rounds(
     initial: Tensors,
     checkpoint: Checkpoint | None = None,
     headline: Metric = ACCURACY,
+    channel: Channel = (),
 ) -> Iterator[Round]:
     """Train, round by round, from the start or from a checkpoint; the caller owns the loop.
 
     Args:
         initial: every weight at round 0, as the clients' `Learner.initial` (private bases excepted).
         headline: what the clients' scores are of; the best round is chosen by it.
+        channel: the stages that what the clients send has gone through.
 
     Raises:
         QuorumError: when a round brings fewer usable replies than `plan.quorum`. The state is that of the round
             before; running again from its checkpoint repeats the round.
     """
     schema = Schema.of(initial)
+    wired, packs = wire(channel, schema), any(stage.packs for stage in channel)
+
+    def read(instruction: Instruction, reply: Reply) -> tuple[object, object]:
+        """A client's uplink record, as it travelled and as it was before the channel."""
+        sent: object = unpack(algorithm.info.up, reply.frame, wired)
+        if not packs:
+            return sent, sent
+        return sent, decode(channel, sent, unpack(algorithm.info.down, instruction.frame, schema), initial)
+
     if checkpoint is None:
         server, best, done = algorithm.server_init(initial, clients), dict[str, Best](), 0
     else:
@@ -75,13 +90,13 @@ def run_rounds(
         scores: dict[ClientId, Mapping[str, Metrics]] = {}
         for client in sorted(instructions):  # one reply at a time: of a thousand, no two need be in memory
             reply = replies.get(client)
-            up, problem = _hear(algorithm, schema, instructions[client], reply, plan, headline)
+            sent, problem = _hear(algorithm, schema, read, instructions[client], reply, plan, headline)
             if problem is not None:
                 excluded[client] = problem
             elif instructions[client].task == "train":
                 heard.append(client)
             if reply is not None:
-                traffic[client] = _uplink(traffic[client], reply, up)
+                traffic[client] = _uplink(traffic[client], reply, sent)
                 if reply.scores and not odd_score(reply.scores, headline):
                     scores[client] = reply.scores
         if len(heard) < (0 if closing else plan.quorum):
@@ -91,7 +106,7 @@ def run_rounds(
                 "Nothing of this round was kept; mend the clients and resume the run."
             )
         if heard:
-            server = algorithm.aggregate(server, _Heard(algorithm.info.up, replies, heard, schema))
+            server = algorithm.aggregate(server, _Heard(read, instructions, replies, heard))
         best = improved(best, index, scores, headline)
         yield Round(
             index=index,
@@ -115,34 +130,42 @@ def _draw(plan: Plan, clients: Sequence[ClientId], index: int) -> list[ClientId]
 def _hear(
     algorithm: AnyAlgorithm,
     schema: Schema,
+    read: Read,
     instruction: Instruction,
     reply: Reply | None,
     plan: Plan,
     headline: Metric,
 ) -> tuple[object, str | None]:
-    """What a client sent, if it can be read, and why it cannot be aggregated."""
+    """What a client sent, as it travelled, if it can be read, and why it cannot be aggregated."""
     if reply is None:
         return None, "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
     if (problem := reply.error or odd_score(reply.scores, headline)) is not None or instruction.task != "train":
         return None, problem
     try:
-        up: object = unpack(algorithm.info.up, reply.frame, schema)
+        sent, up = read(instruction, reply)
     except WireError as error:
         return None, str(error)
     info = algorithm.info
-    return up, screen(up, schema, algorithm.shares, mixed_ranks=info.mixed_ranks, partial=info.partial)
+    return sent, screen(up, schema, algorithm.shares, mixed_ranks=info.mixed_ranks, partial=info.partial)
 
 
 class _Heard(Mapping[ClientId, object]):
     """What the clients sent, unpacked when it is asked for: an average needs one of them at a time."""
 
-    def __init__(self, kind: type, replies: Mapping[ClientId, Reply], clients: Sequence[ClientId], schema: Schema):
-        self._kind, self._replies, self._clients, self._schema = kind, replies, dict.fromkeys(clients), schema
+    def __init__(
+        self,
+        read: Read,
+        instructions: Mapping[ClientId, Instruction],
+        replies: Mapping[ClientId, Reply],
+        clients: Sequence[ClientId],
+    ):
+        self._read, self._instructions, self._replies = read, instructions, replies
+        self._clients = dict.fromkeys(clients)
 
     def __getitem__(self, client: ClientId) -> object:
         if client not in self._clients:
             raise KeyError(client)
-        return unpack(self._kind, self._replies[client].frame, self._schema)
+        return self._read(self._instructions[client], self._replies[client])[1]
 
     def __iter__(self) -> Iterator[ClientId]:
         return iter(self._clients)
@@ -184,9 +207,9 @@ def _downlink(frame: bytes, down: object) -> Traffic:
     return Traffic(down_payload=size["adapter"], down_frame=len(frame), head_down=size["head"])
 
 
-def _uplink(traffic: Traffic, reply: Reply, up: object) -> Traffic:
+def _uplink(traffic: Traffic, reply: Reply, sent: object) -> Traffic:
     """With what came back; of a frame that could not be read its length is known, and not what is in it."""
-    size = _payload(up)
+    size = _payload(sent)
     return replace(
         traffic,
         up_payload=size["adapter"],

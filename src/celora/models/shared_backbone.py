@@ -1,6 +1,7 @@
 """One frozen backbone for all clients, each with adapters of its own (`celora.models.protocol`)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,12 +14,13 @@ from celora.core.adapters import Family, modules, truncated
 from celora.core.learner import Batch, Recipe, Split
 from celora.core.task import Inputs, Task
 from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Adapter, Backbone, Model
-from celora.models.batching import BatchedForward
+from celora.models.backbone import Backbone
+from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_peft
 from celora.models.families import initial
 from celora.models.learner import ModelLearner
-from celora.models.rows import Rows, well_filled
+from celora.models.rows import Rows, unlabelled, well_filled
+from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors
 
 
@@ -31,11 +33,10 @@ class AdaptedBackbone:
             layer is adapted, or rows are of several data sets.
     """
 
-    joins = True
-
     def __init__(self, backbone: Backbone, family: Family, activations: ActivationCache | None = None) -> None:
         self.backbone, self.family, self.activations = backbone, family, activations
         self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout
+        self.joins = backbone.rows_first
 
     @property
     def capacity(self) -> int:
@@ -74,9 +75,9 @@ class AdaptedBackbone:
 
     def features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """Pooled features (rows, d); of the frozen backbone where there are no weights."""
-        hidden = None if self.activations is None or dropout_seed is not None else self.activations(batch)
         updates = {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
-        return self.backbone.encode(batch, updates, dropout_seed, hidden)
+        with self.activations.replayed(batch) if self.activations else nullcontext():
+            return self.backbone.encode(batch, updates, dropout_seed)
 
     def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """The task's outputs of those features."""
@@ -165,6 +166,11 @@ class SharedBackbone:
     ) -> ModelLearner:
         """A client in a round; all share passes, unless the backbone drops out."""
         return ModelLearner(self._forward, splits, start, recipe, seed=self._seed, client=client, round=round)
+
+    def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
+        """As `ClientModels.predict`; activations are not kept."""
+        network = AdaptedBackbone(self._backbone, self._family)
+        return predict(network, self._task, weights, unlabelled(self.read(inputs)))
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's adapter as plain PEFT LoRA."""
