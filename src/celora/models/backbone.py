@@ -84,6 +84,7 @@ class Backbone:
         self._transformer = transformer.requires_grad_(False).eval().to(self.device)
         (_, one), (states, two) = self._tried(1), self._tried(2)
         self.width = states.shape[-1]
+        # a call has rows on the first axis of what it reads if that is twice as long for two of them
         calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
         self.rows_first = all(map(all, self._of_rows.values()))
@@ -241,10 +242,10 @@ class Backbone:
     @torch.no_grad()
     def _tried(self, count: int) -> tuple[Tensor, dict[str, list[int]]]:
         """Last hidden states of one row or two; and adapted module -> the length of what it reads in each call."""
-        batch = self._moved(self.batch(self.sample(), [0, 1]))
-        accepted, lengths = {name: tensor[:count] for name, tensor in batch.items()}, dict[str, list[int]]()
-        what = f"{self.name}, a {type(self._transformer).__name__},"
+        lengths, what = dict[str, list[int]](), f"{self.name}, a {type(self._transformer).__name__},"
         try:
+            batch = self._moved(self.batch(self.sample(), [0, 1]))
+            accepted = {name: tensor[:count] for name, tensor in batch.items()}
             with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
                 states: Tensor = self._transformer(**accepted).last_hidden_state
         except Exception as error:
