@@ -23,6 +23,20 @@ def part(name: str) -> str:
     return "head" if name.startswith("head.") else name.rpartition(".")[2]
 
 
+def example(of: str) -> str:
+    """A name that belongs to this part.
+
+    >>> example("C"), example("head")
+    ('module.C', 'head.weight')
+    """
+    return "head.weight" if of == "head" else f"module.{of}"
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to the task head, and not to an adapter."""
+    return part(name) == "head"
+
+
 def only(*parts: str) -> Names:
     """Names whose part is one of `parts`."""
     return lambda name: part(name) in parts

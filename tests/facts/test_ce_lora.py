@@ -155,7 +155,7 @@ def test_the_jump_on_download_is_that_of_the_core_alone() -> None:
 
 
 def test_freezing_the_bases_leaves_everybody_on_the_seeds_bases() -> None:
-    from celora.core.messages import KeptModel, unpacked
+    from celora.core.client_state import KeptModel, unpacked
     from tests.toy import population_of
 
     algorithm = CELoRA(freeze_bases=True, data_share=0.0)

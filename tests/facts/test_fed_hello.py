@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fed_hello import FedHeLLo, Server, Up, chances, layers, pattern, ranked
-from celora.core.learner import ClientUpdate, Fit, Recipe
+from celora.core.learner import Recipe
 from celora.core.optim import AdamW
+from celora.core.problems import ClientUpdate, Fit
 from celora.core.solve import solve
-from celora.core.training import fit
 from tests.facts.payloads import HEAD, rounds, weights
 from tests.toy import Population, Stub, Toy, image, turn
 
@@ -189,7 +189,7 @@ def test_e_frozen_layers_have_no_gradient_and_no_memory_in_the_optimiser(monkeyp
     steps = algorithm.train(learner, algorithm.client_init(learner), algorithm.send(server, "c0"))
     problem = next(steps)
     assert isinstance(problem, Fit)
-    fitted = fit(learner, problem)
+    fitted = problem.alone(learner)
     assert held == [56 + 18]
     for name in ("block.0.A", "block.0.B"):
         assert image(fitted.weights[name]) == image(learner.initial[name])

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from celora.algorithms.fed_sb import FedSB, Slopes, Up
 from celora.core.adapters import modules
-from celora.core.learner import Gradient
 from celora.core.messages import Plan
-from celora.core.training import gradient_at
-from celora.models import Adapter, Model, initial, load
+from celora.core.problems import Gradient
+from celora.models import Adapter, Model, load
 from celora.tensors import only, select
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, D_IN, D_OUT, SCALE, Federation, Population
 from tests.toy import RANK as SMALL
@@ -71,7 +71,7 @@ def test_the_probe_gives_the_gradient_in_the_frozen_weight_and_both_sketches() -
     for algorithm in (FedSB(start="gradient"), FedSB(oversample=1)):
         probe = algorithm.probe(bases)
         learner = population()("c1", 1)
-        found = algorithm.cut(gradient_at(learner, Gradient(probe, next(learner.batches()), only("A", "B"))).gradient)
+        found = algorithm.cut(Gradient(probe, next(learner.batches()), only("A", "B")).alone(learner).gradient)
         if algorithm.start == "gradient":
             torch.testing.assert_close(found, {"layer.A": g})
         else:

@@ -9,7 +9,8 @@ from torch import Tensor
 from celora.algorithms.fedalt import FedALT, Up
 from celora.core.adapters import modules
 from celora.core.messages import Plan
-from celora.models import Adapter, Model, initial, load
+from celora.models import Adapter, Model, load
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, D_IN, D_OUT, Federation, image
 from tests.toy import RANK as SMALL

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fedex_lora import FedExLoRA, Up
-from celora.core.messages import KeptModel, Plan, unpacked
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Plan
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import Federation, Stub, lost
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from celora.algorithms.fedmosaic import FedMosaic, Up
 from celora.core.adapters import modules
 from celora.core.messages import Plan
-from celora.models import Adapter, Model, initial, load
+from celora.models import Adapter, Model, load
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, Federation, Population, image
 from tests.toy import RANK as SMALL

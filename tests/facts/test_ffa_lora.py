@@ -32,7 +32,8 @@ def test_the_update_served_is_the_mean_of_the_updates_made() -> None:
 
 
 def test_after_training_every_client_still_has_the_seeds_a() -> None:
-    from celora.core.messages import KeptModel, Plan, unpacked
+    from celora.core.client_state import KeptModel, unpacked
+    from celora.core.messages import Plan
 
     federation = Federation(FFALoRA())
     list(federation.run(Plan(rounds=2)))

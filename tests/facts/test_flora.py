@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.flora import FLoRA, Up
-from celora.core.messages import Exchange, Instruction, KeptModel, Plan, Reply, unpacked
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.wire import unpack
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import Federation, Tape, lost, newest

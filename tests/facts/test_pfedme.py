@@ -9,7 +9,8 @@ from torch import Tensor
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.pfedme import PFedMe, Up
 from celora.core.adapters import Lora
-from celora.core.messages import KeptModel, Plan, unpacked
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Plan
 from celora.core.solve import solve
 from celora.tensors import flatten
 from tests.facts.payloads import HEAD, rounds

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.rolora import RoLoRA, Server, Up
-from celora.core.messages import Exchange, Instruction, KeptModel, Plan, Reply, unpacked
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.wire import pack, unpack
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import D_IN, D_OUT, RANK, Federation, lost

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from celora.algorithms.ditto import Ditto
 from celora.core.algorithm import Head
-from celora.core.learner import Fit, Fitted
+from celora.core.problems import Fit
+from celora.core.training import Fitted
 from tests.toy import Stub, image, played
 
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from celora.algorithms.fdlora import HALF, FDLoRA, Local
-from celora.core.learner import Fit, Fitted, Score
+from celora.core.problems import Fit, Score
+from celora.core.training import Fitted
 from tests.toy import Stub, image, played
 
 

@@ -22,7 +22,9 @@ import torch
 
 from celora.algorithms.fed_hello import Down, FedHeLLo, Local
 from celora.core.algorithm import Head
-from celora.core.learner import Batch, Fitted, Gradient, GradientResult
+from celora.core.learner import Batch
+from celora.core.problems import Gradient
+from celora.core.training import Fitted, GradientResult
 from tests.toy import Stub, image, turn
 
 SEED = {

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from celora.algorithms.fed_sb import Down, FedSB, Local, Slopes, Up
 from celora.core.algorithm import Head, Trained
-from celora.core.learner import Fit, Fitted, Gradient, GradientResult
+from celora.core.problems import Fit, Gradient
+from celora.core.training import Fitted, GradientResult
 from tests.toy import Stub, image, turn
 
 SEED = {

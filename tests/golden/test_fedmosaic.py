@@ -22,7 +22,8 @@ from torch import Tensor
 from celora.algorithms.fedmosaic import Down, FedMosaic, Local, Up
 from celora.core.adapters import modules
 from celora.core.algorithm import Head, Mixing, Trained
-from celora.core.learner import Fit, Fitted, Gradient, GradientResult
+from celora.core.problems import Fit, Gradient
+from celora.core.training import Fitted, GradientResult
 from tests.toy import Stub, image
 
 

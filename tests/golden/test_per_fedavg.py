@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from celora.algorithms.per_fedavg import PerFedAvg
-from celora.core.learner import Gradient, GradientResult
+from celora.core.problems import Gradient
+from celora.core.training import GradientResult
 from tests.toy import RECIPE, Stub, image, played
 
 RATES: dict[str, Any] = {"alpha": 0.25, "beta": 0.5, "delta": 0.25}

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from celora.algorithms.pf2lora import PF2LoRA
-from celora.core.learner import Gradient, GradientResult
+from celora.core.problems import Gradient
+from celora.core.training import GradientResult
 from tests.toy import RECIPE, Stub, played
 
 RECIPE_HERE = replace(RECIPE, lr=0.25, clip=0.0)

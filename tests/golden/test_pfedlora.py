@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from celora.algorithms.pfedlora import PFedLoRA
-from celora.core.learner import Fitted
+from celora.core.training import Fitted
 from tests.toy import Stub, image
 
 SEED = {"fc.A": torch.ones(1, 2), "fc.B": torch.zeros(2, 1), "head.weight": torch.ones(2, 2)}

@@ -23,7 +23,8 @@ import pytest
 import torch
 
 from celora.algorithms.pfedme import PFedMe
-from celora.core.learner import Gradient, GradientResult
+from celora.core.problems import Gradient
+from celora.core.training import GradientResult
 from tests.toy import RECIPE, Stub, image, played
 
 RATES: dict[str, Any] = {"lam": 2.0, "inner_lr": 0.25, "inner_steps": 2, "eta": 0.25, "beta": 0.5}

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from celora.algorithms.ravan import Down, Local, Ravan, Up
 from celora.core.algorithm import Head
-from celora.core.learner import Gradient, GradientResult
+from celora.core.problems import Gradient
+from celora.core.training import GradientResult
 from tests.toy import RECIPE, Stub, image, turn
 
 

@@ -19,7 +19,7 @@ import torch
 
 from celora.algorithms.she_lora import SHELoRA
 from celora.core.algorithm import Head
-from celora.core.learner import Fitted
+from celora.core.training import Fitted
 from celora.privacy import ckks, keys
 from tests.toy import Stub, image, pretended
 

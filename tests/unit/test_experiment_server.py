@@ -12,9 +12,10 @@ from celora.experiment.config import Experiment, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.server import Listen, SiteRuntime, resolve_listen
 from celora.site.certificates import development
+from celora.tasks.classify import Classes
 from celora.track.client_stores import ClientStores
 from celora.track.folder import RunFolder
-from celora.wire import NOTHING
+from celora.wire import NOTHING, pack
 
 TREE: dict[str, Any] = {"adapter": {"layers": "last:1"}, "plan": {"quorum": 2}, "algorithm": {"name": "fedit"}}
 
@@ -28,13 +29,14 @@ class Far:
         self.sockets: dict[str, tuple[int, int]] = {}
 
     def start_job(self, job: str, begin: Any, expected: Any, seconds: float) -> None:
-        self.begun.append((begin.clients, begin.classes, expected if isinstance(expected, int) else tuple(expected)))
+        self.begun.append((begin.clients, begin.agreement, expected if isinstance(expected, int) else tuple(expected)))
         self.facts, self.refused = dict(self.here), {}
 
 
 def facts(labels: str = "ab", data: str = "sha", **more: Any) -> ClientFacts:
     rows = {"train": 20, "validation": 5, "test": 5}
-    told = {"rows": rows, "labels": tuple(labels), "majority": 0.5, "data": data, "backbone": "b", "version": "0"}
+    proposal = pack(Classes(tuple(labels))) if labels else b""
+    told = {"rows": rows, "proposal": proposal, "baseline": 0.5, "data": data, "backbone": "b", "version": "0"}
     return ClientFacts(**{**told, **more})
 
 
@@ -54,10 +56,10 @@ def experiment(**data: Any) -> Experiment:
 def test_a_job_begins_with_those_that_have_come_and_all_their_labels(resources: ResourceCache, tmp_path: Path) -> None:
     far = Far({"a": facts("ab"), "c": facts("bc"), "b": facts(rows={"train": 0})})
     team = sites(far, resources).team(experiment(), RunFolder(tmp_path), "f/job", {})
-    assert team.known.clients == ["a", "c"] and team.known.classes == ["a", "b", "c"]
+    assert team.known.clients == ["a", "c"] and team.known.task.facts == {"classes": ["a", "b", "c"]}
     assert team.known.excluded == {"b": "has no training rows"}
     assert team.known.initial["head.weight"].shape[0] == 3
-    assert far.begun == [((), (), ("a", "b", "c")), (("a", "c"), ("a", "b", "c"), ("a", "c"))]
+    assert far.begun == [((), b"", ("a", "b", "c")), (("a", "c"), pack(Classes(("a", "b", "c"))), ("a", "c"))]
 
 
 def test_a_resumed_job_has_the_clients_and_labels_of_its_beginning(resources: ResourceCache, tmp_path: Path) -> None:
@@ -67,9 +69,10 @@ def test_a_resumed_job_has_the_clients_and_labels_of_its_beginning(resources: Re
     later = Far({"a": facts("ab"), "c": facts("xyz")})  # b is away, and c has come, which was not there
     again = sites(later, resources).team(experiment(), folder, "f/job", {})
     assert again.known.clients == first.known.clients == ["a", "b"]
-    assert again.known.classes == first.known.classes == ["a", "b", "c"]
+    assert again.known.task == first.known.task
+    assert again.known.task.facts == {"classes": ["a", "b", "c"]}
     assert again.known.rows == first.known.rows
-    assert later.begun == [(("a", "b"), ("a", "b", "c"), ("a", "b"))]
+    assert later.begun == [(("a", "b"), pack(Classes(("a", "b", "c"))), ("a", "b"))]
 
 
 def test_rows_that_have_changed_since_are_refused(resources: ResourceCache, tmp_path: Path) -> None:
@@ -85,16 +88,23 @@ def test_too_few_sites_and_no_labels_are_named(resources: ResourceCache, tmp_pat
     with pytest.raises(QuorumError, match=r"1 sites have come, plan.quorum is 2 \(b: did not come within 1 s; c: did"):
         sites(Far({"a": facts()}), resources).team(experiment(), RunFolder(tmp_path / "1"), "f/job", {})
     silent = Far({"a": facts(""), "b": facts("")})
-    with pytest.raises(DataError, match=r"no site has told its labels, and data\.classes lists none"):
+    with pytest.raises(DataError, match=r"no site has told its labels, and task\.classes lists none"):
         sites(silent, resources).team(experiment(), RunFolder(tmp_path / "2"), "f/job", {})
     team = sites(silent, resources).team(experiment(classes=["u", "v"]), RunFolder(tmp_path / "3"), "f/job", {})
-    assert team.known.classes == ["u", "v"]
+    assert team.known.task.facts == {"classes": ["u", "v"]}
 
 
-def test_what_a_site_claims_of_its_majority_may_be_no_score(resources: ResourceCache, tmp_path: Path) -> None:
-    far = Far({"a": facts(majority=float("nan")), "b": facts(majority=7.0), "c": facts()})
+def test_a_site_whose_proposal_cannot_be_read_is_left_out(resources: ResourceCache, tmp_path: Path) -> None:
+    far = Far({"a": facts("ab"), "b": facts(proposal=b"no record"), "c": facts("bc")})
     team = sites(far, resources).team(experiment(), RunFolder(tmp_path), "f/job", {})
-    assert team.known.majority == {"a": None, "b": None, "c": 0.5}
+    assert team.known.clients == ["a", "c"]
+    assert team.known.excluded["b"].startswith("its proposal cannot be read: ")
+
+
+def test_what_a_site_claims_of_its_baseline_may_be_no_score(resources: ResourceCache, tmp_path: Path) -> None:
+    far = Far({"a": facts(baseline=float("nan")), "b": facts(baseline=7.0), "c": facts()})
+    team = sites(far, resources).team(experiment(), RunFolder(tmp_path), "f/job", {})
+    assert team.known.baseline == {"a": None, "b": None, "c": 0.5}
 
 
 def test_what_is_wrong_with_an_address_or_keys_is_told(tmp_path: Path) -> None:

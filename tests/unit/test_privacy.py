@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from celora.errors import RunFolderError
 from celora.privacy import ckks, keys
 from celora.privacy.order import Code
 
@@ -21,8 +22,10 @@ def test_a_key_is_written_once_for_its_owner_only_and_read_again(tmp_path: Path)
     keys.make(tmp_path / "key")
     assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
     assert len(keys.read(tmp_path / "key")) == 32
-    with pytest.raises(FileExistsError):
+    with pytest.raises(RunFolderError, match="is there already: keys are never overwritten"):
         keys.make(tmp_path / "key")
+    with pytest.raises(RunFolderError, match=r"cannot write .*none/key \(No such file or directory\)"):
+        keys.make(tmp_path / "none" / "key")
     keys.make(tmp_path / "other")
     assert keys.read(tmp_path / "key") != keys.read(tmp_path / "other")
 

@@ -25,10 +25,12 @@ from typing import ClassVar
 import torch
 
 from celora.core.adapters import Family, Residual, modules
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import truncated_svd
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
@@ -63,21 +65,17 @@ class Up:
     """What was trained of the shared names, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedExLoRA:
+class FedExLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A and B, with its error merged into W."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation "
         "Models, ACL 2025",
         link="https://arxiv.org/abs/2410.09432",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A, B",
@@ -116,7 +114,7 @@ class FedExLoRA:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors over W."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "W"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "W"))
         mine = select(fitted.weights, private(self.head, "A", "B", "W"))
         up = Up(select(fitted.weights, self.shares), learner.examples)
         return Trained(Local(local.base.after(down.base), mine), up, fitted.weights)

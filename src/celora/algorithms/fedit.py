@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
 
@@ -48,20 +50,16 @@ class Up:
     """What was trained of the shared names, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedIT:
+class FedIT(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A and B."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning (FedIT), ICASSP 2024",
         link="https://arxiv.org/abs/2305.05644",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A, B",
@@ -99,7 +97,7 @@ class FedIT:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 

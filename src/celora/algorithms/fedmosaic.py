@@ -32,16 +32,18 @@ What could not be read: τ, the number of coordinates, the size of the noise and
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Pair
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
+from celora.marks import MixingMatrix, RowCount, Sent, Summary
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights
 from celora.rng import generator
@@ -56,7 +58,7 @@ class Server:
     cores: Mapping[str, Tensors]
     sketches: Mapping[str, Tensor]
     length: int
-    mixing: Mixing
+    mixing: Annotated[Mixing, MixingMatrix()]
     received: Mapping[str, Tensors]
     head: Tensors
 
@@ -67,7 +69,7 @@ class Local:
 
     mine: Tensors
     gradient: Tensor | None
-    own: Tensors
+    own: Annotated[Tensors, Sent()]
 
 
 @record
@@ -82,22 +84,18 @@ class Up:
     """P_i and Q_i, a shared head, n_i, and the sketch of a gradient."""
 
     weights: Tensors
-    examples: int
-    summary: Tensor | None
+    examples: RowCount
+    summary: Summary[Tensor | None]
 
 
 @settings
-class FedMosaic:
+class FedMosaic(Algorithm[Server, Local, Down, Up]):
     """Small maps between common bases, averaged over the others by likeness of gradients."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Seo et al., Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients "
         "(FedMosaic), ICLR 2026",
         link="https://arxiv.org/abs/2506.11024",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="P, Q, β, head",
         sends="P, Q; a gradient's sketch",
@@ -106,6 +104,7 @@ class FedMosaic:
         remembers="every P_i, Q_i and sketch, W",
         uplink="r² + r",
         floats=lambda r, d, k: r * r + r,
+        needs=frozenset({"head"}),
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged) or frozen as drawn")
@@ -142,7 +141,7 @@ class FedMosaic:
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Take the gradient; train the client's own P, Q and gate."""
         gradient = yield from self.gradient(learner, local)
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "A", "B", "P2", "Q2"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "A", "B", "P2", "Q2"))
         mine = select(fitted.weights, private(self.head, "A", "B", "P", "Q", "P2", "Q2"))
         own = select(fitted.weights, only("P", "Q"))
         up = Up(select(fitted.weights, self.shares), learner.examples, self.blurred(gradient, learner.rng))
@@ -152,7 +151,7 @@ class FedMosaic:
         """The moving average (n,) of what is sent of the head's gradient, without noise."""
         taken: list[Tensor] = []
         for batch in islice(learner.batches(learner.recipe.batch_size), self.batches):
-            gradient_at = yield Gradient({}, batch, only("head"))
+            gradient_at = yield from Gradient({}, batch, only("head"))
             taken.append(flatten(gradient_at.gradient))
         if not taken:
             return local.gradient

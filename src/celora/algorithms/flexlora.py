@@ -28,9 +28,11 @@ from typing import ClassVar
 import torch
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import Sum, truncated_svd
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
@@ -65,21 +67,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FlexLoRA:
+class FlexLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of ΔW, redistributed by SVD."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
         "Resources (FlexLoRA), NeurIPS 2024",
         link="https://arxiv.org/abs/2402.11505",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",
@@ -120,7 +118,7 @@ class FlexLoRA:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors at the client's rank."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         up = Up(select(fitted.weights, self.shares), learner.examples)
         return Trained(Local(local.rank, mine), up, fitted.weights)

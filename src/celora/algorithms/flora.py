@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Residual, modules
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
 
@@ -65,21 +67,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FLoRA:
+class FLoRA(Algorithm[Server, Local, Down, Up]):
     """Stacking of A and B, merged into W."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank "
         "Adaptations, NeurIPS 2024",
         link="https://arxiv.org/abs/2409.05976",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",
@@ -121,7 +119,7 @@ class FLoRA:
         fresh = {name: rearranged(w, learner.rng) for name, w in select(learner.initial, only("A")).items()}
         zero = {name: torch.zeros_like(w) for name, w in select(learner.initial, only("B")).items()}
         start = {**local.mine, **down.head, **base.total, **fresh, **zero}
-        fitted = yield Fit(start, train=trained(self.head, "W"))
+        fitted = yield from Fit(start, train=trained(self.head, "W"))
         mine = select(fitted.weights, private(self.head, "A", "B", "W"))
         return Trained(Local(base, mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 

@@ -28,9 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, Fraction, NonNegative, setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import norm
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
@@ -67,21 +69,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class HetLoRA:
+class HetLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of zero-padded A and B, weighted by ‖B_i A_i‖."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models (HetLoRA), "
         "EMNLP 2024",
         link="https://arxiv.org/abs/2401.06432",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",
@@ -130,7 +128,7 @@ class HetLoRA:
         """Train both factors with their tail held down, and cut it off if it has shrunk."""
         start = truncated({**learner.initial, **self.model(local, down)}, local.rank)
         penalised = self.pruning and self.lam > 0
-        fitted = yield Fit(start, trained(self.head), penalty=self.penalty if penalised else None)
+        fitted = yield from Fit(start, trained(self.head), penalty=self.penalty if penalised else None)
         rank, weights = local.rank, fitted.weights
         if self.pruning and self.tail(weights) < self.tail(start):
             rank = self.kept(rank)

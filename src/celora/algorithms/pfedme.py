@@ -21,10 +21,12 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Gradient, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
 from celora.core.optim import descend
+from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
+from celora.marks import RowCount
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
 
@@ -56,20 +58,16 @@ class Up:
     """w_i, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class PFedMe:
+class PFedMe(Algorithm[Server, Local, Down, Up]):
     """Moreau envelopes."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Dinh et al., Personalized Federated Learning with Moreau Envelopes (pFedMe, on LoRA), NeurIPS 2020",
         link="https://arxiv.org/abs/2006.08848",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="θ and w_i: A, B, head",
         sends="A, B",
@@ -115,7 +113,7 @@ class PFedMe:
         w = theta = select(start, names)
         for batch in list(learner.batches()):
             for _ in range(self.inner_steps):
-                gradient_at = yield Gradient({**start, **theta}, batch, names)
+                gradient_at = yield from Gradient({**start, **theta}, batch, names)
                 gradient = {name: g + self.lam * (theta[name] - w[name]) for name, g in gradient_at.gradient.items()}
                 theta = descend(theta, gradient, self.inner_lr, learner.recipe.clip)
             w = descend(w, {name: w[name] - theta[name] for name in w}, self.eta * self.lam)

@@ -22,12 +22,14 @@ is trained in every turn and averaged with either half unless told otherwise.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import Received, RowCount
 from celora.tensors import Names, Tensors, mean, only, select
 from celora.wire import record
 
@@ -49,7 +51,7 @@ class Local:
     """The client's last turn, the half that was frozen in it (everybody's), and the head where it is private."""
 
     turn: int
-    frozen: Tensors
+    frozen: Annotated[Tensors, Received()]
     mine: Tensors
 
 
@@ -72,21 +74,17 @@ class Up:
     """The half that was trained, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class RoLoRA:
+class RoLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of B and of A in turns."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Chen et al., Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA (RoLoRA), "
         "NeurIPS 2025",
         link="https://arxiv.org/abs/2502.01755",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="B or A, head",
         sends="B or A",
@@ -127,7 +125,7 @@ class RoLoRA:
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train one half over the other."""
         (other,) = {*HALVES} - {down.half}
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, other))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, other))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         kept = Local(down.turns + 1, select(fitted.weights, only(other)), mine)
         sent = select(fitted.weights, shared(self.head, down.half))

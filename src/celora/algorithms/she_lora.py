@@ -45,9 +45,11 @@ from pydantic import Field
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, InputNorms, Learner
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, InputNorms
 from celora.fields import Count, setting, settings
+from celora.marks import RowCount, SiteSecret
 from celora.maths.lowrank import Sum, truncated_svd
 from celora.privacy import ckks, keys
 from celora.privacy.order import Code
@@ -119,7 +121,7 @@ class Up:
 
     weights: Tensors | None
     cipher: tuple[bytes, ...]
-    examples: int
+    examples: RowCount
     wishes: tuple[Tensor, ...]
     mark: bytes
 
@@ -130,17 +132,13 @@ class Up:
 
 
 @settings
-class SHELoRA:
+class SHELoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of B A with the most sensitive columns of A encrypted, and clients of any rank."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Liu et al., SHE-LoRA: Selective Homomorphic Encryption for Federated Tuning with Heterogeneous LoRA, "
         "ICLR 2026",
         link="https://arxiv.org/abs/2505.21051",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A but k columns, B, these encrypted; wishes once",
@@ -154,7 +152,7 @@ class SHELoRA:
 
     head: Head = setting("shared", "the task head: private, shared (averaged, in clear) or frozen as drawn")
 
-    key: str | None = setting(
+    key: Annotated[str | None, SiteSecret()] = setting(
         None, "file with the clients' secret, the same at every client; none: a public one, for simulations only"
     )
     budget: tuple[Part, ...] = setting(
@@ -197,11 +195,11 @@ class SHELoRA:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors; the first time tell which columns to hide, from then on hide them."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         public = "key: none is given, so a public one is used: good for a simulation, and it protects nobody"
         notes = (public,) if self.key is None else ()
         if not down.agreed:
-            wishes = self.wishes(local, down.budget, fitted.weights, (yield InputNorms(self.calibration)))
+            wishes = self.wishes(local, down.budget, fitted.weights, (yield from InputNorms(self.calibration)))
             up = Up(None, (), learner.examples, wishes, keys.mark(_secret(local)))
             mine = select(fitted.weights, trained(self.head))
         else:

@@ -12,6 +12,9 @@ from celora import catalog, experiment
 from celora.cli.common import Config, Event, Group, Json, Out, Quiet, Sets, examples, follow, read, show_all
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
+from celora.experiment.engines import choices
+
+ENGINE_HELP = f"Where the clients are: {'; '.join(f'{name}, {place}' for name, place in choices().items())}."
 
 
 def add(app: typer.Typer) -> None:
@@ -40,15 +43,13 @@ def run(
     config: Config,
     sets: Sets = None,
     group: Group = None,
-    engine: Annotated[
-        str, typer.Option(metavar="embedded|flower-sim", help="Clients in this process, or in Flower's simulation.")
-    ] = "embedded",
+    engine: Annotated[str, typer.Option(metavar="|".join(choices()), help=ENGINE_HELP)] = "embedded",
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the experiment in CONFIG.toml, after its local-only twin of equal budget."""
-    follow(lambda log: experiment.run(read(config, sets, group), out, where=engine), as_json, quiet)
+    follow(lambda log: experiment.run(read(config, sets, group), out, engine=engine), as_json, quiet)
 
 
 def compare(

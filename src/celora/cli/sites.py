@@ -20,6 +20,8 @@ from celora import experiment
 from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, read, show_all
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
+from celora.experiment.server import SitesEngine
+from celora.privacy import keys as shared_keys
 from celora.site.ledger import Entry, Ledger
 from celora.track.text import printable
 
@@ -74,6 +76,7 @@ def add(app: typer.Typer) -> None:
     made = typer.Typer(no_args_is_help=True, help="Make keys and certificates.")
     made.command("dev", epilog=examples("celora keys dev --out keys --sites site-a,site-b --host 127.0.0.1"))(dev)
     made.command("site", epilog=examples("celora keys site --out keys --name site-a"))(own)
+    made.command("secret", epilog=examples("celora keys secret shared.secret"))(secret)
     app.add_typer(made, name="keys")
 
 
@@ -106,8 +109,8 @@ def server(
             expected = int(words[0]) if len(words) == 1 and words[0].isdecimal() else words
         if insecure and not expected:
             raise ConfigError(["--clients: with --insecure, say whom to wait for (a,b,c), or how many"])
-        where = experiment.Listen(listen, None if keys is None else str(keys.resolve()), expected, wait)
-        return experiment.run(read(config, sets), out, where=where, log=log)
+        engine = SitesEngine(listen, None if keys is None else str(keys.resolve()), expected, wait)
+        return experiment.run(read(config, sets), out, engine=engine, log=log)
 
     follow(start, as_json, quiet)
 
@@ -209,6 +212,16 @@ def own(
         from celora.site.certificates import site_key  # noqa: PLC0415  # an extra
 
         typer.echo(f"{site_key(out, name)}\n{out / name}.pub")
+
+
+def secret(
+    *,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A new file, for every site and never for the server.")],
+) -> None:
+    """The key that all sites share where the algorithm encrypts (she-lora); each site names it with --secret."""
+    with explained(SessionState(), as_json=False):
+        shared_keys.make(path)
+        typer.echo(path)
 
 
 def _join(
