@@ -12,12 +12,13 @@ What the paper leaves open: it has one step of gradient descent a round, and the
 train, and it is the mean of what they have trained.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
@@ -67,6 +68,7 @@ class TrimmedMean(Algorithm[Server, Local, Down, Up]):
         gets="A, B",
         keeps="–",
         remembers="A, B",
+        aggregation="each",
         uplink="r(d + k)",
         floats=lambda r, d, k: r * (d + k),
     )
@@ -102,9 +104,10 @@ class TrimmedMean(Algorithm[Server, Local, Down, Up]):
         mine = select(fitted.weights, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(fitted.weights, self.shares)), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """The mean of each number without its extremes."""
-        ups, cut = [up.weights for up in heard.values()], int(self.beta * len(heard))
+        ups = [up.weights for _, up in heard.each()]
+        cut = int(self.beta * len(ups))
         stacks = {name: torch.stack([weights[name] for weights in ups]) for name in ups[0]}
         return Server({name: x.sort(dim=0).values[cut : len(ups) - cut].mean(0) for name, x in stacks.items()})
 

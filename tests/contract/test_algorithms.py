@@ -64,7 +64,11 @@ MORE: Mapping[str, list[dict[str, Any]]] = {
 
 
 CONTRACTS = {
-    name: type(f"Test{kind.__name__}", (AlgorithmContract,), {"algorithm": kind, "more": MORE.get(name, [])})
+    name: type(
+        f"Test{kind.__name__}",
+        (AlgorithmContract,),
+        {"algorithm": kind, "more": MORE.get(name, []), "reads_twice": name == "she-lora"},
+    )
     for name, kind in ALGORITHMS.items()
 }
 globals().update({contract.__name__: contract for contract in CONTRACTS.values()})
@@ -113,7 +117,7 @@ class Scribbling(FedIT):
     """FedIT that averages into the first reply."""
 
     def aggregate(self, server: Any, heard: Any) -> Any:
-        first, *others = heard.values()
+        first, *others = (up for _, up in heard.sent.items())
         for name, tensor in first.weights.items():
             tensor.copy_(mean((up.weights, 1) for up in (first, *others))[name])
         return dataclasses.replace(server, weights=first.weights)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from celora.algorithms.ce_lora import CELoRA, Local, Server, Up
 from celora.core.adapters import Tri
+from celora.core.aggregation import Heard
 from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.maths.cka import cka
 from tests.facts.payloads import CLASSES, DIM, rounds
@@ -25,7 +26,7 @@ SEED = {"layer.C": torch.eye(RANK, dtype=torch.float64)}
 def served(cores: list[Tensor], **fields: object) -> tuple[CELoRA, Server]:
     algorithm = CELoRA(data_share=0.0, **fields)
     ups = {str(i): Up({"layer.C": core}, 1, None) for i, core in enumerate(cores)}
-    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), ups)
+    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), Heard(ups))
 
 
 def received(cores: list[Tensor], client: int, **fields: object) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from celora.algorithms.ravan import Ravan, Up
 from celora.core.adapters import modules
+from celora.core.aggregation import Heard
 from celora.core.problems import Gradient
 from celora.errors import ModelError
 from celora.models import Adapter, Model, load
@@ -38,7 +39,7 @@ def average(clients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     algorithm = Ravan(head="frozen")
     sent = [{f"layer.C{h}": c[f"layer.C{h}"] * c[f"layer.S{h}"] for h in range(1, 5)} for c in clients]
     ups = {str(i): Up(cores, n) for i, (cores, n) in enumerate(zip(sent, N, strict=True))}
-    server = algorithm.aggregate(algorithm.server_init({}, ()), ups)
+    server = algorithm.aggregate(algorithm.server_init({}, ()), Heard(ups))
     return {**{name: w.double() for name, w in WORLD.initial.items()}, **server.weights}
 
 

@@ -85,10 +85,8 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert problems({"name": "clip"}) == [
         "filters: found {'name': 'clip'}, expected tables under [[filters]]"
     ]  # [filters] in place of [[filters]]
-    assert problems([], filter=[]) == [
-        "filter: unknown key. Did you mean 'filters'? (allowed: name, data, model, adapter, train, plan, engine, "
-        "algorithm, filters, overrides)"
-    ]
+    [unknown] = problems([], filter=[])
+    assert unknown.startswith("filter: unknown key. Did you mean 'filters'? (allowed: name, data, ")
     assert problems([], overrides={"fedit": {"filters": 3}}) == ["filters: found 3, expected tables under [[filters]]"]
 
 

@@ -152,7 +152,7 @@ def test_mypy_infers_each_answer_and_finds_a_misspelt_attribute(tmp_path: Path) 
         "celora.core.training.Fitted",
         "celora.core.training.GradientResult",
         "typing.Mapping[str, float]",
-        "tuple[Any, Any]",  # of tensors
+        "tuple[Any, Any | None]",  # of tensors
         "dict[str, Any]",
         "int",
     ], done.stdout + done.stderr

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Tri
+from celora.core.aggregation import Heard
 from celora.core.algorithm import (
     AdapterSettings,
     Algorithm,
@@ -141,6 +142,7 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         remembers="every C_i and G_i, W",
         uplink="r²",
         floats=lambda r, d, k: r * r,
+        aggregation="each",
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged like C) or frozen as drawn")
@@ -240,9 +242,9 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
             notes.append(f"{short} the disclosure floor: this client is known by its core alone")
         return mixture, tuple(notes)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """C̄_i = Σ_j W_ij C_j for every client heard so far, from the last core each has sent."""
-        ups = dict(heard)
+        ups = dict(heard.each())
         cores = _sorted({**server.cores, **{client: up.core for client, up in ups.items()}})
         examples = {**server.examples, **{client: up.examples for client, up in ups.items()}}
         new = {client: up.summary for client, up in ups.items() if up.summary is not None}

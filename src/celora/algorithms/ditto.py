@@ -15,19 +15,20 @@ that is clipped is the penalty's, too. v_i starts from what the client receives 
 and v_i have a head each, neither travels, and the penalty is over what does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import NonNegative, setting, settings
 from celora.marks import RowCount
-from celora.tensors import Names, Tensors, mean, select
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -113,9 +114,9 @@ class Ditto(Algorithm[Server, Local, Down, Up]):
         up = Up(select(ours.weights, self.shares), learner.examples)
         return Trained(Local(select(own.weights, names), mine), up, own.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """w ← Σ p_i w_i, A and B apart."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The global model w, over the private head of w_i."""

@@ -29,19 +29,20 @@ each client keeps a head of θ_s of its own.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Score
 from celora.errors import ModelError
 from celora.fields import Count, NonNegative, Positive, setting, settings
 from celora.marks import RowCount, Sent
-from celora.tensors import Names, Tensors, mean, select
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 BOX = 1.5
@@ -173,9 +174,9 @@ class FDLoRA(Algorithm[Server, Local, Down, Up]):
                 best, least = w, value
         return best
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """θ_s⁰ ← Σ p_i θ_p,i, and then a step of the outer optimiser."""
-        average = mean((up.weights, up.examples) for up in heard.values())
+        average = heard.mean(lambda up: up.weights, lambda up: up.examples)
         if not server.weights:
             return Server(average, {name: torch.zeros_like(w) for name, w in average.items()})
         weights, velocity = dict[str, torch.Tensor](), dict[str, torch.Tensor]()

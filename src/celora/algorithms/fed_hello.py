@@ -35,12 +35,13 @@ from pydantic import Field
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Whole, setting, settings
 from celora.rng import generator
-from celora.tensors import Names, Tensors, but, mean, part, select
+from celora.tensors import Names, Tensors, but, part, select
 from celora.wire import record
 
 Shape = Literal["triangle", "inverted", "bottleneck", "uniform"]
@@ -172,14 +173,15 @@ class FedHeLLo(Algorithm[Server, Local, Down, Up]):
             found[place[name]] += square.norm() / max(rows, 1)
         return found
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """Each layer's mean over those who trained it; p from the mean F, where it was measured."""
-        size = server.chances.shape
         measured = "importance"  # averaged with the rest, in one pass over the replies
-        new = mean(
-            ({**up.weights, **({} if (f := up.importance) is None or f.shape != size else {measured: f})}, 1.0)
-            for up in heard.values()
-        )
+
+        def told(up: Up) -> Tensors:
+            f = up.importance
+            return up.weights if f is None or f.shape != server.chances.shape else {**up.weights, measured: f}
+
+        new = dict(heard.mean(told, lambda up: 1.0))
         found = new.pop(measured, None)
         weights, now = {**server.weights, **new}, server.chances if found is None else ranked(found)
         return Server(weights, server.counts, server.rounds + 1, now)

@@ -43,13 +43,14 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, FixedBases, modules
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Positive, Whole, setting, settings
 from celora.marks import Received, RowCount, Summary
 from celora.rng import generator
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.tensors import Names, Tensors, only, select
 from celora.wire import record
 
 
@@ -198,14 +199,14 @@ class FedSB(Algorithm[Server, Local, Down, Up]):
         columns = {n: w[:, : w.shape[1] // 2].contiguous() for n, w in select(gradient, only("B")).items()}
         return {**rows, **columns}
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """C ← Σ p_i C_i; of gradients the mean, too, and bases that fit it."""
         if server.fitted:
-            told = sorted(heard) if server.bases else []  # who was away is sent the bases again: it may have lost them
-            weights = mean((up.weights, up.examples) for up in heard.values())
-            return Server(weights, server.bases, True, tuple(told))
+            weights = heard.mean(lambda up: up.weights, lambda up: up.examples)
+            told = heard.clients if server.bases else ()  # who was away is sent the bases again: it may have lost them
+            return Server(weights, server.bases, True, told)
         shapes = {name: w.shape for name, w in self.cut(self.probe(server.bases)).items()}
-        both = mean(({**up.weights, **_of(up.summary, shapes)}, up.examples) for up in heard.values())
+        both = heard.mean(lambda up: {**up.weights, **_of(up.summary, shapes)}, lambda up: up.examples)
         weights, slopes = select(both, self.shares), select(both, only("A", "B"))
         if not slopes:
             return Server(weights, server.bases, False, ())

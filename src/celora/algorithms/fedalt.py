@@ -25,12 +25,13 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from celora.core.adapters import Family, Gated
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import RowCount, Sent
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
 
 
@@ -83,6 +84,7 @@ class FedALT(Algorithm[Server, Local, Down, Up]):
         remembers="every A_i, B_i",
         uplink="r(d + k)",
         floats=lambda r, d, k: r * (d + k),
+        aggregation="each",
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged) or frozen as drawn")
@@ -123,18 +125,18 @@ class FedALT(Algorithm[Server, Local, Down, Up]):
         own = select(fitted.weights, only("A", "B"))
         return Trained(Local(mine, own), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """The last A and B of everybody, and their sum."""
-        adapters, counts, heads = dict(server.adapters), dict(server.counts), list[tuple[Tensors, int]]()
-        for client, up in heard.items():
+        adapters, counts, heads = dict(server.adapters), dict(server.counts), Mean()
+        for client, up in heard.each():
             adapters[client] = select(up.weights, only("A", "B"))
             counts[client] = up.examples if self.by_rows else 1
-            heads.append((select(up.weights, only("head")), up.examples))
+            heads.add(select(up.weights, only("head")), up.examples)
         total: dict[str, Tensor] = {}
         for client in sorted(adapters):  # summed anew each time: what was added can then never fail to be taken away
             for name, w in adapters[client].items():
                 total[name] = total.get(name, 0) + counts[client] * w.double()
-        return Server(adapters, counts, total, mean(heads))
+        return Server(adapters, counts, total, heads.result())
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The client's own, and what was received beside it."""

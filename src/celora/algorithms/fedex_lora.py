@@ -19,12 +19,13 @@ is averaged unless told otherwise. R written with differences is the same R, in 
 not lose digits where clients are close to each other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
 from celora.core.adapters import Family, Residual, modules
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
@@ -84,6 +85,7 @@ class FedExLoRA(Algorithm[Server, Local, Down, Up]):
         remembers="A, B, R, W",
         uplink="r(d + k)",
         floats=lambda r, d, k: r * (d + k),
+        aggregation="each",
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged like A and B) or frozen as drawn")
@@ -119,16 +121,16 @@ class FedExLoRA(Algorithm[Server, Local, Down, Up]):
         up = Up(select(fitted.weights, self.shares), learner.examples)
         return Trained(Local(local.base.after(down.base), mine), up, fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """A ← Σ p_i A_i and B ← Σ p_i B_i, apart; and W ← W + Σ p_i (B_i − B)(A_i − A)."""
-        ups = list(heard.values())  # all of them are in R
+        clients, ups = zip(*heard.each(), strict=True)  # all of them are in R
         average, rows = mean((up.weights, up.examples) for up in ups), sum(up.examples for up in ups)
         residual: dict[str, Factors] = {}
         for module, w in modules(average).items():
             b = torch.cat([up.weights[f"{module}.B"] - w["B"] for up in ups], dim=1)
             a = torch.cat([up.examples / rows * (up.weights[f"{module}.A"] - w["A"]) for up in ups])
             residual[f"{module}.W"] = Factors(*((b, a) if self.rank is None else truncated_svd(b, a, self.rank)))
-        return Server(server.base.after(residual, heard), average)
+        return Server(server.base.after(residual, clients), average)
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The averages over W, and under what is the client's own."""

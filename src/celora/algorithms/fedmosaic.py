@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Pair
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
@@ -47,7 +48,7 @@ from celora.marks import MixingMatrix, RowCount, Sent, Summary
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights
 from celora.rng import generator
-from celora.tensors import Names, Tensors, flatten, mean, only, select
+from celora.tensors import Mean, Names, Tensors, flatten, only, select
 from celora.wire import record
 
 
@@ -105,6 +106,7 @@ class FedMosaic(Algorithm[Server, Local, Down, Up]):
         uplink="r² + r",
         floats=lambda r, d, k: r * r + r,
         needs=frozenset({"head"}),
+        aggregation="each",
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged) or frozen as drawn")
@@ -167,12 +169,12 @@ class FedMosaic(Algorithm[Server, Local, Down, Up]):
         size = self.noise * gradient.square().mean().sqrt()
         return gradient + size * torch.randn(gradient.shape, generator=rng)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """(P̄_i, Q̄_i) = Σ_{j ≠ i} W_ij (P_j, Q_j) for every client heard so far, from the last that each has sent."""
-        cores, sketches, heads = dict(server.cores), dict(server.sketches), list[tuple[Tensors, int]]()
-        for client, up in heard.items():
+        cores, sketches, heads = dict(server.cores), dict(server.sketches), Mean()
+        for client, up in heard.each():
             cores[client] = select(up.weights, only("P", "Q"))
-            heads.append((select(up.weights, only("head")), up.examples))
+            heads.add(select(up.weights, only("head")), up.examples)
             told = up.summary is not None and up.summary.shape == (server.length,)
             sketches[client] = up.summary if up.summary is not None and told else torch.zeros(server.length)
         cores, sketches = dict(sorted(cores.items())), dict(sorted(sketches.items()))
@@ -183,7 +185,7 @@ class FedMosaic(Algorithm[Server, Local, Down, Up]):
                 means = average(torch.stack([core[name] for core in cores.values()]), mixing.weights)
                 for client, row in zip(cores, means, strict=True):
                     received[client][f"{name}2"] = row
-        return Server(cores, sketches, server.length, mixing, received, mean(heads))
+        return Server(cores, sketches, server.length, mixing, received, heads.result())
 
     def weights(self, sketches: Tensor) -> Tensor:
         """W (m, m) from sketches (m, n): 0 on the diagonal, rows that sum to 1; 0 where a client is alone."""

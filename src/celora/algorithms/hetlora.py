@@ -19,7 +19,7 @@ module are 0, weights are by n_i. Rows and columns that no client heard in a rou
 were: an average of nothing would be 0 in A and in B, which no training leaves again.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import hypot
 from typing import ClassVar, Literal
 
@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, Fraction, NonNegative, setting, settings
 from celora.marks import RowCount
 from celora.maths.lowrank import norm
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
 
 NONE = 1e-30
@@ -89,6 +90,7 @@ class HetLoRA(Algorithm[Server, Local, Down, Up]):
         uplink="r_i(d + k)",
         floats=lambda r, d, k: r * (d + k),
         mixed_ranks=True,
+        aggregation="each",
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged by rows) or frozen as drawn")
@@ -149,21 +151,18 @@ class HetLoRA(Algorithm[Server, Local, Down, Up]):
         """λ times the tail."""
         return self.lam * self.tail(weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """A ← Σ p_i pad(A_i) and B ← Σ p_i pad(B_i), in as many rows as the largest rank that was heard."""
-        ranks: dict[ClientId, int] = {}
-
-        def terms() -> Iterator[tuple[Tensors, float]]:
-            for client, up in heard.items():
-                adapters, ranks[client] = modules(up.weights), rank_of(up.weights)
-                norms = {module: norm(w["B"], w["A"]) for module, w in adapters.items()}
-                for module in adapters:
-                    size = norms[module] if self.weighting == "module" else hypot(*norms.values())
-                    names = (f"{module}.A", f"{module}.B")
-                    yield {n: padded(up.weights[n], server.weights[n]) for n in names}, size + NONE * up.examples
-                yield select(up.weights, only("head")), up.examples
-
-        average = mean(terms())
+        ranks, total = dict[ClientId, int](), Mean()
+        for client, up in heard.each():
+            adapters, ranks[client] = modules(up.weights), rank_of(up.weights)
+            norms = {module: norm(w["B"], w["A"]) for module, w in adapters.items()}
+            for module in adapters:
+                size = norms[module] if self.weighting == "module" else hypot(*norms.values())
+                names = (f"{module}.A", f"{module}.B")
+                total.add({n: padded(up.weights[n], server.weights[n]) for n in names}, size + NONE * up.examples)
+            total.add(select(up.weights, only("head")), up.examples)
+        average = total.result()
         widest = max(ranks.values())
         for module, w in modules(server.weights).items():
             a, b = average[f"{module}.A"], average[f"{module}.B"]

@@ -6,10 +6,11 @@ What travels: nothing. Round by round it spends exactly the budget of a federate
 mini-batches, optimiser and number of steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
@@ -92,7 +93,7 @@ class LocalOnly(Algorithm[Server, Local, Down, Up]):
         fitted = yield from Fit(local.mine, train=trained(self.head))
         return Trained(Local(select(fitted.weights, private(self.head))), Up(), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """Nothing."""
         return server
 

@@ -22,18 +22,19 @@ number of mini-batches the last is paired with the first. δ is a field: the err
 1e-7 / δ. The paper averages uniformly; here p_i = n_i / Σ n.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import ClassVar, Literal
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.optim import descend
 from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
 from celora.marks import RowCount
-from celora.tensors import Names, Tensors, mean, select
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -134,9 +135,9 @@ class PerFedAvg(Algorithm[Server, Local, Down, Up]):
         mine = select(w, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(w, self.shares), learner.examples), adapted)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """w ← Σ p_i w_i."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """w, over the client's own head."""

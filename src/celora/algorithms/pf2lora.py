@@ -23,19 +23,20 @@ AdamW's state is new in every round. The recipe's clip, decay and rate are those
 differentiates it as it is. p_k = n_k / Σ n where the paper has 1 / M.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Dual, Family
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.optim import AdamW, descend, unflatten
 from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
 from celora.marks import RowCount
-from celora.tensors import Names, Tensors, flatten, mean, only, select
+from celora.tensors import Names, Tensors, flatten, only, select
 from celora.wire import record
 
 
@@ -138,9 +139,9 @@ class PF2LoRA(Algorithm[Server, Local, Down, Up]):
         mine = select(weights, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(weights, self.shares), learner.examples), weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """x ← Σ p_k x_k."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """x, over the client's own y."""

@@ -19,18 +19,19 @@ our recipe's AdamW, once for each phase: a round has twice the local steps of th
 drawn keeps its old w_k; the adapter it gets is always fresh.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import AdapterSettings, Algorithm, AlgorithmInfo, ClientId, Head, Trained
 from celora.core.learner import Learner, Losses
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import RowCount
-from celora.tensors import Names, Tensors, but, mean, only, part, select
+from celora.tensors import Names, Tensors, but, only, part, select
 from celora.wire import record
 
 
@@ -127,9 +128,9 @@ class PFedLoRA(Algorithm[Server, Local, Down, Up]):
         adapter, kept = select(fitted.weights, only("A", "B")), Local(select(fitted.weights, own))
         return Trained(kept, Up(adapter, learner.examples), self.model(Local({**kept.own}), Down(adapter)))
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """θ ← Σ p_k θ_k."""
-        return Server(mean((up.adapter, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.adapter, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The client's own model with the adapter beside it; of mixed logits, the mixture."""

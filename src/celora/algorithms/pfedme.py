@@ -17,17 +17,18 @@ the recipe's `clip` holds for the whole gradient, penalty included. The authors 
 Under a private head w_i has a head of its own, which the client keeps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.optim import descend
 from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
 from celora.marks import RowCount
-from celora.tensors import Names, Tensors, mean, select
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -120,9 +121,9 @@ class PFedMe(Algorithm[Server, Local, Down, Up]):
         mine = select(w, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(w, self.shares), learner.examples), {**start, **theta})
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """w ← (1 − β) w + β Σ p_i w_i."""
-        average = mean((up.weights, up.examples) for up in heard.values())
+        average = heard.mean(lambda up: up.weights, lambda up: up.examples)
         return Server({name: w.lerp(average[name], self.beta) for name, w in server.weights.items()}, started=True)
 
     def model(self, local: Local, down: Down) -> Tensors:

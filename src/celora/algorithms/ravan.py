@@ -19,18 +19,19 @@ What the paper leaves open, as far as it could be read here: p_i, here n_i / Σ 
 or for all alike, here for each; how those by norm are chosen while all cores are 0, here by chance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Heads
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, setting, settings
 from celora.marks import RowCount
-from celora.tensors import Names, Tensors, mean, only, part, select
+from celora.tensors import Names, Tensors, only, part, select
 from celora.wire import record
 
 
@@ -138,9 +139,9 @@ class Ravan(Algorithm[Server, Local, Down, Up]):
             idle |= {name for core in drawn[self.train_heads :] for name in (core, _scale(core))}
         return idle
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """C_h ← Σ p_i s_h,i C_h,i over those who trained it."""
-        return Server({**server.weights, **mean((up.weights, up.examples) for up in heard.values())})
+        return Server({**server.weights, **heard.mean(lambda up: up.weights, lambda up: up.examples)})
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, every scale 1 again, over what is the client's own."""

@@ -25,12 +25,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.marks import Received, RowCount
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.tensors import Names, Tensors, only, select
 from celora.wire import record
 
 HALVES = ("B", "A")
@@ -131,11 +132,11 @@ class RoLoRA(Algorithm[Server, Local, Down, Up]):
         sent = select(fitted.weights, shared(self.head, down.half))
         return Trained(kept, Up(sent, learner.examples), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """B ← Σ p_i B_i, or A ← Σ p_i A_i."""
         asked, turn = shared(self.head, HALVES[server.turns % 2]), server.turns + 1
-        average = mean((select(up.weights, asked), up.examples) for up in heard.values())
-        return Server({**server.weights, **average}, turn, {**server.heard, **dict.fromkeys(heard, turn)})
+        average = heard.mean(lambda up: select(up.weights, asked), lambda up: up.examples)
+        return Server({**server.weights, **average}, turn, {**server.heard, **dict.fromkeys(heard.clients, turn)})
 
     def model(self, local: Local, down: Down) -> Tensors:
         """What came down, over the half the client kept and its own head.

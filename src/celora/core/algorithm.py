@@ -4,7 +4,7 @@
     S = server_init(weights, clients)               L = client_init(learner)
     D = send(S, client)          -- frame -->       predicts with model(L, D)            "received"
                                  <-- frame --       Trained(L, U, model) = train(learner, L, D)   "personal"
-    S = aggregate(S, {client: U})
+    S = aggregate(S, heard)                         heard: means of all U, or each
 
 What lasts is a record (`celora.wire.record`); what must not cross is in L, and only there.
 """
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from celora.core.adapters import Family
+from celora.core.aggregation import Aggregation, Heard
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate
 from celora.core.task import Trait
@@ -54,6 +55,7 @@ class AlgorithmInfo:
         own_models: whether it also works where a client's whole model is its own, the adapter standing beside its head.
         server, local, down, up: the record types, as `class FedIT(Algorithm[Server, Local, Down, Up])` says them.
         needs: what the task must have for it: rows that fall into classes, a trainable head.
+        aggregation: what the server reads of the replies: "mean", nothing but means of them; or "each" of them.
     """
 
     title: str
@@ -70,6 +72,7 @@ class AlgorithmInfo:
     partial: bool = False
     own_models: bool = False
     needs: frozenset[Trait] = frozenset()
+    aggregation: Aggregation = "mean"
     server: type = field(init=False, repr=False, compare=False)
     local: type = field(init=False, repr=False, compare=False)
     down: type = field(init=False, repr=False, compare=False)
@@ -178,10 +181,10 @@ class Algorithm(Protocol[S, L, D, U]):
         """A client's turn: yields `Fit` problems and returns what it keeps, sends and predicts with."""
 
     @abstractmethod
-    def aggregate(self, server: S, heard: Mapping[ClientId, U]) -> S:
-        """The server's next state from the replies that passed the screen, sorted by client.
+    def aggregate(self, server: S, heard: Heard[U]) -> S:
+        """The server's next state from the replies that pass the screen, sorted by client.
 
-        `heard` unpacks a reply each time it is asked for it: go through it once, and keep no more of it than needed.
+        Replies are unpacked as they are read: go through `heard` once, and keep no more of it than needed.
         """
 
     @abstractmethod

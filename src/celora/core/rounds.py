@@ -9,26 +9,23 @@ from them dropped out. In process, on a network, or with a fault in between: to 
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from celora.core.aggregation import Heard, MeanStage
 from celora.core.algorithm import AnyAlgorithm, ClientId
-from celora.core.channel import Channel, decode, wire
+from celora.core.channel import Channel
 from celora.core.client_state import MOMENTS, StateKey
+from celora.core.intake import Intake, downlink
 from celora.core.learner import Metrics
-from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
+from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Round, Task, Traffic
 from celora.core.metrics import ACCURACY, Metric
-from celora.core.screen import odd_score, screen
-from celora.errors import QuorumError, WireError
-from celora.marks import DataSummary, marked_values
+from celora.core.screen import odd_score
+from celora.errors import QuorumError
 from celora.rng import generator
-from celora.tensors import Tensors, is_head
-from celora.wire import Schema, contents, pack, unpack
-
-Read = Callable[[Instruction, Reply], tuple[object, object]]
-"""Instruction and reply -> the uplink record, as it travelled and as it was before the channel."""
+from celora.tensors import Tensors
+from celora.wire import Schema, pack, unpack
 
 
 def run_rounds(
@@ -40,6 +37,7 @@ def run_rounds(
     checkpoint: Checkpoint | None = None,
     headline: Metric = ACCURACY,
     channel: Channel = (),
+    mean_stage: MeanStage | None = None,
 ) -> Iterator[Round]:
     """Train, round by round, from the start or from a checkpoint; the caller owns the loop.
 
@@ -47,21 +45,19 @@ def run_rounds(
         initial: every weight at round 0, as the clients' `Learner.initial` (private bases excepted).
         headline: what the clients' scores are of; the best round is chosen by it.
         channel: the stages that what the clients send has gone through.
+        mean_stage: what every mean over clients passes before the algorithm uses it.
 
     Raises:
+        ValueError: before round 1, if there is a stage and the algorithm reads each reply, which no stage covers.
         QuorumError: when a round brings fewer usable replies than `plan.quorum`. The state is that of the round
             before; running again from its checkpoint repeats the round.
     """
+    if mean_stage is not None and algorithm.info.aggregation != "mean":
+        raise ValueError(
+            f"found a stage for the means of {type(algorithm).__name__}, whose server reads each reply, which no stage "
+            'covers; leave the stage out, or take an algorithm whose info says aggregation = "mean"'
+        )
     schema = Schema.of(initial)
-    wired, packs = wire(channel, schema), any(stage.packs for stage in channel)
-
-    def read(instruction: Instruction, reply: Reply) -> tuple[object, object]:
-        """A client's uplink record, as it travelled and as it was before the channel."""
-        sent: object = unpack(algorithm.info.up, reply.frame, wired)
-        if not packs:
-            return sent, sent
-        return sent, decode(channel, sent, unpack(algorithm.info.down, instruction.frame, schema), initial)
-
     if checkpoint is None:
         server, best, done = algorithm.server_init(initial, clients), dict[str, Best](), 0
     else:
@@ -83,37 +79,19 @@ def run_rounds(
             frame = pack(down, schema)
             frame = frames.setdefault(frame, frame)  # what is sent to all is in memory once
             instructions[client] = Instruction(index, task, frame, evaluate, keep, plan.deadline)
-            traffic[client] = _downlink(frame, down)
+            traffic[client] = downlink(frame, down)
         replies = exchange(instructions)
-        heard: list[ClientId] = []
-        excluded: dict[ClientId, str] = {}
-        scores: dict[ClientId, Mapping[str, Metrics]] = {}
-        for client in sorted(instructions):  # one reply at a time: of a thousand, no two need be in memory
-            reply = replies.get(client)
-            sent, problem = _hear(algorithm, schema, read, instructions[client], reply, plan, headline)
-            if problem is not None:
-                excluded[client] = problem
-            elif instructions[client].task == "train":
-                heard.append(client)
-            if reply is not None:
-                traffic[client] = _uplink(traffic[client], reply, sent)
-                if reply.scores and not odd_score(reply.scores, headline):
-                    scores[client] = reply.scores
-        if len(heard) < (0 if closing else plan.quorum):
-            reasons = "; ".join(f"{client}: {why}" for client, why in excluded.items())
-            raise QuorumError(
-                f"round {index}: {len(heard)} usable replies, the quorum is {plan.quorum} ({reasons}). "
-                "Nothing of this round was kept; mend the clients and resume the run."
-            )
-        if heard:
-            server = algorithm.aggregate(server, _Heard(read, instructions, replies, heard))
-        best = improved(best, index, scores, headline)
+        intake = Intake(algorithm, initial, channel, plan, headline, index, instructions, replies, traffic)
+        if not closing:
+            server = algorithm.aggregate(server, Heard(intake, algorithm.info.aggregation, mean_stage))
+        heard = tuple(intake)  # what `aggregate` has not read is screened now
+        best = improved(best, index, intake.scores, headline)
         yield Round(
             index=index,
-            heard=tuple(heard),
-            excluded=excluded,
-            scores=scores,
-            traffic=traffic,
+            heard=heard,
+            excluded=intake.excluded,
+            scores=intake.scores,
+            traffic=intake.traffic,
             seconds=time.monotonic() - began,
             server=server,
             checkpoint=Checkpoint(index, pack(server, schema), best),
@@ -125,53 +103,6 @@ def _draw(plan: Plan, clients: Sequence[ClientId], index: int) -> list[ClientId]
     count = max(1, round(plan.fraction * len(clients)))
     order = torch.randperm(len(clients), generator=generator(plan.seed, "sample", index)).tolist()
     return sorted(clients[position] for position in order[:count])
-
-
-def _hear(
-    algorithm: AnyAlgorithm,
-    schema: Schema,
-    read: Read,
-    instruction: Instruction,
-    reply: Reply | None,
-    plan: Plan,
-    headline: Metric,
-) -> tuple[object, str | None]:
-    """What a client sent, as it travelled, if it can be read, and why it cannot be aggregated."""
-    if reply is None:
-        return None, "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
-    if (problem := reply.error or odd_score(reply.scores, headline)) is not None or instruction.task != "train":
-        return None, problem
-    try:
-        sent, up = read(instruction, reply)
-    except WireError as error:
-        return None, str(error)
-    info = algorithm.info
-    return sent, screen(up, schema, algorithm.shares, mixed_ranks=info.mixed_ranks, partial=info.partial)
-
-
-class _Heard(Mapping[ClientId, object]):
-    """What the clients sent, unpacked when it is asked for: an average needs one of them at a time."""
-
-    def __init__(
-        self,
-        read: Read,
-        instructions: Mapping[ClientId, Instruction],
-        replies: Mapping[ClientId, Reply],
-        clients: Sequence[ClientId],
-    ):
-        self._read, self._instructions, self._replies = read, instructions, replies
-        self._clients = dict.fromkeys(clients)
-
-    def __getitem__(self, client: ClientId) -> object:
-        if client not in self._clients:
-            raise KeyError(client)
-        return self._read(self._instructions[client], self._replies[client])[1]
-
-    def __iter__(self) -> Iterator[ClientId]:
-        return iter(self._clients)
-
-    def __len__(self) -> int:
-        return len(self._clients)
 
 
 def improved(
@@ -200,34 +131,6 @@ def improved(
 
 def _standing(of: Best, headline: Metric) -> tuple[int, float]:
     return of.clients, headline.goodness(of.score)
-
-
-def _downlink(frame: bytes, down: object) -> Traffic:
-    size = _payload(down)
-    return Traffic(down_payload=size["adapter"], down_frame=len(frame), head_down=size["head"])
-
-
-def _uplink(traffic: Traffic, reply: Reply, sent: object) -> Traffic:
-    """With what came back; of a frame that could not be read its length is known, and not what is in it."""
-    size = _payload(sent)
-    return replace(
-        traffic,
-        up_payload=size["adapter"],
-        up_frame=len(reply.frame),
-        head_up=size["head"],
-        summary=size["summary"],
-        report=len(pack(Reply(b"", reply.scores, reply.error))),
-    )
-
-
-def _payload(value: object) -> dict[str, int]:
-    """Tensor bytes in a record by what they are of: what is marked as a data summary, the head, the adapter."""
-    total = {"adapter": 0, "head": 0, "summary": 0}
-    summaries = [path for path, _, _ in marked_values(value, DataSummary)]
-    for path, size in contents(value):
-        of_data = any(path[: len(summary)] == summary for summary in summaries)
-        total["summary" if of_data else "head" if any(map(is_head, path)) else "adapter"] += size
-    return total
 
 
 def score_on_test(

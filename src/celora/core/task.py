@@ -214,6 +214,10 @@ class Task(Protocol):
         """Class ids (n,) of rows with these targets; None where there are no classes."""
         return None
 
+    def answers(self, outputs: Tensor) -> Sequence[Any]:
+        """What the outputs (n, ...) answer for each row, for people: the name of a class, a number, a text."""
+        ...
+
     # --- what is left of it
 
     @property

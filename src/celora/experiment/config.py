@@ -98,14 +98,19 @@ class Experiment:
         return {k: {n: v for n, v in s.items() if v is not None} if isinstance(s, dict) else s for k, s in tree.items()}
 
 
-def read(path: Path, sets: Sequence[str] = ()) -> Experiment:
+def read(source: Path | str, sets: Sequence[str] = ()) -> Experiment:
     """The experiment in a file, with `key=value` changes applied.
+
+    Args:
+        source: a path, or the TOML itself where a text has more than one line; paths in it are then relative to the
+            working folder.
 
     Raises:
         ConfigError: with every problem found.
     """
+    text, path = (source, Path("run.toml")) if isinstance(source, str) and "\n" in source else (None, Path(source))
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8") if text is None else text)
     except FileNotFoundError:
         raise ConfigError([f"{path}: there is no such file"]) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

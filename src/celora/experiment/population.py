@@ -238,5 +238,6 @@ def manifest(experiment: Experiment, known: FederationInfo) -> dict[str, Any]:
         "data": dict(known.data),
         "backbone": dict(known.backbone),
         **known.task.facts,
+        "agreement": known.agreement.hex(),
         "clients": {client: dict(rows) for client, rows in known.rows.items()},
     }

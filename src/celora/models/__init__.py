@@ -3,7 +3,7 @@
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, Inputs, load
 from celora.models.batching import BatchedForward, predict
-from celora.models.export import export_peft, export_private
+from celora.models.export import export_peft, export_private, load_export
 from celora.models.export import load as load_adapters
 from celora.models.export import save as save_adapters
 from celora.models.families import initial
@@ -35,6 +35,7 @@ __all__ = [
     "initial",
     "load",
     "load_adapters",
+    "load_export",
     "predict",
     "private_models",
     "save_adapters",

@@ -47,7 +47,7 @@ class Backbone:
         depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
         longest: tokens that a text may have; None for images.
         rows_first: whether the first axis of what the adapted modules read is that of rows, so that clients can share
-            a pass. It is not in XLNet (tokens come first), nor where DeBERTa projects its relative positions, too.
+            a pass. It is not in XLNet and Longformer, where tokens come first, nor where DeBERTa projects positions.
         dropout: whether the backbone's own dropout is on while training.
         tokenizer: None for images.
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
@@ -82,7 +82,12 @@ class Backbone:
         self._model = model
         self._config: Any = transformer.config
         self._transformer = transformer.requires_grad_(False).eval().to(self.device)
-        self.width, self.rows_first = self._tried()
+        (_, one), (states, two) = self._tried(1), self._tried(2)
+        self.width = states.shape[-1]
+        # a call has rows on the first axis of what it reads if that is twice as long for two of them
+        calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
+        self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
+        self.rows_first = all(map(all, self._of_rows.values()))
 
     @cached_property
     def _digest(self) -> str:
@@ -214,49 +219,44 @@ class Backbone:
         """Adapted module -> the sum over all tokens of its squared inputs (d_in,), float64 on the CPU; no padding.
 
         Raises:
-            ModelError: if some module reads none of it as (rows, tokens, d_in).
+            ModelError: if rows are not on the first axis of what some module reads.
         """
+        if absent := [name for name, calls in self._of_rows.items() if not any(calls)]:
+            raise ModelError(
+                f"{absent[0]} of {self.name} reads no tensor (rows, tokens, width), so its tokens cannot be told from "
+                "padding: choose other adapter.targets, or an algorithm that needs no input norms"
+            )
         accepted, found = self._moved(inputs), dict[str, Tensor]()
-        mask = accepted.get("attention_mask")
+        mask, of_rows = accepted.get("attention_mask"), {name: iter(calls) for name, calls in self._of_rows.items()}
 
         def look(name: str, x: Tensor) -> None:
-            if mask is not None and x.shape[:-1] != mask.shape:
-                return  # DeBERTa's relative positions are no tokens
-            x = x.double().square()
-            x = x if mask is None else x * mask.unsqueeze(-1)
-            total = x.flatten(0, -2).sum(0).cpu()
-            found[name] = found[name] + total if name in found else total  # ALBERT's layers are called again and again
+            if next(of_rows[name], False):
+                x = x.double().square()
+                x = x if mask is None else x.reshape(*mask.shape, -1) * mask.unsqueeze(-1)
+                found[name] = x.flatten(0, -2).sum(0).cpu() + found.get(name, 0)
 
         with watched(self._adapted, look):
             self._transformer(**accepted)
-        if absent := [name for name in self._adapted if name not in found]:
-            raise ModelError(
-                f"{absent[0]} of {self.name} reads no tensor (rows, tokens, width), so padding cannot be told from its "
-                "tokens: choose other adapter.targets, or an algorithm that needs no input norms"
-            )
         return found
 
     @torch.no_grad()
-    def _tried(self) -> tuple[int, bool]:
-        """`width` and `rows_first`, seen in a pass of two rows."""
-        accepted, first = self._moved(self.batch(self.sample(), [0, 1])), dict[str, bool]()
-
-        def look(name: str, x: Tensor) -> None:  # no odd number of tokens is taken for two rows
-            first[name] = first.get(name, True) and len(x) % 2 == 0
-
-        what = f"{self.name}, a {type(self._transformer).__name__},"
+    def _tried(self, count: int) -> tuple[Tensor, dict[str, list[int]]]:
+        """Last hidden states of one row or two; and adapted module -> the length of what it reads in each call."""
+        lengths, what = dict[str, list[int]](), f"{self.name}, a {type(self._transformer).__name__},"
         try:
-            with loading.quiet(), watched(self._adapted, look):
+            batch = self._moved(self.batch(self.sample(), [0, 1]))
+            accepted = {name: tensor[:count] for name, tensor in batch.items()}
+            with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
                 states: Tensor = self._transformer(**accepted).last_hidden_state
         except Exception as error:
             raise ModelError(f"{what} makes no features of {self.kind}s alone: {loading.reason(error)}") from error
         tokens = accepted["input_ids"].shape[1:] if self.kind == "text" else states.shape[1:-1]
-        if states.dim() != 3 or states.shape[:-1] != (2, *tokens):
+        if states.dim() != 3 or states.shape[:-1] != (count, *tokens):
             raise ModelError(
-                f"{what} gives features of shape {tuple(states.shape)} for 2 {self.kind}s; expected (rows, tokens, "
-                "width): choose a transformer that keeps its tokens apart, such as BERT, Llama, ViT or Swin"
+                f"{what} gives a tensor {tuple(states.shape)} for {count} {self.kind}; expected (rows, tokens, width): "
+                "choose a transformer that keeps its tokens apart, such as BERT, Llama, ViT or Swin"
             )
-        return states.shape[-1], all(first.get(name, False) for name in self._adapted)
+        return states, lengths
 
     def _with_dropout(self, inputs: Batch, seed: int) -> Tensor:
         """One pass in training mode; it needs the global generator, which is put back afterwards."""

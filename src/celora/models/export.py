@@ -49,6 +49,9 @@ model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{d
 hidden = model(pixel_values=images).last_hidden_state.float()
 {code}"""
 
+_WEIGHTS = ("adapter_model.safetensors", "celora.safetensors", "model.safetensors")
+"""Of plain LoRA, of a family that is none, of a client's own model."""
+_LORA = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
 _ALONE = """\
 # Adapter of the family "{family}"
 
@@ -155,6 +158,27 @@ def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
         f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
     )
+
+
+def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
+    """A client's weights as `export_peft` or `export_private` wrote them, and whether they are plain LoRA.
+
+    Plain LoRA has the parts A and B at each module, whatever family they were trained in.
+
+    Raises:
+        RunFolderError: if the folder holds no adapter, or a damaged one.
+    """
+    found: dict[str, Tensor] = {}
+    files = [folder / name for name in (*_WEIGHTS, "head.safetensors") if (folder / name).is_file()]
+    if not files:
+        raise RunFolderError(f"{folder} holds no adapter of celora's: expected one of {', '.join(_WEIGHTS)}")
+    for path in files:
+        try:
+            found |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunFolderError(f"{path} is damaged: {error}") from error
+    plain = files[0].name == _WEIGHTS[0]
+    return {_LORA.sub(r"\1.\2", name): weight for name, weight in found.items()} if plain else found, plain
 
 
 def save(folder: Path, clients: Mapping[str, Tensors]) -> None:

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.learner import Recipe, Split
 from celora.core.task import Inputs, Task
 from celora.errors import ModelError
-from celora.models.batching import BatchedForward
+from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_private
 from celora.models.families import initial
 from celora.models.learner import ModelLearner
 from celora.models.private_model import FC, PrivateModel, PrivateNetwork
-from celora.models.rows import Rows
+from celora.models.rows import Rows, unlabelled
 from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors
 
@@ -120,6 +121,11 @@ class ModelZoo:
         """A client in a round; it shares passes with nobody."""
         forward = self._forwards[self._place(client)]
         return ModelLearner(forward, splits, start, recipe, seed=self._seed, client=client, round=round)
+
+    def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
+        """As `ClientModels.predict`."""
+        network = PrivateNetwork(self._models[self._place(client)], self._family, self._adapter.scaling)
+        return predict(network, self._task, weights, unlabelled(self.read(inputs)))
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's own network and the adapter beside it."""

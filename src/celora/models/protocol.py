@@ -101,5 +101,15 @@ class ClientModels(Protocol):
     def learner(self, client: str, round: int, splits: Mapping[Split, Rows], start: Tensors, recipe: Recipe) -> Learner:
         """A client in a round."""
 
+    def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
+        """The task's outputs (n, ...) under a client's weights, on the CPU.
+
+        Args:
+            inputs: n texts, or images (n, channels, height, width).
+
+        Raises:
+            ModelError: if the models read something else.
+        """
+
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """Write a client's weights so that others can load them."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from celora.core.learner import Batch, Recipe
-from celora.core.task import Examples
+from celora.core.task import Examples, Inputs
 from celora.core.training import FILLING
 from celora.tensors import Tensors
 
@@ -39,6 +39,11 @@ class Rows:
     def targets(self) -> Tensors:
         """Of all rows."""
         return self.examples.targets(self.at)
+
+
+def unlabelled(inputs: Inputs) -> Rows:
+    """Rows of which nothing is known but what a network reads."""
+    return Rows(Examples(inputs, lambda rows: {}), range(len(inputs)))
 
 
 def mini_batches(sizes: Sequence[int], recipe: Recipe, size: int | None, order: torch.Generator) -> Iterator[list[int]]:

@@ -15,11 +15,11 @@ from celora.core.learner import Batch, Recipe, Split
 from celora.core.task import Inputs, Task
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone
-from celora.models.batching import BatchedForward
+from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_peft
 from celora.models.families import initial
 from celora.models.learner import ModelLearner
-from celora.models.rows import Rows, well_filled
+from celora.models.rows import Rows, unlabelled, well_filled
 from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors
 
@@ -166,6 +166,11 @@ class SharedBackbone:
     ) -> ModelLearner:
         """A client in a round; all share passes, unless the backbone drops out."""
         return ModelLearner(self._forward, splits, start, recipe, seed=self._seed, client=client, round=round)
+
+    def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
+        """As `ClientModels.predict`; activations are not kept."""
+        network = AdaptedBackbone(self._backbone, self._family)
+        return predict(network, self._task, weights, unlabelled(self.read(inputs)))
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's adapter as plain PEFT LoRA."""

@@ -228,7 +228,6 @@ def read_policy(path: Path) -> Policy:
     ups = [algorithm.info.up for algorithm in (*ALGORITHMS.values(), *_allowed(values.get("allow", ()), problems))]
     if "leaves" in tree:
         values["leaves"] = _leaves(_table("leaves", tree["leaves"], problems), ups, problems)
-        values["leaves"] = _leaves(_table("leaves", tree["leaves"], problems), ups, problems)
     values["filters"] = read_filters(tree.get("filters", []), problems)
     if problems:
         raise ConfigError([f"{path.name}: {problem}" for problem in problems])

@@ -170,6 +170,11 @@ class Classify(Task):
         """Class ids (n,)."""
         return targets["labels"]
 
+    def answers(self, outputs: Tensor) -> list[str]:
+        """The name of the likeliest class of each row."""
+        classes = self.classes or ()
+        return [classes[answer] for answer in outputs.argmax(1).tolist()]
+
     @property
     def facts(self) -> Mapping[str, Any]:
         """The classes."""

@@ -14,7 +14,7 @@ into anything that crosses.
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{part}" for part in ("faults", "purity", "ranks", "reproducibility", "travel"))
+    *(f"{__name__}.{part}" for part in ("faults", "purity", "ranks", "reading", "reproducibility", "travel"))
 )
 
 from celora.testing.contract import AlgorithmContract  # noqa: E402  # after pytest knows whose assertions to explain

@@ -9,12 +9,13 @@ import pytest
 from celora.testing.faults import Faults
 from celora.testing.purity import Purity
 from celora.testing.ranks import MixedRanks
+from celora.testing.reading import Reading
 from celora.testing.reproducibility import Reproducibility
 from celora.testing.travel import Travel
 from celora.testing.variant import Variant, variants
 
 
-class AlgorithmContract(Purity, Reproducibility, Faults, Travel, MixedRanks):
+class AlgorithmContract(Purity, Reproducibility, Faults, Travel, MixedRanks, Reading):
     """The contract of one algorithm: inherit it under a name that pytest collects, and say which algorithm.
 
         class TestMyMethod(AlgorithmContract):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from celora.core.aggregation import MeanStage
 from celora.core.algorithm import AnyAlgorithm
 from celora.core.channel import Channel
 from celora.core.client_state import ClientStore, StateKey, frame_of, private_states, unpacked
@@ -64,11 +65,12 @@ class Federation:
         plan: Plan,
         around: Callable[[Exchange], Exchange] = lambda exchange: exchange,
         checkpoint: Checkpoint | None = None,
+        mean_stage: MeanStage | None = None,
     ) -> Iterator[Round]:
-        initial = self.population.initial
         return run_rounds(
-            self.algorithm, around(self.engine), plan, self.clients, initial, checkpoint, channel=self.channel
-        )
+            self.algorithm, around(self.engine), plan, self.clients, self.population.initial, checkpoint,
+            channel=self.channel, mean_stage=mean_stage,
+        )  # fmt: skip
 
     def private(self, store: Mapping[str, object]) -> Any:
         """The newest private state on a store."""

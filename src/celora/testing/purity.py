@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from celora.core.aggregation import Heard
 from celora.core.algorithm import AnyAlgorithm, Trained
 from celora.core.client_state import KeptModel
 from celora.core.problems import Fit, Gradient
@@ -49,7 +50,11 @@ class Watched:
         return self._call(self.inner.send, server, client)
 
     def aggregate(self, server: Any, heard: Any) -> Any:
-        return self._call(self.inner.aggregate, server, dict(heard))  # `heard` itself gives a new value each time
+        ups = dict(heard.sent.items())  # `heard` itself may give a new value each time
+        before = image((self.inner, server, ups))
+        value = self.inner.aggregate(server, Heard(ups, self.info.aggregation))
+        self._unchanged("aggregate", before, server, ups)
+        return value
 
     def model(self, local: Any, down: Any) -> Any:
         return self._call(self.inner.model, local, down)
