@@ -44,7 +44,7 @@ from celora.core.rounds import run_rounds
 from celora.core.solve import solve, solve_together
 from celora.engines import embedded
 from celora.experiment.population import Population, ResourceCache
-from celora.models import Rows, sources
+from celora.models import ReadyInputs, Rows, sources
 from celora.tensors import Tensors, but, mean, nbytes
 from celora.wire import Schema
 from measure import CLOCKS, Clock, Result, Spread, in_turns, save, show
@@ -260,7 +260,7 @@ def grouping(size: Size) -> Result:
     classes, draw = len(population.federation.classes), torch.Generator().manual_seed(SEED)
     for client in population.clients:
         ids: list[list[int]] = torch.randint(1000, 30000, (4 * size.group_steps, 32), generator=draw).tolist()
-        population.rows[client] = {"train": Rows(ids, torch.randint(classes, (len(ids),), generator=draw))}
+        population.rows[client] = {"train": Rows(ReadyInputs(ids), torch.randint(classes, (len(ids),), generator=draw))}
 
     def all_clients(group: int | None) -> list[Tensors]:
         def turn() -> Generator[Any, Any, Tensors]:

@@ -10,6 +10,7 @@ from celora.core.adapters import Lora
 from celora.core.learner import Fit, Recipe, Score
 from celora.core.solve import solve_together
 from celora.core.training import fit
+from celora.data.inputs import PixelArrays, Texts
 from celora.errors import ModelError
 from celora.models import Adapter, Model, ModelZoo, PrivateLearner, Rows, load
 from celora.tensors import but
@@ -33,13 +34,14 @@ def test_an_encoder_with_all_its_layers_gives_the_features_of_the_frozen_backbon
     zoo = text_zoo()
     assert (zoo.kind, zoo.width) == ("text", 384)
     backbone = load(Model(device="cpu"), Adapter(), Path())
-    assert zoo.read(TEXTS) == backbone.tokenize(TEXTS)
-    whole = learner(zoo, 1, zoo.read(TEXTS))
+    inputs = zoo.read(Texts(TEXTS), 1 << 20)
+    assert [row.tolist() for row in inputs.fetch(range(4))] == backbone.tokenize(TEXTS)
+    whole = learner(zoo, 1, inputs)
     features, labels = whole.features()
-    expected = torch.cat([backbone.encode(backbone.batch(zoo.read(TEXTS), [row]), {}) for row in range(4)])
+    expected = torch.cat([backbone.encode(backbone.batch(inputs, [row]), {}) for row in range(4)])
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
     assert labels.tolist() == [0, 1, 0, 1]
-    shallow, _ = learner(zoo, 0, zoo.read(TEXTS)).features()
+    shallow, _ = learner(zoo, 0, inputs).features()
     assert (shallow - features).abs().max() > 0.01
     layers = {name.split(".")[4] for name in zoo.models[0].start if ".encoder.layer." in name}
     assert layers == {"0", "1"}
@@ -96,6 +98,6 @@ def test_what_cannot_be_is_said(own: tuple[str, ...], says: str) -> None:
 def test_rows_of_another_kind_are_refused() -> None:
     zoo = ModelZoo(Model(own=("cnn-1",), device="cpu"), Path(), seed=0)
     with pytest.raises(ModelError, match="reads images; found texts"):
-        zoo.read(TEXTS)
+        zoo.read(Texts(TEXTS), 0)
     with pytest.raises(ModelError, match=r"shape \(3, 32, 32\); found \(1, 8, 8\)"):
-        zoo.read(torch.zeros(2, 1, 8, 8))
+        zoo.read(PixelArrays(torch.zeros(2, 1, 8, 8)), 0)

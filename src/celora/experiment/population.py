@@ -16,6 +16,7 @@ from celora.core.learner import Learner, Split
 from celora.errors import ConfigError
 from celora.experiment.config import Experiment
 from celora.models import ActivationCache, Backbone, BatchedForward, ModelLearner, ModelZoo, PrivateLearner, Rows
+from celora.models.inputs import Inputs
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -53,7 +54,7 @@ class ResourceCache:
     def __init__(self) -> None:
         self._backbones: dict[object, Backbone] = {}
         self._federations: dict[object, data.FederatedDataset] = {}
-        self._inputs: dict[object, Any] = {}
+        self._inputs: dict[object, Inputs] = {}
         self._activations: dict[object, ActivationCache] = {}
         self._zoos: dict[object, ModelZoo] = {}
 
@@ -103,19 +104,14 @@ class ResourceCache:
 
     def populated(self, experiment: Experiment, federation: data.FederatedDataset, **site: Any) -> "Population":
         """The population of a dataset whose rows are given; `site` as for `Population`."""
-        model = experiment.model
-        read_as = (federation.table.fingerprint(), repr(model))
-        if model.own is not None:
-            zoo = self.zoo(experiment)
-            if read_as not in self._inputs:
-                self._inputs[read_as] = zoo.read(federation.table.inputs)
-            return Population(experiment, federation, zoo, self._inputs[read_as], **site)
-        backbone = self.backbone(experiment)
+        model, budget = experiment.model, experiment.engine.inputs_mb << 20
+        reader = self.backbone(experiment) if model.own is None else self.zoo(experiment)
+        read_as = (federation.table.fingerprint(), repr(model), budget)
         if read_as not in self._inputs:
-            inputs = federation.table.inputs
-            ready = inputs if isinstance(inputs, torch.Tensor) else backbone.tokenize(inputs)
-            backbone.check(ready)
-            self._inputs[read_as] = ready
+            self._inputs[read_as] = reader.read(federation.table.inputs, budget)
+        if isinstance(reader, ModelZoo):
+            return Population(experiment, federation, reader, self._inputs[read_as], **site)
+        backbone = reader
         frozen = (read_as, backbone.depth, experiment.engine.cache_mb)
         if backbone.depth and frozen not in self._activations:
             self._activations[frozen] = ActivationCache(backbone, experiment.engine.cache_mb << 20)
@@ -157,7 +153,7 @@ class Population:
         experiment: Experiment,
         federation: data.FederatedDataset,
         models: BatchedForward | ModelZoo,
-        inputs: Any,
+        inputs: Inputs,
         everyone: Sequence[ClientId] | None = None,
         secret: Callable[[ClientId], int] | None = None,
     ) -> None:
@@ -166,13 +162,12 @@ class Population:
         self.everyone = list(everyone or self.clients)
         self.excluded: Mapping[ClientId, str] = federation.excluded
         left_out = [f"{client} is left out: {why}" for client, why in federation.excluded.items()]
-        self.notices: list[str] = [*federation.table.notices, *federation.notices, *left_out]
+        self.notices: list[str] = [*federation.table.notices, *federation.notices, *left_out, *inputs.notices]
         ids = {name: number for number, name in enumerate(federation.classes)}
         labels = torch.tensor([ids[label] for label in federation.table.labels])
 
         def rows(chosen: list[int]) -> Rows:
-            picked = inputs[chosen] if isinstance(inputs, torch.Tensor) else [inputs[row] for row in chosen]
-            return Rows(picked, labels[chosen], torch.tensor(chosen, dtype=torch.int64))
+            return Rows(inputs.take(chosen), labels[chosen], torch.tensor(chosen, dtype=torch.int64))
 
         self.rows: dict[ClientId, dict[Split, Rows]] = {
             client: {

@@ -1,6 +1,6 @@
 """Forward passes through one backbone, for one client or for many: which rows go together, and what comes out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,8 @@ from celora.core.adapters import Family, linear, modules
 from celora.core.learner import Batch, Metrics, Recipe, Score
 from celora.core.training import FILLING, passes
 from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Backbone, Inputs
+from celora.models.backbone import Backbone
+from celora.models.inputs import Inputs, JoinedInputs, inputs_of
 from celora.tensors import Tensors, common
 
 _WINDOW = 8
@@ -28,7 +29,7 @@ class Rows:
     """One split of a client.
 
     Attributes:
-        inputs: token id lists, or images (n, channels, h, w).
+        inputs: what a model reads; token id lists and images (n, channels, h, w) are wrapped.
         labels: class ids (n,) int64.
         numbers: the row's number (n,) int64 in the table that `ActivationCache` caches; None if there is no such table.
     """
@@ -37,13 +38,18 @@ class Rows:
     labels: Tensor
     numbers: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", inputs_of(self.inputs))
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, count: int | None) -> "Rows":
         """The first rows; all, if no count is given."""
+        if count is None or count >= len(self):
+            return self
         numbers = None if self.numbers is None else self.numbers[:count]
-        return self if count is None else Rows(self.inputs[:count], self.labels[:count], numbers)
+        return Rows(self.inputs.take(range(count)), self.labels[:count], numbers)
 
 
 class BatchedForward:
@@ -95,9 +101,9 @@ class BatchedForward:
 
     def lengths(self, inputs: Inputs) -> list[int]:
         """Tokens in each row; images are all alike."""
-        if isinstance(inputs, Tensor):
+        if inputs.kind == "image":
             return [self.backbone.image_tokens] * len(inputs)
-        return [len(row) for row in inputs]
+        return inputs.lengths(range(len(inputs)))
 
     def cut(self, batch: Batch) -> list[Batch]:
         """The mini-batch whole, or its rows one by one, without padding, where they are of unlike length."""
@@ -210,8 +216,7 @@ def _concatenated(many: Sequence[Rows]) -> Rows:
     """The rows of several clients as one."""
     labels = torch.cat([rows.labels for rows in many])
     numbers = [rows.numbers for rows in many if rows.numbers is not None]
-    images = [rows.inputs for rows in many if isinstance(rows.inputs, Tensor)]
-    inputs = torch.cat(images) if images else [row for rows in many for row in rows.inputs]
+    inputs = JoinedInputs([rows.inputs for rows in many])
     return Rows(inputs, labels, torch.cat(numbers) if len(numbers) == len(many) else None)
 
 
@@ -221,28 +226,36 @@ def predict(backbone: Backbone, family: Family, weights: Tensors, inputs: Inputs
     return BatchedForward(backbone, family)._logits([weights], [rows])[0]
 
 
-def mini_batches(sizes: Sequence[int], recipe: Recipe, size: int | None, order: torch.Generator) -> Iterator[list[int]]:
+def mini_batches(inputs: Inputs, recipe: Recipe, size: int | None, order: torch.Generator) -> Iterator[list[int]]:
     """The rows of each mini-batch as the recipe says, or of one pass in batches of `size`."""
     left, epochs = (recipe.steps, recipe.epochs) if size is None else (None, 1)
     for _ in range(epochs) if left is None else iter(int, 1):
-        if not sizes:
+        if not len(inputs):
             return
-        for chosen in bucketed(sizes, size or recipe.batch_size, order):
+        for chosen in bucketed(len(inputs), inputs.lengths, size or recipe.batch_size, order):
             if left == 0:
                 return
             left = None if left is None else left - 1
             yield chosen
 
 
-def bucketed(sizes: Sequence[int], batch_size: int, order: torch.Generator) -> list[list[int]]:
-    """One pass over all rows, as shuffled batches of rows of like length; one batch may be smaller."""
-    shuffled: list[int] = torch.randperm(len(sizes), generator=order).tolist()
-    window = _WINDOW * batch_size
-    found: list[list[int]] = []
-    for start in range(0, len(shuffled), window):
-        rows = sorted(shuffled[start : start + window], key=sizes.__getitem__)
-        found += [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
-    return [found[at] for at in torch.randperm(len(found), generator=order).tolist()]
+def bucketed(
+    count: int, lengths: Callable[[Sequence[int]], Sequence[int]], batch_size: int, order: torch.Generator
+) -> Iterator[list[int]]:
+    """One pass over all rows, as shuffled batches of rows of like length; one batch may be smaller.
+
+    The lengths of a window of rows are asked for when the first of its batches is reached: so few steps need few
+    lengths, however many rows there are.
+    """
+    shuffled: list[int] = torch.randperm(count, generator=order).tolist()
+    window, windows = _WINDOW * batch_size, dict[int, list[int]]()
+    for start in torch.randperm(-(-count // batch_size), generator=order).mul(batch_size).tolist():
+        first = start - start % window
+        if first not in windows:
+            rows = shuffled[first : first + window]
+            sizes = dict(zip(rows, lengths(rows), strict=True))
+            windows[first] = sorted(rows, key=sizes.__getitem__)
+        yield windows[first][start - first : start - first + batch_size]
 
 
 def budgeted(sizes: Sequence[int], capacity: int) -> Iterator[list[int]]:

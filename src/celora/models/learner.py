@@ -7,6 +7,7 @@ from torch import Tensor
 
 from celora.core.learner import Batch, Metrics, Recipe, Score, Split
 from celora.models.batching import BatchedForward, Rows, mini_batches
+from celora.models.inputs import ReadyInputs
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -59,7 +60,7 @@ class ModelLearner:
 
     def rows(self, split: Split) -> Rows:
         """The rows of a split."""
-        return self._splits.get(split, Rows([], torch.zeros(0, dtype=torch.int64)))
+        return self._splits.get(split, Rows(ReadyInputs([]), torch.zeros(0, dtype=torch.int64)))
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """`recipe.steps` mini-batches, or those of `recipe.epochs` passes; each call draws another order.
@@ -68,7 +69,7 @@ class ModelLearner:
         shuffled, so that padding to the longest row costs little.
         """
         rows = self.rows("train")
-        for chosen in mini_batches(self._passes.lengths(rows.inputs), self.recipe, size, self._order):
+        for chosen in mini_batches(rows.inputs, self.recipe, size, self._order):
             yield self._passes.batch(rows, chosen)
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:

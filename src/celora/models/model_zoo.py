@@ -22,9 +22,10 @@ from celora.core.adapters import Family, linear, modules
 from celora.core.learner import Batch, Metrics, Recipe, Split
 from celora.errors import ModelError
 from celora.models import sources
-from celora.models.backbone import Adapter, Inputs, Model, device_of
+from celora.models.backbone import Adapter, Model, device_of
 from celora.models.batching import Rows, mini_batches
 from celora.models.families import drawn, head
+from celora.models.inputs import DecodedImages, Images, Inputs, ReadyInputs, Texts, TokenisedTexts, collate
 from celora.rng import generator
 from celora.tensors import Tensors
 
@@ -150,13 +151,12 @@ class PrivateLearner:
 
     def rows(self, split: Split) -> Rows:
         """The rows of a split."""
-        return self.splits.get(split, Rows([], torch.zeros(0, dtype=torch.int64)))
+        return self.splits.get(split, Rows(ReadyInputs([]), torch.zeros(0, dtype=torch.int64)))
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """As `ModelLearner.batches`."""
         rows = self.rows("train")
-        sizes = [1] * len(rows) if isinstance(rows.inputs, Tensor) else [len(row) for row in rows.inputs]
-        for chosen in mini_batches(sizes, self.recipe, size, self._order):
+        for chosen in mini_batches(rows.inputs, self.recipe, size, self._order):
             yield self._batch(rows, chosen)
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
@@ -198,14 +198,7 @@ class PrivateLearner:
             yield self._batch(rows, range(start, min(start + _ROWS, len(rows))))
 
     def _batch(self, rows: Rows, chosen: Sequence[int]) -> Batch:
-        labels = rows.labels[torch.as_tensor(chosen)]
-        if isinstance(rows.inputs, Tensor):
-            pixels = rows.inputs[torch.as_tensor(chosen)]
-            return {"pixel_values": pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels, "labels": labels}
-        texts = [torch.tensor(list(rows.inputs[row])) for row in chosen]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {**collate(rows.inputs.fetch(chosen), 0), "labels": rows.labels[torch.as_tensor(chosen)]}
 
 
 class ModelZoo:
@@ -239,22 +232,29 @@ class ModelZoo:
         """A client's architecture."""
         return self.models[clients.index(client) % len(self.models)]
 
-    def read(self, inputs: list[str] | Tensor) -> Inputs:
-        """Rows as the models read them.
+    def read(self, rows: Texts | Images, budget: int) -> Inputs:
+        """The rows of a source as the models read them, made when they are first needed.
+
+        Args:
+            budget: bytes of token ids or pixels in memory.
 
         Raises:
             ModelError: if they read another kind.
+            DataError: if images differ in size.
         """
-        if isinstance(inputs, Tensor) != (self.kind == "image"):
-            given = "images" if isinstance(inputs, Tensor) else "texts"
-            raise ModelError(f"model.own = {self.name} reads {self.kind}s; found {given}")
-        if isinstance(inputs, Tensor):
-            if tuple(inputs.shape[1:]) != (3, 32, 32):
-                raise ModelError(f"{self.name} reads images of shape (3, 32, 32); found {tuple(inputs.shape[1:])}")
-            return inputs
+        if rows.kind != self.kind:
+            raise ModelError(f"model.own = {self.name} reads {self.kind}s; found {rows.kind}s")
+        if rows.kind == "text":
+            return TokenisedTexts(self._tokenize, rows, budget)
+        inputs = DecodedImages(rows, None, budget)
+        if inputs.shape != (3, 32, 32):
+            raise ModelError(f"{self.name} reads images of shape (3, 32, 32); found {inputs.shape}")
+        return inputs
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer: Any = self.models[0].tokenizer
-        found: list[list[int]] = tokenizer(list(inputs), truncation=True, max_length=self.max_length)["input_ids"]
-        return found
+        found: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return [ids or [0] for ids in found]
 
     def initial(self, adapter: Adapter, family: Family, classes: int, seed: int) -> dict[str, Tensor]:
         """What all clients have in common at round 0: the adapter `fc.*` (B = 0), and the head."""
