@@ -4,11 +4,11 @@ import atexit
 import gc
 import io
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+import celora
 from celora.cli import runs, sites
 from celora.exits import CODES
 
@@ -25,7 +25,7 @@ sites.add(app)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"celora {version('celora')}")
+        typer.echo(f"celora {celora.__version__}")
         raise typer.Exit
 
 
