@@ -12,7 +12,6 @@ decorator or a class body, and `from __future__ import annotations` in files wit
 be used anywhere. tests/unit/test_startup.py says which commands import what.
 """
 
-import gc
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -30,14 +29,7 @@ class Lazy:
 
     @cached_property
     def _module(self) -> Any:
-        """The module. An import makes no garbage: while the collector does not look for any, it is a fifth faster."""
-        was_on = gc.isenabled()
-        gc.disable()
-        try:
-            return import_module(self._name)
-        finally:
-            if was_on:
-                gc.enable()
+        return import_module(self._name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -43,5 +43,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± or ▼ must not end a run
+    gc.disable()  # until `all_is_loaded`: it would search what is imported, in vain, a fifth of the time
     atexit.register(gc.freeze)  # else the interpreter searches all that torch and Flower have left: seconds, at the end
     app(prog_name="celora")

@@ -16,6 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from celora.cli.later import all_is_loaded
 from celora.exits import SessionState, explained
 from celora.site.ledger import Entry
 from celora.track import tables
@@ -40,6 +41,7 @@ def follow(start: Callable[[Log], Iterator[Event]], as_json: bool, quiet: bool) 
         closing(_events(start(lambda text: show(stamped({"event": "said", "text": text}))))) as events,
     ):
         for event in events:
+            all_is_loaded()
             session.note(event)
             show(event)
             if event["event"] == "session":

@@ -128,6 +128,7 @@ def site(
     with explained(SessionState(), as_json=False), _stopping() as stop:
         os.umask(0o077)  # what this process writes is its owner's
         taking = _join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure)
+        later.all_is_loaded()
         later.client.join(taking, stop, _stamped, once=once)
 
 
