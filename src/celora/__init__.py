@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from celora.algorithms import ALGORITHMS
     from celora.core.algorithm import Algorithm, AlgorithmInfo, Trained
-    from celora.core.learner import Fit, Fitted, Learner, Recipe
+    from celora.core.learner import Learner, Recipe
     from celora.core.messages import Exchange, Instruction, Plan, Reply, Round
+    from celora.core.problems import Fit
     from celora.core.rounds import run_rounds
+    from celora.core.training import Fitted
     from celora.errors import CeloraError
     from celora.experiment import Experiment, read
     from celora.wire import pack, record, unpack
@@ -40,9 +42,11 @@ __all__ = [
 _HOMES = {
     "celora.algorithms": ("ALGORITHMS",),
     "celora.core.algorithm": ("Algorithm", "AlgorithmInfo", "Trained"),
-    "celora.core.learner": ("Fit", "Fitted", "Learner", "Recipe"),
+    "celora.core.learner": ("Learner", "Recipe"),
     "celora.core.messages": ("Exchange", "Instruction", "Plan", "Reply", "Round"),
+    "celora.core.problems": ("Fit",),
     "celora.core.rounds": ("run_rounds",),
+    "celora.core.training": ("Fitted",),
     "celora.errors": ("CeloraError",),
     "celora.experiment": ("Experiment", "read"),
     "celora.wire": ("pack", "record", "unpack"),

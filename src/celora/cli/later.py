@@ -8,11 +8,13 @@ from celora.lazy import Lazy
 if TYPE_CHECKING:
     from celora import catalog, experiment
     from celora.cli import output
-    from celora.experiment import client
+    from celora.experiment import client, server
+    from celora.privacy import keys
     from celora.site import certificates, check, ledger
 else:
     catalog, experiment, output = Lazy("celora.catalog"), Lazy("celora.experiment"), Lazy("celora.cli.output")
     client, certificates = Lazy("celora.experiment.client"), Lazy("celora.site.certificates")  # with extras
+    server, keys = Lazy("celora.experiment.server"), Lazy("celora.privacy.keys")
     check, ledger = Lazy("celora.site.check"), Lazy("celora.site.ledger")
 
 
@@ -23,4 +25,6 @@ def all_is_loaded() -> None:
         gc.enable()
 
 
-__all__ = ["all_is_loaded", "catalog", "certificates", "check", "client", "experiment", "ledger", "output"]
+__all__ = [
+    "all_is_loaded", "catalog", "certificates", "check", "client", "experiment", "keys", "ledger", "output", "server"
+]  # fmt: skip

@@ -11,6 +11,9 @@ from celora.cli.later import catalog, experiment, output
 from celora.cli.options import Config, Group, Json, Out, Quiet, Sets, examples, read
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
+from celora.experiment.engines import choices
+
+ENGINE_HELP = f"Where the clients are: {'; '.join(f'{name}, {place}' for name, place in choices().items())}."
 
 
 def add(app: typer.Typer) -> None:
@@ -39,15 +42,13 @@ def run(
     config: Config,
     sets: Sets = None,
     group: Group = None,
-    engine: Annotated[
-        str, typer.Option(metavar="embedded|flower-sim", help="Clients in this process, or in Flower's simulation.")
-    ] = "embedded",
+    engine: Annotated[str, typer.Option(metavar="|".join(choices()), help=ENGINE_HELP)] = "embedded",
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the experiment in CONFIG.toml, after its local-only twin of equal budget."""
-    output.follow(lambda log: experiment.run(read(config, sets, group), out, where=engine), as_json, quiet)
+    output.follow(lambda log: experiment.run(read(config, sets, group), out, engine=engine), as_json, quiet)
 
 
 def compare(

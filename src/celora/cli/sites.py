@@ -69,6 +69,7 @@ def add(app: typer.Typer) -> None:
     made = typer.Typer(no_args_is_help=True, help="Make keys and certificates.")
     made.command("dev", epilog=examples("celora keys dev --out keys --sites site-a,site-b --host 127.0.0.1"))(dev)
     made.command("site", epilog=examples("celora keys site --out keys --name site-a"))(own)
+    made.command("secret", epilog=examples("celora keys secret shared.secret"))(secret)
     app.add_typer(made, name="keys")
 
 
@@ -101,8 +102,8 @@ def server(
             expected = int(words[0]) if len(words) == 1 and words[0].isdecimal() else words
         if insecure and not expected:
             raise ConfigError(["--clients: with --insecure, say whom to wait for (a,b,c), or how many"])
-        where = experiment.Listen(listen, None if keys is None else str(keys.resolve()), expected, wait)
-        return experiment.run(read(config, sets), out, where=where, log=log)
+        engine = later.server.SitesEngine(listen, None if keys is None else str(keys.resolve()), expected, wait)
+        return experiment.run(read(config, sets), out, engine=engine, log=log)
 
     output.follow(start, as_json, quiet)
 
@@ -198,6 +199,16 @@ def own(
     """A site's own key pair: site.key stays there, NAME.pub goes to the server's operator."""
     with explained(SessionState(), as_json=False):
         typer.echo(f"{later.certificates.site_key(out, name)}\n{out / name}.pub")
+
+
+def secret(
+    *,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A new file, for every site and never for the server.")],
+) -> None:
+    """The key that all sites share where the algorithm encrypts (she-lora); each site names it with --secret."""
+    with explained(SessionState(), as_json=False):
+        later.keys.make(path)
+        typer.echo(path)
 
 
 def _join(

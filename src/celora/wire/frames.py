@@ -58,7 +58,8 @@ def unpack(kind: type[T], frame: bytes, schema: Schema = NOTHING) -> T:
     if (mark := reader.take(8, "the fingerprint")) != fingerprint(kind, schema):
         raise WireError(
             f"found a {found} for another layout (fingerprint {mark.hex()}), expected "
-            f"{fingerprint(kind, schema).hex()}: both sides need the same celora, backbone, targets, rank and classes"
+            f"{fingerprint(kind, schema).hex()}: both sides need the same celora, backbone, targets, rank, classes and "
+            "filters"
         )
     size = reader.size("the length")
     expected = reader.at + size + 4

@@ -75,20 +75,24 @@ def contents(value: object) -> Iterator[tuple[tuple[str, ...], int]]:
     >>> list(contents(Down({"layer.C": torch.eye(8)}, introduce=True)))
     [(('core', 'layer.C'), 256)]
     """
-    if isinstance(value, Tensor):
-        yield (), value.numel() * value.element_size()
-    elif isinstance(value, bytes):
-        yield (), len(value)
+    for path, leaf in leaves(value):
+        yield path, leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else len(leaf)
+
+
+def leaves(value: object) -> Iterator[tuple[tuple[str, ...], Tensor | bytes]]:
+    """(path, content) of every tensor and byte string in a record."""
+    if isinstance(value, Tensor | bytes):
+        yield (), value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from (((key, *path), size) for path, size in contents(item))
+            yield from (((key, *path), leaf) for path, leaf in leaves(item))
     elif isinstance(value, tuple):
         for position, item in enumerate(value):
-            yield from (((str(position), *path), size) for path, size in contents(item))
+            yield from (((str(position), *path), leaf) for path, leaf in leaves(item))
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            inner = contents(getattr(value, field.name))
-            yield from (((field.name, *path), size) for path, size in inner)
+            inner = leaves(getattr(value, field.name))
+            yield from (((field.name, *path), leaf) for path, leaf in inner)
 
 
 @dataclass(frozen=True)
