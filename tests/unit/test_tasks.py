@@ -240,10 +240,10 @@ def test_a_job_without_labels_starts_on_sites(tmp_path: Path) -> None:
             asked.append(start)
             self.facts["mine"] = here(start).facts
 
-    team = SiteRuntime(Far(), resources, ("mine",), 1.0).team(given, RunFolder(tmp_path / "run"), "f/job", {})  # type: ignore[arg-type]
+    pool = SiteRuntime(Far(), resources, ("mine",), 1.0).pool(given, RunFolder(tmp_path / "run"), "f/job", {})  # type: ignore[arg-type]
     assert [(start.agreement, start.clients) for start in asked] == [(b"", ()), (b"", ("mine",))]
-    assert team.known.baseline["mine"] is not None
-    assert Schema.of(team.known.initial) == Schema.of(here(asked[-1]).initial)
+    assert pool.info.baseline["mine"] is not None
+    assert Schema.of(pool.info.initial) == Schema.of(here(asked[-1]).initial)
 
 
 # --- what counts ---------------------------------------------------------------------------------------------------
