@@ -6,8 +6,7 @@ A factor's name ends in its letter, `encoder.layer.0.attention.self.query.C`; th
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import torch
-from torch import Tensor
+from celora.lazy import Tensor, torch
 
 Tensors = Mapping[str, Tensor]
 Names = Callable[[str], bool]

@@ -40,8 +40,9 @@ class Inputs(Protocol):
     def __len__(self) -> int:
         """Number of rows."""
 
-    def __getitem__(self, rows: Any, /) -> Any:
-        """The rows at these positions."""
+    @property
+    def notices(self) -> Sequence[str]:
+        """What the user should know of how they are read."""
 
 
 class Reader(Protocol):

@@ -71,6 +71,7 @@ class ResourceCache:
             clients=clients,
             rows=rows,
             cache_mb=experiment.engine.cache_mb,
+            inputs_mb=experiment.engine.inputs_mb,
         )
 
     def federation(self, experiment: Experiment) -> data.FederatedDataset:
@@ -120,7 +121,7 @@ class ResourceCache:
         task, rows = experiment.task.agreed(agreement), federation.table.fingerprint()
         clients = list(everyone or federation.clients)
         models = self.models(experiment, task, clients, rows)
-        read_as = (rows, repr(experiment.model), repr(task))
+        read_as = (rows, repr(experiment.model), repr(task), experiment.engine.inputs_mb)
         if read_as not in self._examples:
             self._examples[read_as] = task.read(federation.table, models)
         ranks = experiment.adapter.ranks
@@ -162,7 +163,9 @@ class Population:
         self.clients: list[ClientId] = list(federation.clients)
         self.excluded: Mapping[ClientId, str] = federation.excluded
         left_out = [f"{client} is left out: {why}" for client, why in federation.excluded.items()]
-        self.notices: list[str] = [*federation.table.notices, *federation.notices, *left_out]
+        self.notices: list[str] = [
+            *federation.table.notices, *federation.notices, *left_out, *examples.inputs.notices
+        ]  # fmt: skip
         self.rows: dict[ClientId, dict[Split, Rows]] = {
             client: {
                 "train": Rows(examples, share.train),

@@ -1,12 +1,13 @@
 """The frozen backbone, its adapters and what trains on them; nothing else imports transformers or peft."""
 
 from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Backbone, Inputs, load
+from celora.models.backbone import Backbone, load
 from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_peft, export_private, load_export
 from celora.models.export import load as load_adapters
 from celora.models.export import save as save_adapters
 from celora.models.families import initial
+from celora.models.inputs import Inputs, ReadyInputs
 from celora.models.learner import ModelLearner
 from celora.models.loader import ModelLoader
 from celora.models.model_zoo import ModelZoo, private_models
@@ -28,6 +29,7 @@ __all__ = [
     "ModelLoader",
     "ModelZoo",
     "Network",
+    "ReadyInputs",
     "Rows",
     "SharedBackbone",
     "export_peft",

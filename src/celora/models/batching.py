@@ -37,6 +37,10 @@ class BatchedForward:
         """Tokens in each row."""
         return self.network.lengths(rows.examples.inputs, rows.at)
 
+    def lengths_of(self, rows: Rows, chosen: Sequence[int]) -> list[int]:
+        """Tokens in some of the rows."""
+        return self.network.lengths(rows.examples.inputs, rows.chosen(chosen))
+
     def count(self, batch: Batch) -> int:
         """What the mean loss of one client's mini-batch is over, as the task says."""
         return self.task.count(batch)

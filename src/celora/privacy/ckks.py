@@ -21,9 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from celora.lazy import Tensor, torch
 from celora.privacy.keys import derived
 
 SLOTS = 4096

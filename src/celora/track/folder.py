@@ -21,13 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from filelock import FileLock, Timeout
 
 from celora.core.algorithm import ClientId, Mixing
 from celora.core.messages import Checkpoint
 from celora.errors import RunFolderError, WireError
+from celora.lazy import np, torch
 from celora.marks import MixingMatrix, marked_values
 from celora.track.client_stores import ClientStores, sweep, verify_files
 from celora.track.disk import put, sync, writing
