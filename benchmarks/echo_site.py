@@ -8,11 +8,12 @@ import sys
 import threading
 from pathlib import Path
 
-from celora.engines.flower import Handle, NodeConnection, run_node
+from celora.engines.flower_api import Handler
+from celora.engines.flower_site import NodeConnection, run_node
 from celora.site.certificates import private_key
 
 
-def echo(position: int) -> Handle:
+def echo(position: int) -> Handler:
     """For `simulation`, whose processes import it."""
     return lambda frame: os.urandom(len(frame))
 

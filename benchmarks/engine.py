@@ -39,12 +39,15 @@ from transformers import AutoConfig, AutoModel
 import flower_job
 import job
 from celora import experiment
-from celora.core.learner import Batch, Fit, Learner
+from celora.core.learner import Batch, Learner
+from celora.core.problems import Fit
 from celora.core.rounds import run_rounds
 from celora.core.solve import solve, solve_together
+from celora.core.task import Examples
 from celora.engines import embedded
 from celora.experiment.population import Population, ResourceCache
-from celora.models import ReadyInputs, Rows, sources
+from celora.models import ReadyInputs, Rows, loading
+from celora.tasks.classify import Classify
 from celora.tensors import Tensors, but, mean, nbytes
 from celora.wire import Schema
 from measure import CLOCKS, Clock, Result, Spread, in_turns, save, show
@@ -119,7 +122,7 @@ def fit(population: Population, client: str) -> Tensors:
     learner = population.learner(client, 1)
 
     def turn() -> Generator[Any, Any, Tensors]:
-        weights: Tensors = (yield Fit({}, train=but("C"))).weights
+        weights: Tensors = (yield from Fit({}, train=but("C"))).weights
         return weights
 
     (found,) = solve([(learner, turn())])
@@ -138,8 +141,16 @@ def lora_of(population: Population) -> dict[str, Any]:
         "rank": adapter.rank,
         "alpha": adapter.lora_alpha,
         "targets": targets,
-        "classes": len(population.federation.classes),
+        "classes": len(classes_of(population)),
     }
+
+
+def classes_of(population: Population) -> Sequence[str]:
+    """The labels that the clients have agreed on."""
+    task = population.task
+    assert isinstance(task, Classify)
+    assert task.classes
+    return task.classes
 
 
 def plain_of(population: Population) -> Plain:
@@ -174,9 +185,10 @@ def central(size: Size) -> Result:
     population = population_of({"data": {"clients": 1, "rows": size.rows}, "plan": {"rounds": 1}})
     (client,) = population.clients
     recipe, model, rows = population.experiment.train, plain_of(population), population.rows[client]["train"]
-    inputs: Any = rows.inputs
+    examples: Any = rows.examples.inputs
+    inputs: Any = [row.tolist() for row in examples.fetch(rows.at)]
     batches = batches_of(population.learner(client, 1))
-    shuffled = partial(padded, inputs, rows.labels, recipe.batch_size, SEED)
+    shuffled = partial(padded, inputs, rows.targets["labels"], recipe.batch_size, SEED)
 
     def by_hand(make: Callable[[], Iterable[Batch]]) -> None:
         model.start_from(population.initial)
@@ -252,19 +264,27 @@ def as_json(times: Mapping[str, Spread]) -> Result:
     return {name: spread.json() for name, spread in times.items()}
 
 
+def labelled(labels: Tensor, rows: Sequence[int]) -> Tensors:
+    """The targets of a classifier."""
+    return {"labels": labels[torch.as_tensor(rows)]}
+
+
 def grouping(size: Size) -> Result:
     """Clients with 4 rows of 32 tokens a step: alone, and K in one pass."""
     population = population_of(
         {"data": {"clients": size.group_clients, "rows": 8}, "train": {"batch_size": 4, "steps": size.group_steps}}
     )
-    classes, draw = len(population.federation.classes), torch.Generator().manual_seed(SEED)
+    classes, draw = len(classes_of(population)), torch.Generator().manual_seed(SEED)
     for client in population.clients:
         ids: list[list[int]] = torch.randint(1000, 30000, (4 * size.group_steps, 32), generator=draw).tolist()
-        population.rows[client] = {"train": Rows(ReadyInputs(ids), torch.randint(classes, (len(ids),), generator=draw))}
+        labels = torch.randint(classes, (len(ids),), generator=draw)
+        population.rows[client] = {
+            "train": Rows(Examples(ReadyInputs(ids), partial(labelled, labels)), range(len(ids)))
+        }
 
     def all_clients(group: int | None) -> list[Tensors]:
         def turn() -> Generator[Any, Any, Tensors]:
-            weights: Tensors = (yield Fit({}, train=but("C"))).weights
+            weights: Tensors = (yield from Fit({}, train=but("C"))).weights
             return weights
 
         found: list[Tensors | Exception] = []
@@ -301,7 +321,7 @@ def prefix(size: Size) -> Result:
 
 def deeper(folder: Path, layers: int) -> None:
     """An encoder of MiniLM's width and tokenizer with more layers; its weights are random, which no clock can tell."""
-    shutil.copytree(sources.embedded(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(loading.embedded(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.manual_seed(SEED)
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = layers

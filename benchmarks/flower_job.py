@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from celora.experiment.population import Population
-from celora.models.sources import embedded
+from celora.models.loading import embedded
+from celora.tasks.classify import Classify
 
 APP = Path(__file__).parent / "flower-fedavg-lora"
 LIMIT = 3600
@@ -38,8 +39,10 @@ def missing() -> str | None:
 
 def write_inputs(population: Population, folder: Path) -> None:
     """The clients' training texts and labels, and LoRA and head to start from, under PEFT's names."""
-    table, classes = population.federation.table, population.federation.classes
-    assert isinstance(table.inputs, list)
+    table, task = population.federation.table, population.task
+    assert isinstance(task, Classify)
+    assert task.classes
+    classes = task.classes
     shares = population.federation.clients.values()
     clients = [
         {

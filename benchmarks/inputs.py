@@ -78,7 +78,7 @@ print(json.dumps(found))
 
 def texts(count: int) -> Iterator[tuple[str, str]]:
     """Texts of `TOKENS` tokens, the two around them included, and their labels."""
-    from celora.models.sources import embedded
+    from celora.models.loading import embedded
 
     vocabulary = (embedded() / "vocab.txt").read_text("utf-8").split("\n")
     words = [word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 2]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from celora.core.learner import Recipe
-from celora.models.sources import embedded, quiet
+from celora.models.loading import embedded, quiet
 from celora.tensors import Tensors
 
 Batch = Mapping[str, Tensor]

@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from celora.algorithms.ce_lora import CELoRA, Server, Up
+from celora.core.aggregation import Heard
 from celora.maths.cka import cka
 from celora.maths.mixtures import Mixture
 from celora.maths.transport import distance_matrix, pair_distances
@@ -215,9 +216,9 @@ def aggregation(m: int, few: int, sampled: int) -> list[Row]:
         return {c: Up({n: t.clone() for n, t in zip(names, core, strict=True)}, 100, s) for c, core, s in sent}
 
     heard = ups(first, told)
-    arrival, server = timed(lambda: algorithm.aggregate(start, heard))
+    arrival, server = timed(lambda: algorithm.aggregate(start, Heard(heard)))
     heard = ups(second, [None] * m)
-    seconds, server = timed(lambda: algorithm.aggregate(server, heard))
+    seconds, server = timed(lambda: algorithm.aggregate(server, Heard(heard)))
     peak = peak_mb() / 2**10
     state = len(
         pack(Server(start.start, {}, {}, {}, server.distances, server.near, server.typical, server.mixing, {}, 2))

@@ -6,7 +6,7 @@ transport  three nodes over TLS with keys on loopback; a frame goes to each, as 
            Ours: Fleet and `run_node`. Stock: flower-superlink, flower-supernode, `flwr run` of benchmarks/flower-echo,
            one packed array a message. Bytes are counted by a TCP relay between each node and the server, the same for
            both: TCP payload, with TLS.
-simulated  an empty round of Flower's simulation through `celora.engines.flower.simulation`
+simulated  an empty round of Flower's simulation through `celora.engines.flower_sim.simulation`
 memory     proportional set size (PSS) of each process: stock as above; ours in a real run of CE-LoRA on MiniLM
 
 Results: a table, and benchmarks/results/sites.json.
@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from celora.engines.flower import Fleet
+from celora.engines.flower_server import Fleet
 from celora.site.certificates import development, public_keys
 from measure import Result, save, show
 
@@ -138,19 +138,19 @@ def ours(folder: Path, size: int, rounds: int) -> Result:
     tls = keys / "server.crt", keys / "server.key"
     with ExitStack() as stack:
         fleet = Fleet(("127.0.0.1", 0), tls, public_keys(keys / "sites"), {}, folder / "flower.log")
-        post = stack.enter_context(fleet)
+        transport = stack.enter_context(fleet)
         relays = [Relay(fleet.address[1]) for _ in NODES]
         command = [sys.executable, str(HERE / "echo_site.py")]
         sites = [[*command, f"127.0.0.1:{r.port}", str(keys / n)] for r, n in zip(relays, NODES, strict=True)]
         stack.enter_context(processes(sites))
-        while len(nodes := post.nodes()) < len(NODES):
+        while len(nodes := transport.nodes()) < len(NODES):
             time.sleep(0.02)
         start, times = time.perf_counter() - began, []
         for _ in range(rounds):
             at, frame = time.time(), os.urandom(size)
-            waiting = {post.send(node, frame, 60) for node in nodes}
+            waiting = {transport.send(node, frame, 60) for node in nodes}
             while waiting:
-                waiting -= post.collect(list(waiting)).keys()
+                waiting -= transport.collect(list(waiting)).keys()
                 time.sleep(0.02)
             times.append([at, time.time()])
         time.sleep(0.1)
@@ -308,18 +308,18 @@ def memory(rounds: int, tiny: bool) -> Result:
 
 def simulated(rounds: int, tiny: bool) -> Result:
     """An empty round of `--engine flower-sim`, and PSS of what Ray starts."""
-    from celora.engines.flower import simulation
+    from celora.engines.flower_sim import simulation
     from echo_site import echo
 
     with tempfile.TemporaryDirectory(prefix="sites-") as name:
         began = time.perf_counter()
-        with simulation(len(NODES), echo, 1.0, Path(name) / "flower.log") as post:
+        with simulation(len(NODES), echo, 1.0, Path(name) / "flower.log") as transport:
             start, times = time.perf_counter() - began, []
             for _ in range(rounds):
                 at = time.perf_counter()
-                waiting = {post.send(node, os.urandom(6144), 60) for node in post.nodes()}
+                waiting = {transport.send(node, os.urandom(6144), 60) for node in transport.nodes()}
                 while waiting:
-                    waiting -= post.collect(list(waiting)).keys()
+                    waiting -= transport.collect(list(waiting)).keys()
                     time.sleep(0.02)
                 times.append(time.perf_counter() - at)
             start += times[0]  # Ray is still starting in the first round

@@ -1,6 +1,5 @@
 """What `celora list` tells of the algorithms, read off their cards, records and fields."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import getdoc
 from typing import Any
@@ -12,9 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from celora.algorithms import ALGORITHMS
+from celora.algorithms.lookup import known, lookup, package
 from celora.core.algorithm import AlgorithmInfo, AnyAlgorithm
 from celora.errors import ConfigError
+from celora.tensors import example
 
 Description = dict[str, Any]
 MIXED = "*"
@@ -22,21 +22,20 @@ BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 
 
 def describe(names: Sequence[str]) -> list[Description]:
-    """The named algorithms, or all of them.
+    """The named algorithms, or all of them: those of the table and those that installed packages offer.
 
     Raises:
-        ConfigError: for names that there are not.
+        ConfigError: with every problem found; see `celora.algorithms.lookup`.
     """
-    problems = [
-        f"algorithm {name!r}: there is none of this name. Did you mean {close[0]!r}?"
-        if (close := difflib.get_close_matches(name, ALGORITHMS, n=1))
-        else f"algorithm {name!r}: there is none of this name; expected one of {', '.join(ALGORITHMS)}"
-        for name in names
-        if name not in ALGORITHMS
-    ]
+    found, problems = list[Description](), list[str]()
+    for name in names or known():
+        try:
+            found.append(_entry(name, lookup(name)))
+        except ConfigError as error:
+            problems += [f"algorithm: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    return [_entry(name) for name in names or ALGORITHMS]
+    return found
 
 
 def table(entries: Sequence[Description]) -> Table:
@@ -46,7 +45,7 @@ def table(entries: Sequence[Description]) -> Table:
     for number, column in enumerate(columns):
         found.add_column(column, no_wrap=number == 0, overflow="fold")
     for e in entries:
-        name = f"{e['name']} {MIXED}" if _is_mixed(e) else e["name"]
+        name = e["name"] + (f" {MIXED}" if _is_mixed(e) else "") + (f" ({e['package']})" if e["package"] else "")
         stays, kept = (e[key] for key in ("keeps", "remembers"))
         found.add_row(*map(Text, (name, e["trains"], _up(e), _down(e), stays, kept, e["uplink"])))
     mixed = f"\n{MIXED} clients may have ranks of their own (adapter.ranks)." if any(map(_is_mixed, entries)) else ""
@@ -62,6 +61,7 @@ def page(entry: Description) -> Iterator[RenderableType]:
     """All about one algorithm, its settings included."""
     yield Text(f"{entry['name']}: {entry['about']}", style="bold")
     facts = {
+        "package": entry["package"] or "celora",
         "paper": " ".join((entry["title"], entry["link"])).strip(),
         "update": entry["update"],
         "trained": entry["trains"],
@@ -69,6 +69,8 @@ def page(entry: Description) -> Iterator[RenderableType]:
         "down": _down(entry),
         "stays": entry["keeps"],
         "server keeps": entry["remembers"],
+        "data summary": "goes up, and is counted apart" if entry["data_summary"] else "none",
+        "who learned from whom": "in the run folder, similarity/" if entry["mixing_matrix"] else "not written",
         "ranks": "each client may have its own (adapter.ranks)" if entry["mixed_ranks"] else "one for all clients",
         "client sends": entry["up"],
         "client gets": entry["down"],
@@ -108,15 +110,15 @@ def _with_head(letters: str, entry: Description) -> str:
     return letters if "head" in letters or "head" not in entry["travels"] else f"{letters}, head"
 
 
-def _entry(name: str) -> Description:
-    kind = ALGORITHMS[name]
+def _entry(name: str, kind: type[Any]) -> Description:
     algorithm: AnyAlgorithm = kind()
     info: AlgorithmInfo = kind.info
     all_parts = [*algorithm.family.parts(1, 1, 1), "head"]
-    travels = [part for part in all_parts if algorithm.shares("head.weight" if part == "head" else f"layer.{part}")]
+    travels = [part for part in all_parts if algorithm.shares(example(part))]
     fields: Mapping[str, Mapping[str, Any]] = TypeAdapter(kind).json_schema()["properties"]
     return {
         "name": name,
+        "package": package(name),
         "about": getdoc(kind),
         "title": info.title,
         "link": info.link,
@@ -133,6 +135,8 @@ def _entry(name: str) -> Description:
         "uplink": info.uplink,
         "mixed_ranks": info.mixed_ranks,
         "partial": info.partial,
+        "data_summary": info.data_summary,
+        "mixing_matrix": info.mixing_matrix,
         "up": _first(info.up),
         "down": _first(info.down),
         "local": _first(info.local),

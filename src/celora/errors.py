@@ -7,7 +7,7 @@ CeloraError
 ├── WireError          a frame that is truncated, foreign, damaged or of another kind
 ├── RunFolderError     a run folder that exists, is missing, or holds a damaged checkpoint (exit code 2)
 ├── FederationError    server and sites do not fit together, or cannot reach each other (exit code 2)
-├── PolicyError        what a site's policy does not let leave (exit code 2)
+├── PolicyError        what a site's policy or a filter does not let leave (exit code 2)
 └── QuorumError        too few usable replies in a round; the run can be resumed (exit code 4)
 """
 
@@ -46,7 +46,7 @@ class FederationError(CeloraError):
 
 
 class PolicyError(CeloraError):
-    """A site's policy does not let something leave; only the site can change that."""
+    """A site's policy does not let something leave, which only the site can change; or a filter does not."""
 
 
 class QuorumError(CeloraError):

@@ -11,11 +11,12 @@ True
 False
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 
-import numpy as np
-import torch
+from celora.lazy import np, torch
 
 Address = str | int
 

@@ -6,8 +6,7 @@ A factor's name ends in its letter, `encoder.layer.0.attention.self.query.C`; th
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import torch
-from torch import Tensor
+from celora.lazy import Tensor, torch
 
 Tensors = Mapping[str, Tensor]
 Names = Callable[[str], bool]
@@ -21,6 +20,20 @@ def part(name: str) -> str:
     ('C', 'head')
     """
     return "head" if name.startswith("head.") else name.rpartition(".")[2]
+
+
+def example(of: str) -> str:
+    """A name that belongs to this part.
+
+    >>> example("C"), example("head")
+    ('module.C', 'head.weight')
+    """
+    return "head.weight" if of == "head" else f"module.{of}"
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to the task head, and not to an adapter."""
+    return part(name) == "head"
 
 
 def only(*parts: str) -> Names:
@@ -38,15 +51,40 @@ def select(tensors: Tensors, names: Names) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if names(name)}
 
 
+class Mean:
+    """The weighted mean of each name over those who hold it, of which one holder's tensors are needed at a time."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, tensors: Tensors, weight: float) -> None:
+        """One more holder, with a non-negative weight; a name that it does not have does not count there."""
+        for name, tensor in tensors.items():
+            wide = tensor.to(torch.promote_types(tensor.dtype, torch.float64), copy=True).mul_(weight)
+            self._sums[name] = self._sums[name].add_(wide) if name in self._sums else wide
+            self._totals[name] = self._totals.get(name, 0.0) + weight
+            self._dtypes.setdefault(name, tensor.dtype)
+
+    def sums(self) -> dict[str, Tensor]:
+        """`sum_i w_i x_i` of every name that anybody holds, summed in float64 in the order given, cast back."""
+        return {name: total.to(self._dtypes[name]) for name, total in self._sums.items()}
+
+    def result(self) -> dict[str, Tensor]:
+        """Every name that anybody holds, `sum_i w_i x_i / sum_j w_j`, summed in float64 in the order given, cast back.
+
+        Raises:
+            ValueError: if all weights of a name are 0.
+        """
+        for name, total in self._totals.items():
+            if not total > 0:
+                raise ValueError(f"the weights of {name!r} sum to {total}; a mean needs a positive sum")
+        return {name: (total / self._totals[name]).to(self._dtypes[name]) for name, total in self._sums.items()}
+
+
 def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
-    """Weighted mean of each name over those who hold it, in one pass: only one holder's tensors are needed at a time.
-
-    Args:
-        weighted: for each holder its tensors and a non-negative weight; the weights need not sum to 1, and a name that
-            a holder does not have does not count there.
-
-    Returns:
-        Every name that anybody holds, `sum_i w_i x_i / sum_j w_j`, summed in float64 in the order given and cast back.
+    """The `Mean` of these, for each holder its tensors and a weight; the weights need not sum to 1.
 
     Raises:
         ValueError: if all weights of a name are 0.
@@ -55,19 +93,10 @@ def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     >>> mean([(one, 2), (two, 1)])
     {'A': tensor([2.]), 'B': tensor([5.])}
     """
-    totals: dict[str, float] = {}
-    sums: dict[str, Tensor] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    total = Mean()
     for tensors, weight in weighted:
-        for name, tensor in tensors.items():
-            wide = tensor.to(torch.promote_types(tensor.dtype, torch.float64), copy=True).mul_(weight)
-            sums[name] = sums[name].add_(wide) if name in sums else wide
-            totals[name] = totals.get(name, 0.0) + weight
-            dtypes.setdefault(name, tensor.dtype)
-    for name, total in totals.items():
-        if not total > 0:
-            raise ValueError(f"the weights of {name!r} sum to {total}; a mean needs a positive sum")
-    return {name: summed.div_(totals[name]).to(dtypes[name]) for name, summed in sums.items()}
+        total.add(tensors, weight)
+    return total.result()
 
 
 def common(many: Sequence[Tensor]) -> Tensor:

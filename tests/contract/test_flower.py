@@ -25,20 +25,24 @@ from celora.errors import FederationError
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
 from celora.site.store import SiteStore
+from celora.testing.federation import PLAN, Run, bits
 from celora.wire import Schema
-from tests.contract.test_algorithms import PLAN, VARIANTS, bits, reference
+from tests.contract.test_algorithms import VARIANTS
+from tests.contract.test_channel import BOTH, CHANNELS, filtered
 from tests.toy import CLIENTS, JobContext, population_of
 
 pytest.importorskip("flwr")
-from celora.engines.flower import GridTransport, simulation
+from celora.engines.flower_sim import GridTransport, simulation
 
 pytest.importorskip("ray")
 
-DEFAULT = {name: next(v for v in VARIANTS if VARIANTS[v] == kind()) for name, kind in ALGORITHMS.items()}
+DEFAULT = {name: next(v for v in VARIANTS if VARIANTS[v].algorithm == kind()) for name, kind in ALGORITHMS.items()}
 """Algorithm -> its variant with default settings."""
 OTHERS = [name for name in VARIANTS if name not in DEFAULT.values()]
 CPUS = float(max(1, (os.cpu_count() or 2) // 2))
 """Of this machine, for a client at work: two processes share the clients."""
+SECONDS = 300.0
+"""Longer than Ray takes to start its processes on a machine that does other things too."""
 Handle = Callable[[bytes], bytes]
 
 
@@ -62,8 +66,9 @@ class Places:
 @cache
 def _site(root: Path, client: str) -> Site:
     def enter(begin: JobStart) -> JobContext:
-        algorithm = VARIANTS[begin.label]
-        return JobContext(algorithm, population_of(algorithm), client)
+        variant, _, channel = begin.label.partition(" + ")
+        algorithm = VARIANTS[variant].algorithm
+        return JobContext(algorithm, population_of(algorithm), client, CHANNELS[channel] if channel else ())
 
     return Site(client, root / client, Policy(floor=1), enter, None)
 
@@ -79,10 +84,11 @@ class Simulated:
     exported: Mapping[str, bool]
 
 
-def simulated(remote: Remote, root: Path, name: str) -> Simulated:
-    algorithm, job = VARIANTS[name], f"toy/{name}"
-    initial = population_of(algorithm).initial
-    remote.start_job(job, JobStart("", name, "backbone", ("no", "yes"), CLIENTS), CLIENTS, 60)
+def simulated(remote: Remote, root: Path, name: str, channel: str = "") -> Simulated:
+    algorithm, job = VARIANTS[name].algorithm, f"toy/{name}{'-filtered' if channel else ''}"
+    initial, stages = population_of(algorithm).initial, CHANNELS[channel] if channel else ()
+    label = f"{name} + {channel}" if channel else name
+    remote.start_job(job, JobStart("", label, "backbone", b"no, yes", CLIENTS), CLIENTS, SECONDS)
     folders = {client: root / client / job_folder(client, job) for client in CLIENTS}
 
     def stores() -> dict[str, dict[str, bytes]]:
@@ -92,14 +98,14 @@ def simulated(remote: Remote, root: Path, name: str) -> Simulated:
                 found[client] = {kept: store[kept] for kept in store}
         return found
 
-    pairs = [(rnd, stores()) for rnd in rounds.run_rounds(algorithm, remote, PLAN, CLIENTS, initial)]
+    pairs = [(rnd, stores()) for rnd in rounds.run_rounds(algorithm, remote, PLAN, CLIENTS, initial, channel=stages)]
     best = pairs[-1][0].checkpoint.best["personal"]
     kept = f"personal@{best.round}"
     return Simulated(
         tuple(rnd for rnd, _ in pairs),
         tuple(stores for _, stores in pairs),
-        rounds.test(remote, PLAN, CLIENTS, [kept]),
-        remote.export(CLIENTS, kept, 60),
+        rounds.score_on_test(remote, PLAN, CLIENTS, [kept]),
+        remote.export(CLIENTS, kept, SECONDS),
         {client: (folder / "adapter" / "adapter.safetensors").exists() for client, folder in folders.items()},
     )
 
@@ -126,6 +132,7 @@ class Session:
 
     root: Path
     runs: Mapping[str, Simulated]
+    filtered: Simulated
     listening: Mapping[str, str]
     left: tuple[str, ...]
 
@@ -136,20 +143,21 @@ def started(root: Path, cpus: float = CPUS) -> Iterator[GridTransport]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         try:
-            with simulation(len(CLIENTS), Places(root), cpus, root / "flower.log") as post:
-                yield post
+            with simulation(len(CLIENTS), Places(root), cpus, root / "flower.log") as transport:
+                yield transport
         finally:
             gc.collect()
 
 
 def session(root: Path, names: Iterable[str]) -> Session:
     before = tree()
-    with started(root) as post:
-        remote = Remote(post)
+    with started(root) as transport:
+        remote = Remote(transport)
         runs = {name: simulated(remote, root, name) for name in names}
+        with_filters = simulated(remote, root, DEFAULT["fedit"], BOTH)
         here = tree()
         found = listening(here)
-    return Session(root, runs, found, left(here, before))
+    return Session(root, runs, with_filters, found, left(here, before))
 
 
 def left(processes: Iterable[psutil.Process], before: Iterable[psutil.Process]) -> tuple[str, ...]:
@@ -158,8 +166,7 @@ def left(processes: Iterable[psutil.Process], before: Iterable[psutil.Process]) 
     return tuple(p.name() for p in there if p.status() != psutil.STATUS_ZOMBIE)
 
 
-def same(found: Simulated, name: str) -> None:
-    expected = reference(name)
+def same(found: Simulated, expected: Run) -> None:
     assert len(found.rounds) == len(expected.rounds) == PLAN.rounds + 1
     for mine, its in zip(found.rounds, expected.rounds, strict=True):
         assert mine.heard == (CLIENTS if mine.index <= PLAN.rounds else ()) and not mine.excluded
@@ -167,7 +174,7 @@ def same(found: Simulated, name: str) -> None:
     for mine, its in zip(found.stores, expected.stores, strict=True):
         assert mine == {client: its.get(client, {}) for client in CLIENTS}
     [kept] = {kept for tests in found.tests.values() for kept in tests}
-    assert found.tests == rounds.test(expected.federation.engine, PLAN, CLIENTS, [kept])
+    assert found.tests == rounds.score_on_test(expected.federation.engine, PLAN, CLIENTS, [kept])
     assert found.problems == {} and all(found.exported.values())
 
 
@@ -184,13 +191,19 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Session:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_flowers_simulation_equals_the_embedded_run_bit_for_bit(algorithm: str, defaults: Session) -> None:
     """Server state, scores, bytes and checkpoint of every round; private state on disk; test scores of kept models."""
-    same(defaults.runs[DEFAULT[algorithm]], DEFAULT[algorithm])
+    same(defaults.runs[DEFAULT[algorithm]], VARIANTS[DEFAULT[algorithm]].reference)
+
+
+def test_flowers_simulation_equals_the_embedded_run_with_filters(defaults: Session) -> None:
+    """Residuals and notes, which lie beside the private state, included."""
+    same(defaults.filtered, filtered("fedit", BOTH))
+    assert "channel@2" in defaults.filtered.stores[-1]["c0"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_flowers_simulation_equals_the_embedded_run_under_other_settings(name: str, others: Session) -> None:
-    same(others.runs[name], name)
+    same(others.runs[name], VARIANTS[name].reference)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor: one process plays all clients")
@@ -219,13 +232,13 @@ def test_a_second_simulation_in_the_same_process_works_and_an_exception_ends_it(
     name, before, here = DEFAULT["fedit"], tree(), list[psutil.Process]()
     path = os.environ.get("PYTHONPATH")
 
-    def breaks(post: GridTransport) -> None:
-        same(simulated(Remote(post), tmp_path, name), name)
+    def breaks(transport: GridTransport) -> None:
+        same(simulated(Remote(transport), tmp_path, name), VARIANTS[name].reference)
         here.extend(tree())
         raise Broken
 
-    with pytest.raises(Broken), started(tmp_path, float(os.cpu_count() or 1)) as post:  # one process is enough
-        breaks(post)
+    with pytest.raises(Broken), started(tmp_path, float(os.cpu_count() or 1)) as transport:  # one process is enough
+        breaks(transport)
     assert len(here) > len(before) and left(here, before) == ()
     assert os.environ.get("PYTHONPATH") == path
 
@@ -241,9 +254,9 @@ def test_a_simulation_that_cannot_start_says_why_and_where_to_look(
     monkeypatch.setattr(RayBackend, "__init__", fails)
     with (
         pytest.raises(FederationError, match=r"simulation has ended: no room in /dev/shm; see .*log"),
-        started(tmp_path) as post,
+        started(tmp_path) as transport,
     ):
-        Remote(post).start_job("toy/any", JobStart("", "any", "", (), ()), CLIENTS, 60)
+        Remote(transport).start_job("toy/any", JobStart("", "any", "", b"", ()), CLIENTS, SECONDS)
     assert "no room in /dev/shm" in (tmp_path / "flower.log").read_text()
 
 
@@ -253,7 +266,7 @@ def test_ray_that_would_listen_elsewhere_is_not_started(tmp_path: Path, monkeypa
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.7")
     with (
         pytest.raises(
-            FederationError, match=r"Ray would listen on 192\.0\.2\.7.*import celora\.engines\.flower before"
+            FederationError, match=r"Ray would listen on 192\.0\.2\.7.*import celora\.engines\.flower_sim before"
         ),
         started(tmp_path),
     ):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from celora import experiment
 from celora.cli import app
 
 CONFIG = """
@@ -151,6 +152,38 @@ def test_a_label_of_the_overrides_is_an_algorithm_with_other_settings(config: Pa
     assert code == 0, stderr
     rules = [summary["settings"]["algorithm"].get("rule") for summary in json.loads(stdout)]
     assert rules == [None, "similarity", "reset"]
+
+
+def test_a_label_with_filters_sends_less(config: Path, tmp_path: Path) -> None:
+    config.write_text(
+        CONFIG + '\n[overrides.coarse.algorithm]\nname = "fedit"\n'
+        '[[overrides.coarse.filters]]\nname = "quantise"\nbits = 4\n'
+    )
+    out = tmp_path / "labels"
+    code, stdout, stderr = celora("compare", config, "--algorithms", "fedit,coarse", "--out", out, "--json")
+    assert code == 0, stderr
+    _, plain, coarse = json.loads(stdout)
+    assert "filters" not in plain["settings"] and coarse["settings"]["filters"] == [{"name": "quantise", "bits": 4}]
+    assert 7 < plain["bytes"]["up_payload"] / coarse["bytes"]["up_payload"] <= 8
+    assert plain["bytes"]["down_payload"] == coarse["bytes"]["down_payload"]
+
+
+def test_a_run_with_filters_that_was_stopped_ends_as_one_that_was_not(config: Path, tmp_path: Path) -> None:
+    config.write_text(
+        CONFIG + '[algorithm]\nname = "fedit"\n[engine]\nstate_mb = 0\n'
+        '[[filters]]\nname = "clip"\nnorm = 0.5\n[[filters]]\nname = "quantise"\nbits = 4\n'
+    )
+    for _ in experiment.run(experiment.read(config), tmp_path / "whole", twin=False):
+        pass
+    stopped = experiment.run(experiment.read(config), tmp_path / "stopped", twin=False)
+    assert any(event["event"] == "round" for event in stopped)
+    stopped.close()
+    code, _, stderr = celora("resume", tmp_path / "stopped", "--quiet")
+    assert code == 0, stderr
+    whole, resumed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "stopped"))
+    assert [resumed[key] for key in ("metrics", "clients", "bytes")] == [
+        whole[key] for key in ("metrics", "clients", "bytes")
+    ]
 
 
 def test_resuming_a_finished_run_changes_nothing(config: Path, tmp_path: Path) -> None:

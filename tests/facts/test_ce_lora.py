@@ -6,6 +6,7 @@ from torch import Tensor
 
 from celora.algorithms.ce_lora import CELoRA, Local, Server, Up
 from celora.core.adapters import Tri
+from celora.core.aggregation import Heard
 from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.maths.cka import cka
 from tests.facts.payloads import CLASSES, DIM, rounds
@@ -25,7 +26,7 @@ SEED = {"layer.C": torch.eye(RANK, dtype=torch.float64)}
 def served(cores: list[Tensor], **fields: object) -> tuple[CELoRA, Server]:
     algorithm = CELoRA(data_share=0.0, **fields)
     ups = {str(i): Up({"layer.C": core}, 1, None) for i, core in enumerate(cores)}
-    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), ups)
+    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), Heard(ups))
 
 
 def received(cores: list[Tensor], client: int, **fields: object) -> Tensor:
@@ -155,7 +156,7 @@ def test_the_jump_on_download_is_that_of_the_core_alone() -> None:
 
 
 def test_freezing_the_bases_leaves_everybody_on_the_seeds_bases() -> None:
-    from celora.core.messages import KeptModel, unpacked
+    from celora.core.client_state import KeptModel, unpacked
     from tests.toy import population_of
 
     algorithm = CELoRA(freeze_bases=True, data_share=0.0)

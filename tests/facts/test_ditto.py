@@ -5,7 +5,8 @@ import torch
 
 from celora.algorithms.ditto import Ditto
 from celora.algorithms.fedit import FedIT
-from celora.core.messages import KeptModel, Plan, unpacked
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Plan
 from celora.tensors import flatten
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import CLIENTS, Federation, image

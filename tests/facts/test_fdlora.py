@@ -14,6 +14,7 @@ from torch import Tensor
 
 from celora.algorithms.fdlora import BOX, HALF, FDLoRA, Server, Up, fused, search
 from celora.core.adapters import Lora
+from celora.core.aggregation import Heard
 from celora.core.messages import Plan, Reply
 from celora.core.solve import solve
 from celora.errors import ModelError
@@ -49,7 +50,7 @@ def heard(seed: int) -> dict[str, Up]:
 def served(algorithm: FDLoRA, count: int) -> list[Server]:
     servers = [algorithm.server_init({}, ())]
     for index in range(count):
-        servers.append(algorithm.aggregate(servers[-1], heard(10 * index)))
+        servers.append(algorithm.aggregate(servers[-1], Heard(heard(10 * index))))
     return servers[1:]
 
 
@@ -161,7 +162,7 @@ def test_by_the_rows_of_the_search_the_fused_model_is_no_worse_than_the_common_o
             learner = population(client, index)
             local = ended[client].local if client in ended else algorithm.client_init(learner)
             (ended[client],) = solve([(learner, algorithm.train(learner, local, algorithm.send(server, client)))])
-        server = algorithm.aggregate(server, {client: end.up for client, end in ended.items()})
+        server = algorithm.aggregate(server, Heard({client: end.up for client, end in ended.items()}))
     for client, end in ended.items():
         learner = population(client, 3)
         found, common = (learner.test(w, "validation")["loss"] for w in (end.model, end.up.weights))

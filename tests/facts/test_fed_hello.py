@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fed_hello import FedHeLLo, Server, Up, chances, layers, pattern, ranked
-from celora.core.learner import ClientUpdate, Fit, Recipe
+from celora.core.aggregation import Heard
+from celora.core.learner import Recipe
 from celora.core.optim import AdamW
+from celora.core.problems import ClientUpdate, Fit
 from celora.core.solve import solve
-from celora.core.training import fit
 from tests.facts.payloads import HEAD, rounds, weights
 from tests.toy import Population, Stub, Toy, image, turn
 
@@ -167,7 +168,7 @@ def test_c_the_head_is_averaged() -> None:
     algorithm = FedHeLLo()
     server = algorithm.server_init(twelve(), "ab")
     ups = {c: Up({"head.weight": torch.full((1, 1), value)}, None) for c, value in (("a", 1.0), ("b", 3.0))}
-    assert algorithm.aggregate(server, ups).weights["head.weight"].tolist() == [[2.0]]
+    assert algorithm.aggregate(server, Heard(ups)).weights["head.weight"].tolist() == [[2.0]]
 
 
 def test_e_frozen_layers_have_no_gradient_and_no_memory_in_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +190,7 @@ def test_e_frozen_layers_have_no_gradient_and_no_memory_in_the_optimiser(monkeyp
     steps = algorithm.train(learner, algorithm.client_init(learner), algorithm.send(server, "c0"))
     problem = next(steps)
     assert isinstance(problem, Fit)
-    fitted = fit(learner, problem)
+    fitted = problem.alone(learner)
     assert held == [56 + 18]
     for name in ("block.0.A", "block.0.B"):
         assert image(fitted.weights[name]) == image(learner.initial[name])
@@ -221,7 +222,7 @@ def test_g_measured_importance_holds_until_it_is_measured_again() -> None:
         asked.append(downs["a"].measure)
         scores = torch.arange(12.0).roll(now) if downs["a"].measure else None
         ups = {c: Up({"head.weight": torch.ones(1, 1)}, scores) for c in "ab"}
-        server = algorithm.aggregate(server, ups)
+        server = algorithm.aggregate(server, Heard(ups))
         p.append(server.chances)
     assert asked == [False, True, False, False, True, False, False, True]
     changed = [not torch.equal(before, after) for before, after in pairwise([bottleneck, *p])]
@@ -234,7 +235,7 @@ def test_the_mean_over_clients_of_what_they_measured_decides() -> None:
     high, low = torch.zeros(12), torch.zeros(12)
     high[3], low[3], low[4] = 8.0, 0.0, 3.0
     ups = {c: Up({"head.weight": torch.ones(1, 1)}, f) for c, f in (("a", high), ("b", low))}
-    p = algorithm.aggregate(server, ups).chances
+    p = algorithm.aggregate(server, Heard(ups)).chances
     assert torch.equal(p, ranked((high + low) / 2))
     assert int(p.argmax()) == 3
 
@@ -243,7 +244,7 @@ def test_a_measurement_of_another_model_is_passed_over() -> None:
     algorithm = FedHeLLo()
     server = algorithm.server_init(twelve(), "ab")
     ups = {"a": Up({"head.weight": torch.ones(1, 1)}, torch.ones(5))}
-    assert torch.equal(algorithm.aggregate(server, ups).chances, server.chances)
+    assert torch.equal(algorithm.aggregate(server, Heard(ups)).chances, server.chances)
 
 
 def test_importance_is_that_of_single_rows() -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from celora.algorithms.fed_sb import FedSB, Slopes, Up
 from celora.core.adapters import modules
-from celora.core.learner import Gradient
+from celora.core.aggregation import Heard
 from celora.core.messages import Plan
-from celora.core.training import gradient_at
-from celora.models import Adapter, Model, initial, load
+from celora.core.problems import Gradient
+from celora.models import Adapter, Model, load
 from celora.tensors import only, select
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, D_IN, D_OUT, SCALE, Federation, Population
 from tests.toy import RANK as SMALL
@@ -71,7 +72,7 @@ def test_the_probe_gives_the_gradient_in_the_frozen_weight_and_both_sketches() -
     for algorithm in (FedSB(start="gradient"), FedSB(oversample=1)):
         probe = algorithm.probe(bases)
         learner = population()("c1", 1)
-        found = algorithm.cut(gradient_at(learner, Gradient(probe, next(learner.batches()), only("A", "B"))).gradient)
+        found = algorithm.cut(Gradient(probe, next(learner.batches()), only("A", "B")).alone(learner).gradient)
         if algorithm.start == "gradient":
             torch.testing.assert_close(found, {"layer.A": g})
         else:
@@ -97,7 +98,7 @@ def test_a_sketch_holds_nearly_what_the_gradient_itself_would_and_random_bases_h
     omega, psi = probe["layer.A"][:half].T.double(), probe["layer.B"][:, half:].T.double()
     sent = Slopes({"layer.A": (psi @ g).float(), "layer.B": (g @ omega).float()})
     start = algorithm.server_init(bases, ())
-    server = algorithm.aggregate(start, {"a": Up({"layer.C": torch.zeros(RANK, RANK)}, 1, sent)})
+    server = algorithm.aggregate(start, Heard({"a": Up({"layer.C": torch.zeros(RANK, RANK)}, 1, sent)}))
     best = float((1 / torch.arange(1, RANK + 1) ** 2).sum() / (1 / torch.arange(1, DIM + 1).double() ** 2).sum())
     assert energy(start, g) < 0.01
     assert 0.9 * best < energy(server, g) <= best
@@ -124,9 +125,9 @@ def test_sketches_of_clients_add_up_to_the_sketch_of_their_sum() -> None:
     shapes = algorithm.cut(algorithm.probe(start.bases))
     one, two = ({name: torch.randn(w.shape, generator=draw) for name, w in shapes.items()} for _ in range(2))
     core = {"layer.C": torch.zeros(SMALL, SMALL)}
-    apart = algorithm.aggregate(start, {"a": Up(core, 1, Slopes(one)), "b": Up(core, 3, Slopes(two))})
+    apart = algorithm.aggregate(start, Heard({"a": Up(core, 1, Slopes(one)), "b": Up(core, 3, Slopes(two))}))
     both = {name: (one[name] + 3 * two[name]) / 4 for name in one}
-    joint = algorithm.aggregate(start, {"a": Up(core, 4, Slopes(both))})
+    joint = algorithm.aggregate(start, Heard({"a": Up(core, 4, Slopes(both))}))
     torch.testing.assert_close(apart.bases, joint.bases)
 
 
@@ -134,7 +135,7 @@ def test_the_average_of_the_cores_is_the_average_of_the_updates() -> None:
     draw, algorithm = torch.Generator().manual_seed(0), FedSB(start="random", head="frozen")
     cores = [torch.randn(SMALL, SMALL, generator=draw, dtype=torch.float64) for _ in N]
     ups = {str(i): Up({"layer.C": c}, n, None) for i, (c, n) in enumerate(zip(cores, N, strict=True))}
-    server = algorithm.aggregate(algorithm.server_init(population().initial, ()), ups)
+    server = algorithm.aggregate(algorithm.server_init(population().initial, ()), Heard(ups))
     a, b = (population().initial[f"layer.{letter}"].double() for letter in "AB")
     exact = torch.stack([n / sum(N) * b @ c @ a for n, c in zip(N, cores, strict=True)]).sum(0)
     assert float(exact.norm()) > 0.5

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from celora.algorithms.fedalt import FedALT, Up
 from celora.core.adapters import modules
+from celora.core.aggregation import Heard
 from celora.core.messages import Plan
-from celora.models import Adapter, Model, initial, load
+from celora.models import Adapter, Model, load
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, D_IN, D_OUT, Federation, image
 from tests.toy import RANK as SMALL
@@ -22,7 +24,7 @@ def factors(seed: int) -> dict[str, Tensor]:
 
 def received(clients: dict[str, dict[str, Tensor]], client: str) -> dict[str, Tensor]:
     algorithm = FedALT()
-    server = algorithm.aggregate(algorithm.server_init({}, ()), {c: Up(w, 7) for c, w in clients.items()})
+    server = algorithm.aggregate(algorithm.server_init({}, ()), Heard({c: Up(w, 7) for c, w in clients.items()}))
     return dict(algorithm.send(server, client).weights)
 
 

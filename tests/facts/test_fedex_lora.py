@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fedex_lora import FedExLoRA, Up
-from celora.core.messages import KeptModel, Plan, unpacked
+from celora.core.aggregation import Heard
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Plan
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import Federation, Stub, lost
 
@@ -46,17 +48,17 @@ def test_a_residual_of_rank_4_costs_half_of_what_fedit_sends_however_many_client
 
 def test_the_update_served_is_what_was_merged_before_and_the_mean_of_the_updates_made() -> None:
     algorithm = FedExLoRA(head="frozen")
-    first = algorithm.aggregate(algorithm.server_init({}, ()), UPS)
+    first = algorithm.aggregate(algorithm.server_init({}, ()), Heard(UPS))
     assert float((served(algorithm, first) - EXACT).norm() / EXACT.norm()) < 1e-14
     before = first.base.merged.total["layer.W"]
-    second = algorithm.aggregate(first, UPS)
+    second = algorithm.aggregate(first, Heard(UPS))
     assert float((served(algorithm, second) - before - EXACT).norm() / EXACT.norm()) < 1e-14
     assert float(before.norm()) > 0.1 * float(EXACT.norm())
 
 
 def test_fedits_average_is_off_by_the_residual() -> None:
     algorithm = FedExLoRA(head="frozen")
-    server = algorithm.aggregate(algorithm.server_init({}, ()), UPS)
+    server = algorithm.aggregate(algorithm.server_init({}, ()), Heard(UPS))
     fedit = server.weights["layer.B"] @ server.weights["layer.A"]
     torch.testing.assert_close(EXACT - fedit, server.base.merged.total["layer.W"])
 
@@ -65,7 +67,7 @@ def test_fedits_average_is_off_by_the_residual() -> None:
 def test_a_cut_residual_is_off_by_its_discarded_singular_values_and_by_no_more(rank: int) -> None:
     """R of three clients of rank 3 has rank 6: the differences from a mean sum to 0."""
     algorithm = FedExLoRA(head="frozen", rank=rank)
-    server = algorithm.aggregate(algorithm.server_init({}, ()), UPS)
+    server = algorithm.aggregate(algorithm.server_init({}, ()), Heard(UPS))
     fedit = server.weights["layer.B"] @ server.weights["layer.A"]
     values = torch.linalg.svdvals(EXACT - fedit)
     assert int((values > 1e-12).sum()) == 6
@@ -77,7 +79,7 @@ def test_a_cut_residual_is_off_by_its_discarded_singular_values_and_by_no_more(r
 def test_where_all_clients_agree_there_is_no_residual() -> None:
     algorithm = FedExLoRA(head="frozen")
     alike = {client: Up(CLIENTS[0], n) for client, n in zip("abc", N, strict=True)}
-    server = algorithm.aggregate(algorithm.server_init({}, ()), alike)
+    server = algorithm.aggregate(algorithm.server_init({}, ()), Heard(alike))
     assert float(server.base.merged.total["layer.W"].norm()) < 1e-13
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fedit import FedIT, Up
+from celora.core.aggregation import Heard
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import D_IN, D_OUT, RANK
 
@@ -21,7 +22,7 @@ def factors(seed: int) -> dict[str, Tensor]:
 def average(*clients: dict[str, Tensor]) -> dict[str, Tensor]:
     algorithm = FedIT()
     ups = {str(i): Up(weights, n) for i, (weights, n) in enumerate(zip(clients, N, strict=True))}
-    return dict(algorithm.send(algorithm.aggregate(algorithm.server_init({}, ()), ups), "0").weights)
+    return dict(algorithm.send(algorithm.aggregate(algorithm.server_init({}, ()), Heard(ups)), "0").weights)
 
 
 def update(weights: dict[str, Tensor]) -> Tensor:

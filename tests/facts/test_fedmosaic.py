@@ -9,8 +9,10 @@ from torch import Tensor
 
 from celora.algorithms.fedmosaic import FedMosaic, Up
 from celora.core.adapters import modules
+from celora.core.aggregation import Heard
 from celora.core.messages import Plan
-from celora.models import Adapter, Model, initial, load
+from celora.models import Adapter, Model, load
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, Federation, Population, image
 from tests.toy import RANK as SMALL
@@ -36,7 +38,7 @@ def ups(count: int) -> dict[str, Up]:
 
 def served(heard: dict[str, Up], **fields: Any) -> tuple[FedMosaic, Any]:
     algorithm = FedMosaic(**fields)
-    return algorithm, algorithm.aggregate(algorithm.server_init(INITIAL, ()), heard)
+    return algorithm, algorithm.aggregate(algorithm.server_init(INITIAL, ()), Heard(heard))
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.2, 5.0])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fedsa_lora import FedSALoRA, Local, Up
+from celora.core.aggregation import Heard
 from tests.facts.payloads import rounds
 from tests.toy import D_IN, D_OUT, RANK
 
@@ -22,7 +23,7 @@ def received(a: list[Tensor], client: int = 0) -> Tensor:
     """The update that a client predicts with after download."""
     algorithm = FedSALoRA()
     ups = {str(i): Up({"layer.A": a[i]}, n) for i, n in enumerate(N)}
-    down = algorithm.send(algorithm.aggregate(algorithm.server_init({}, ()), ups), str(client))
+    down = algorithm.send(algorithm.aggregate(algorithm.server_init({}, ()), Heard(ups)), str(client))
     weights = algorithm.model(Local({"layer.B": B[client]}), down)
     return weights["layer.B"] @ weights["layer.A"]
 

@@ -3,6 +3,7 @@
 import torch
 
 from celora.algorithms.ffa_lora import FFALoRA, Up
+from celora.core.aggregation import Heard
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import D_IN, D_OUT, RANK, Federation
 
@@ -26,13 +27,14 @@ def test_the_update_served_is_the_mean_of_the_updates_made() -> None:
     a = torch.randn(RANK, D_IN, generator=draw, dtype=torch.float64)
     b = [torch.randn(D_OUT, RANK, generator=draw, dtype=torch.float64) for _ in N]
     ups = {str(i): Up({"layer.B": b[i]}, n) for i, n in enumerate(N)}
-    served = algorithm.send(algorithm.aggregate(algorithm.server_init({}, ()), ups), "0").weights["layer.B"] @ a
+    served = algorithm.send(algorithm.aggregate(algorithm.server_init({}, ()), Heard(ups)), "0").weights["layer.B"] @ a
     exact = torch.stack([n / sum(N) * b[i] @ a for i, n in enumerate(N)]).sum(0)
     assert float((served - exact).norm() / exact.norm()) < 1e-14
 
 
 def test_after_training_every_client_still_has_the_seeds_a() -> None:
-    from celora.core.messages import KeptModel, Plan, unpacked
+    from celora.core.client_state import KeptModel, unpacked
+    from celora.core.messages import Plan
 
     federation = Federation(FFALoRA())
     list(federation.run(Plan(rounds=2)))

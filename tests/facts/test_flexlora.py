@@ -7,6 +7,7 @@ from torch import Tensor
 
 from celora.algorithms.flexlora import FlexLoRA, Up
 from celora.core.adapters import Lora, truncated
+from celora.core.aggregation import Heard
 from celora.core.messages import Plan
 from celora.core.rounds import run_rounds
 from celora.engines.embedded import Embedded
@@ -36,7 +37,7 @@ EXACT = torch.stack([n / sum(N) * update(w) for n, w in zip(N, CLIENTS, strict=T
 def served(largest: int) -> tuple[FlexLoRA, object]:
     algorithm = FlexLoRA(head="frozen")
     ups = {str(i): Up(w, n) for i, (w, n) in enumerate(zip(CLIENTS, N, strict=True))}
-    return algorithm, algorithm.aggregate(algorithm.server_init(drawn(largest, 9), ()), ups)
+    return algorithm, algorithm.aggregate(algorithm.server_init(drawn(largest, 9), ()), Heard(ups))
 
 
 def test_both_factors_and_the_head_travel_both_ways() -> None:
@@ -95,7 +96,7 @@ def test_how_a_client_represents_its_update_does_not_matter() -> None:
     same = {"layer.A": m @ CLIENTS[0]["layer.A"], "layer.B": CLIENTS[0]["layer.B"] @ torch.linalg.inv(m)}
     algorithm, server = served(4)
     ups = {str(i): Up(w, n) for i, (w, n) in enumerate(zip([same, *CLIENTS[1:]], N, strict=True))}
-    other = algorithm.aggregate(algorithm.server_init(drawn(4, 9), ()), ups)
+    other = algorithm.aggregate(algorithm.server_init(drawn(4, 9), ()), Heard(ups))
     torch.testing.assert_close(
         update(algorithm.send(other, "new").weights), update(algorithm.send(server, "new").weights)
     )
@@ -107,7 +108,7 @@ def test_the_server_makes_no_matrix_of_a_module() -> None:
     draw = torch.Generator().manual_seed(0)
     big = {"layer.A": torch.randn(2, wide, generator=draw), "layer.B": torch.randn(wide, 2, generator=draw)}
     algorithm = FlexLoRA(head="frozen")
-    server = algorithm.aggregate(algorithm.server_init(big, ()), {"a": Up(big, 1), "b": Up(big, 3)})
+    server = algorithm.aggregate(algorithm.server_init(big, ()), Heard({"a": Up(big, 1), "b": Up(big, 3)}))
     found = algorithm.send(server, "a").weights
     x = torch.randn(wide, 3, generator=draw)
     expected = big["layer.B"] @ (big["layer.A"] @ x)

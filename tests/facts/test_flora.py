@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.flora import FLoRA, Up
-from celora.core.messages import Exchange, Instruction, KeptModel, Plan, Reply, unpacked
+from celora.core.aggregation import Heard
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.wire import unpack
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import Federation, Tape, lost, newest
@@ -49,7 +51,7 @@ def test_the_sum_is_exact_at_any_ranks_round_after_round() -> None:
         for n, w in zip(N, clients, strict=True):
             wanted += n / sum(N) * w["layer.B"] @ w["layer.A"]
         ups = {str(i): Up(w, n) for i, (w, n) in enumerate(zip(clients, N, strict=True))}
-        server = algorithm.aggregate(server, ups)
+        server = algorithm.aggregate(server, Heard(ups))
         found = server.base.merged.total["layer.W"]
         assert float((found - wanted).norm() / wanted.norm()) < 1e-14
     assert server.base.last["layer.W"].a.shape == (sum(RANKS), D_IN)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from celora.algorithms.hetlora import Down, HetLoRA, Local, Up
 from celora.core.adapters import Lora, truncated
+from celora.core.aggregation import Heard
 from celora.core.messages import Plan
 from celora.core.rounds import run_rounds
 from celora.engines.embedded import Embedded
@@ -33,7 +34,7 @@ CLIENTS = [drawn(rank, seed, size) for seed, (rank, size) in enumerate(zip(RANKS
 def served(**fields: object) -> dict[str, Tensor]:
     algorithm = HetLoRA(head="frozen", **fields)
     ups = {str(i): Up(w, n) for i, (w, n) in enumerate(zip(CLIENTS, N, strict=True))}
-    return dict(algorithm.aggregate(algorithm.server_init(drawn(4, 9), ()), ups).weights)
+    return dict(algorithm.aggregate(algorithm.server_init(drawn(4, 9), ()), Heard(ups)).weights)
 
 
 def update(w: dict[str, Tensor], module: str = "one") -> Tensor:

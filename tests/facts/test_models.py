@@ -15,22 +15,15 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
 from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Recipe
-from celora.models import (
-    Adapter,
-    Backbone,
-    BatchedForward,
-    Model,
-    ModelLearner,
-    Rows,
-    export_peft,
-    initial,
-    load,
-    predict,
-)
-from celora.models.sources import embedded, quiet
+from celora.models import Adapter, Backbone, Model, ModelLearner, export_peft, load
+from celora.models.loading import embedded, quiet
+from celora.tasks.classify import Classify
 from celora.tensors import part
+from tests.classifier import forward, initial, predict
+from tests.classifier import rows as rows_of
 
 TEXTS = ["a text", "and another one"]  # as in the README of an export
+CARD = Classify(classes=tuple("abcde")).card()
 
 
 @contextmanager
@@ -65,8 +58,7 @@ def test_stock_peft_gives_the_same_logits_from_a_text_adapter(
     model, adapter = Model(device="cpu"), Adapter(targets=targets)
     backbone = load(model, adapter, tmp_path)
     weights = random_weights(backbone, adapter, family)
-    names = ["a", "b", "c", "d", "e"]
-    export_peft(tmp_path / "out", backbone, weights, family=family, classes=names, model=model, adapter=adapter)
+    export_peft(tmp_path / "out", backbone, weights, family=family, card=CARD, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)["logits"]
     ours = predict(backbone, family, weights, backbone.tokenize(TEXTS))
     frozen = predict(
@@ -83,7 +75,7 @@ def test_stock_peft_gives_the_same_logits_from_an_image_adapter(
     model, adapter = Model(backbone="random-vit", device="cpu", pooling=pooling), Adapter(targets="all-linear")
     backbone = load(model, adapter, tmp_path)
     weights = random_weights(backbone, adapter, Tri())
-    export_peft(tmp_path / "out", backbone, weights, family=Tri(), classes=list("abcde"), model=model, adapter=adapter)
+    export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)
     assert (predict(backbone, Tri(), weights, theirs["images"]) - theirs["logits"]).abs().max() <= 1e-5
 
@@ -101,7 +93,7 @@ def test_a_decoder_that_stores_its_weights_transposed(
     backbone = load(model, adapter, tmp_path)
     assert backbone.targets["h.0.attn.c_attn"] == (48, 16)
     weights = random_weights(backbone, adapter, Tri())
-    export_peft(tmp_path / "out", backbone, weights, family=Tri(), classes=list("abcde"), model=model, adapter=adapter)
+    export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)["logits"]
     ours = predict(backbone, Tri(), weights, backbone.tokenize(TEXTS))
     assert (ours - theirs).abs().max() <= 1e-5
@@ -112,8 +104,9 @@ def test_slots_give_the_loss_and_gradients_of_plain_peft() -> None:
     backbone = load(Model(device="cpu"), adapter, Path())
     weights = random_weights(backbone, adapter, Lora())
     weights = {name: w.requires_grad_() for name, w in weights.items()}
-    rows = Rows(backbone.tokenize(["one", "a longer text than that", "two"]), torch.tensor([0, 4, 2]))
-    it = ModelLearner(BatchedForward(backbone, Lora()), {"train": rows}, weights, Recipe(), seed=0, client="a", round=1)
+    rows = rows_of(backbone.tokenize(["one", "a longer text than that", "two"]), torch.tensor([0, 4, 2]))
+    shared = forward(backbone, Lora(), classes=5)
+    it = ModelLearner(shared, {"train": rows}, weights, Recipe(), seed=0, client="a", round=1)
     batch = next(it.batches())
     loss = it.losses(weights, batch)
     names = [name for name in weights if part(name) in "AB"]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from celora.algorithms.pf2lora import PF2LoRA
 from celora.core.adapters import Dual
-from celora.core.learner import Gradient, Learner
+from celora.core.learner import Learner
 from celora.core.optim import AdamW
+from celora.core.problems import Gradient
 from celora.core.solve import solve
 from celora.tensors import flatten
 from tests.facts.payloads import HEAD, rounds

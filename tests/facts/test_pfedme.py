@@ -9,7 +9,9 @@ from torch import Tensor
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.pfedme import PFedMe, Up
 from celora.core.adapters import Lora
-from celora.core.messages import KeptModel, Plan, unpacked
+from celora.core.aggregation import Heard
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Plan
 from celora.core.solve import solve
 from celora.tensors import flatten
 from tests.facts.payloads import HEAD, rounds
@@ -71,8 +73,8 @@ def factors(seed: int) -> dict[str, Tensor]:
 def test_at_beta_1_the_server_is_fedits() -> None:
     start, clients = factors(9), {str(seed): Up(factors(seed), seed + 1) for seed in range(3)}
     ours, its = PFedMe(beta=1.0), FedIT()
-    expected = its.aggregate(its.server_init(start, ()), clients)  # type: ignore[arg-type]
-    assert image(ours.aggregate(ours.server_init(start, ()), clients).weights) == image(expected.weights)
+    expected = its.aggregate(its.server_init(start, ()), Heard(clients))  # type: ignore[arg-type]
+    assert image(ours.aggregate(ours.server_init(start, ()), Heard(clients)).weights) == image(expected.weights)
 
 
 def test_the_personal_model_starts_anew_from_w_in_every_turn() -> None:

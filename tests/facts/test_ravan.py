@@ -8,11 +8,12 @@ from torch import Tensor
 
 from celora.algorithms.ravan import Ravan, Up
 from celora.core.adapters import modules
-from celora.core.learner import Gradient
-from celora.core.training import gradient_at
+from celora.core.aggregation import Heard
+from celora.core.problems import Gradient
 from celora.errors import ModelError
-from celora.models import Adapter, Model, initial, load
+from celora.models import Adapter, Model, load
 from celora.tensors import only
+from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import Population
 
@@ -38,7 +39,7 @@ def average(clients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     algorithm = Ravan(head="frozen")
     sent = [{f"layer.C{h}": c[f"layer.C{h}"] * c[f"layer.S{h}"] for h in range(1, 5)} for c in clients]
     ups = {str(i): Up(cores, n) for i, (cores, n) in enumerate(zip(sent, N, strict=True))}
-    server = algorithm.aggregate(algorithm.server_init({}, ()), ups)
+    server = algorithm.aggregate(algorithm.server_init({}, ()), Heard(ups))
     return {**{name: w.double() for name, w in WORLD.initial.items()}, **server.weights}
 
 
@@ -90,5 +91,5 @@ def test_bases_of_all_heads_are_orthonormal_and_the_start_is_the_frozen_backbone
 
 def test_every_core_has_a_gradient_from_the_first_step() -> None:
     learner = WORLD("c0", 1)
-    found = gradient_at(learner, Gradient({}, next(learner.batches()), only(*Ravan().family.cores))).gradient
+    found = Gradient({}, next(learner.batches()), only(*Ravan().family.cores)).alone(learner).gradient
     assert all(bool(gradient.all()) for gradient in found.values())

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.rolora import RoLoRA, Server, Up
-from celora.core.messages import Exchange, Instruction, KeptModel, Plan, Reply, unpacked
+from celora.core.aggregation import Heard
+from celora.core.client_state import KeptModel, unpacked
+from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.wire import pack, unpack
 from tests.facts.payloads import HEAD, rounds
 from tests.toy import D_IN, D_OUT, RANK, Federation, lost
@@ -47,7 +49,7 @@ def test_in_either_half_the_update_served_is_the_mean_of_the_updates_made(half: 
     algorithm, server = RoLoRA(), Server(common, turns, {})
     assert algorithm.send(server, "0").half == half
     ups = {str(i): Up({f"layer.{half}": own[i]}, n) for i, n in enumerate(N)}
-    served = algorithm.aggregate(server, ups).weights
+    served = algorithm.aggregate(server, Heard(ups)).weights
     models = [{**common, f"layer.{half}": own[i]} for i in range(3)]
     exact = torch.stack([n / sum(N) * (m["layer.B"] @ m["layer.A"]) for n, m in zip(N, models, strict=True)]).sum(0)
     assert float((served["layer.B"] @ served["layer.A"] - exact).norm() / exact.norm()) < 1e-14
@@ -56,7 +58,7 @@ def test_in_either_half_the_update_served_is_the_mean_of_the_updates_made(half: 
 def test_of_a_reply_that_mistook_the_turn_nothing_is_averaged() -> None:
     algorithm, server = RoLoRA(), Server({"layer.A": A, "layer.B": B}, 2, {})
     right, wrong = Up({"layer.B": 2 * B}, 1), Up({"layer.A": 9 * A}, 1)
-    served = algorithm.aggregate(server, {"0": right, "1": wrong}).weights
+    served = algorithm.aggregate(server, Heard({"0": right, "1": wrong})).weights
     assert torch.equal(served["layer.A"], A)
     assert torch.equal(served["layer.B"], 2 * B)
 

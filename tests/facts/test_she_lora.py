@@ -13,6 +13,7 @@ from torch import Tensor
 
 from celora.algorithms.she_lora import Down, Local, Server, SHELoRA, Up, _entries, _permutation
 from celora.core.adapters import modules
+from celora.core.aggregation import Heard
 from celora.core.messages import Plan
 from celora.privacy import ckks, keys
 from celora.privacy.order import Code
@@ -59,7 +60,7 @@ def one_round(budget: tuple[float, ...], length: int = 5) -> tuple[SHELoRA, Serv
         client: algorithm.hidden(local(), algorithm.send(before, client), weights, N[client])
         for client, weights in clients.items()
     }
-    return algorithm, algorithm.aggregate(before, ups), clients
+    return algorithm, algorithm.aggregate(before, Heard(ups)), clients
 
 
 def mean_update(clients: dict[str, dict[str, Tensor]], module: str) -> Tensor:
@@ -223,6 +224,7 @@ SERVER_ALONE = """
 import sys
 from pathlib import Path
 from celora.algorithms.she_lora import Down, SHELoRA, Server, Up
+from celora.core.aggregation import Heard
 from celora.privacy import ckks, keys
 from celora.wire import pack, unpack
 
@@ -230,7 +232,7 @@ folder = Path(sys.argv[1])
 algorithm = SHELoRA(key="/there/is/no/such/file", head="frozen", budget=(0.3,))
 server = unpack(Server, (folder / "server").read_bytes())
 ups = {c: unpack(Up, (folder / c).read_bytes()) for c in "abc"}
-server = algorithm.aggregate(server, ups)
+server = algorithm.aggregate(server, Heard(ups))
 (folder / "after").write_bytes(pack(server))
 (folder / "down").write_bytes(pack(algorithm.send(server, "a")))
 guesses = [keys.SIMULATED, bytes(32), server.mark * 4, bytes(ups["a"].cipher[0][:32])]
@@ -291,11 +293,11 @@ def test_a_reply_whose_ciphertext_is_none_is_left_out() -> None:
         **{**vars(algorithm.server_init(drawn(RANK, 0), "abc")), "agreed": after.agreed, "mark": after.mark}
     )
     ups = {c: algorithm.hidden(local(), algorithm.send(before, c), w, N[c]) for c, w in clients.items()}
-    without = algorithm.aggregate(before, {c: up for c, up in ups.items() if c != "b"})
+    without = algorithm.aggregate(before, Heard({c: up for c, up in ups.items() if c != "b"}))
     for odd in ({"cipher": (b"abc",)}, {"mark": b"12345678"}, {"weights": None}):
         damaged = {**ups, "b": Up(**{**vars(ups["b"]), **odd})}
-        assert image(algorithm.aggregate(before, damaged)) == image(without)
-    assert image(algorithm.aggregate(before, {"b": Up(**{**vars(ups["b"]), "weights": None})})) == image(before)
+        assert image(algorithm.aggregate(before, Heard(damaged))) == image(without)
+    assert image(algorithm.aggregate(before, Heard({"b": Up(**{**vars(ups["b"]), "weights": None})}))) == image(before)
 
 
 @pytest.mark.parametrize("wish", [torch.zeros(2, 3), torch.zeros(3, 2).long(), torch.zeros(2, 0).long()])

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.ce_lora import CELoRA, Local, Server, Up
+from celora.core.aggregation import Heard
 from celora.maths.mixtures import Mixture
 from tests.toy import Stub, image, turn
 
@@ -61,7 +62,7 @@ def up(client: str, summary: bool = True) -> Up:
 def served(clients: str = "abc", **fields: Any) -> tuple[CELoRA, Server]:
     """The server after one round in which these clients were heard."""
     algorithm = CELoRA(**{**BY_HAND, **fields})
-    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), {c: up(c) for c in clients})
+    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), Heard({c: up(c) for c in clients}))
 
 
 def received(algorithm: CELoRA, server: Server, clients: str = "abc") -> list[Tensor]:
@@ -132,7 +133,7 @@ def test_the_permuted_control_sends_each_core_whole_to_exactly_one_client_and_an
     for _ in range(8):
         cores = [core.tolist() for core in received(algorithm, server)]
         orders.append(tuple("abc"[[c.tolist() for c in CORES.values()].index(core)] for core in cores))
-        server = algorithm.aggregate(server, {c: up(c, summary=False) for c in "abc"})
+        server = algorithm.aggregate(server, Heard({c: up(c, summary=False) for c in "abc"}))
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert len(set(orders)) > 1
 
@@ -146,10 +147,12 @@ def test_a_client_that_is_alone_gets_its_own_core_back() -> None:
 def test_a_client_without_a_summary_is_placed_by_its_model_alone_and_asked_again() -> None:
     """S_ac = 0 and S_bc = 0 (models), S_ab = (2/3·½ + ½) with d/median = 1: kernel 1/2, so S_ab = 3/4."""
     algorithm = CELoRA(**BY_HAND)
-    server = algorithm.aggregate(algorithm.server_init(SEED, ()), {"a": up("a"), "b": up("b"), "c": up("c", False)})
+    server = algorithm.aggregate(
+        algorithm.server_init(SEED, ()), Heard({"a": up("a"), "b": up("b"), "c": up("c", False)})
+    )
     close(server.mixing.weights, torch.tensor([[4 / 7, 3 / 7, 0], [3 / 7, 4 / 7, 0], [0, 0, 1]]))
     assert [algorithm.send(server, client).introduce for client in "abcd"] == [False, False, True, True]
-    server = algorithm.aggregate(server, {"c": up("c")})
+    server = algorithm.aggregate(server, Heard({"c": up("c")}))
     close(server.mixing.weights, W)
     assert not algorithm.send(server, "c").introduce
 
@@ -157,9 +160,9 @@ def test_a_client_without_a_summary_is_placed_by_its_model_alone_and_asked_again
 def test_a_client_that_is_away_counts_with_its_last_core_and_receives_anew() -> None:
     algorithm, server = served()
     before = received(algorithm, server, "c")[0]
-    moved = algorithm.aggregate(server, {c: up(c, summary=False) for c in "ab"})
+    moved = algorithm.aggregate(server, Heard({c: up(c, summary=False) for c in "ab"}))
     close(moved.mixing.weights, W)
-    moved = algorithm.aggregate(server, {"a": Up({"layer.C": 10 * torch.eye(2)}, 1, None)})
+    moved = algorithm.aggregate(server, Heard({"a": Up({"layer.C": 10 * torch.eye(2)}, 1, None)}))
     assert not torch.equal(received(algorithm, moved, "c")[0], before)
     assert torch.equal(moved.cores["c"]["layer.C"], CORES["c"])
 
@@ -189,7 +192,7 @@ def test_a_shared_head_is_averaged_by_the_same_row_of_w() -> None:
         c: Up({"layer.C": CORES[c], "head.weight": torch.full((1, 2), h)}, 1, mixture(MEANS[c]))
         for c, h in heads.items()
     }
-    server = algorithm.aggregate(algorithm.server_init(SEED, ()), ups)
+    server = algorithm.aggregate(algorithm.server_init(SEED, ()), Heard(ups))
     found = [float(algorithm.send(server, c).core["head.weight"][0, 0]) for c in "abc"]
     assert found == pytest.approx([(30 + 50 + 18) / 61, (10 + 24 + 9) / 25, (4 + 10 + 60) / 29], abs=1e-6)
 

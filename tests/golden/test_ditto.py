@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.ditto import Ditto
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
-from celora.core.learner import Fit, Fitted
+from celora.core.problems import Fit
+from celora.core.training import Fitted
 from tests.toy import Stub, image, played
 
 
@@ -44,7 +46,7 @@ def one_round(head: Head) -> tuple[Ditto, Any, dict[str, Any], dict[str, Any]]:
         local, down = algorithm.client_init(learner), algorithm.send(server, client)
         answers = [Fitted(W[client], {"loss": 1.0}), Fitted(V[client], {"loss": 2.0})]
         posed[client], ended[client] = played(algorithm, learner, local, down, answers)
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended, posed
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended, posed
 
 
 def test_w_is_averaged_and_v_stays() -> None:

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from celora.algorithms.fdlora import HALF, FDLoRA, Local
-from celora.core.learner import Fit, Fitted, Score
+from celora.core.aggregation import Heard
+from celora.core.problems import Fit, Score
+from celora.core.training import Fitted
 from tests.toy import Stub, image, played
 
 
@@ -48,7 +50,7 @@ def stage_1(**fields: Any) -> tuple[FDLoRA, Any, Any, Any]:
         assert isinstance(problem, Fit) and problem.weights == {}
         ends.append(end)
     a, b = ends
-    return algorithm, algorithm.aggregate(server, {"a": a.up, "b": b.up}), a, b
+    return algorithm, algorithm.aggregate(server, Heard({"a": a.up, "b": b.up})), a, b
 
 
 def end(value: float, losses: str = "(1, 0)") -> list[Any]:
@@ -79,7 +81,7 @@ def test_stage_2_trains_the_common_one_fuses_and_steps_with_momentum(
     assert image(ended.local.personal) == image(number(4))
     assert image(ended.model) == image(number(model))
     _, other = turned(algorithm, server, b.local, end(8), 3)
-    server = algorithm.aggregate(server, {"a": ended.up, "b": other.up})
+    server = algorithm.aggregate(server, Heard({"a": ended.up, "b": other.up}))
     assert image((server.weights, server.velocity)) == image((number(4.75), number(3.5)))
     assert image(algorithm.model(ended.local, algorithm.send(server, "a"))) == image(number(received))
 
@@ -88,7 +90,7 @@ def test_stage_2_trains_the_common_one_fuses_and_steps_with_momentum(
 def test_every_second_turn_of_stage_2_is_a_sync(sync: Any) -> None:
     algorithm, server, a, b = stage_1(sync=sync)
     first = [turned(algorithm, server, end_.local, end(v), n)[1] for end_, v, n in ((a, 2, 1), (b, 8, 3))]
-    server = algorithm.aggregate(server, {"a": first[0].up, "b": first[1].up})
+    server = algorithm.aggregate(server, Heard({"a": first[0].up, "b": first[1].up}))
     again = [Fitted(number(6), {})] if sync == "train" else []
     answers = [end(3.75)[0], *again, *end(3.75)[1:]]
     second = [turned(algorithm, server, one.local, answers, n) for one, n in zip(first, (1, 3), strict=True)]
@@ -97,7 +99,7 @@ def test_every_second_turn_of_stage_2_is_a_sync(sync: Any) -> None:
     for _, ended in second:
         assert image(ended.local.personal) == image(number(6 if sync == "train" else 3.75))
         assert image(ended.up.weights) == image(number(3.75))
-    server = algorithm.aggregate(server, {"a": second[0][1].up, "b": second[1][1].up})
+    server = algorithm.aggregate(server, Heard({"a": second[0][1].up, "b": second[1][1].up}))
     assert image((server.weights, server.velocity)) == image((number(2.375), number(2.75)))
 
 

@@ -21,8 +21,11 @@ import pytest
 import torch
 
 from celora.algorithms.fed_hello import Down, FedHeLLo, Local
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
-from celora.core.learner import Batch, Fitted, Gradient, GradientResult
+from celora.core.learner import Batch
+from celora.core.problems import Gradient
+from celora.core.training import Fitted, GradientResult
 from tests.toy import Stub, image, turn
 
 SEED = {
@@ -62,7 +65,7 @@ def one_round(head: Head, clients: str = "ab") -> tuple[FedHeLLo, Any, dict[str,
         end = {n: w for n, w in END[client].items() if head != "frozen" or n != "head.weight"}
         problem, ended[client] = turn(algorithm, learner, algorithm.client_init(learner), down, end)
         assert {name for name in SEED if problem.train(name)} == set(end)
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def test_each_layer_is_the_mean_of_those_who_trained_it() -> None:
@@ -75,8 +78,8 @@ def test_each_layer_is_the_mean_of_those_who_trained_it() -> None:
 def test_a_layer_nobody_trained_is_not_sent_and_stays_as_it_was() -> None:
     algorithm, server, _ = one_round("shared", clients="a")
     assert sorted(server.weights) == ["block.9.A", "block.9.B", "head.weight"]
-    both = algorithm.aggregate(server, {"b": one_round("shared")[2]["b"].up})
-    only_first = algorithm.aggregate(both, {"a": one_round("shared")[2]["a"].up})
+    both = algorithm.aggregate(server, Heard({"b": one_round("shared")[2]["b"].up}))
+    only_first = algorithm.aggregate(both, Heard({"a": one_round("shared")[2]["a"].up}))
     for name in ("block.10.A", "block.10.B"):
         assert image(only_first.weights[name]) == image(END["b"][name])
 

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.fed_sb import Down, FedSB, Local, Slopes, Up
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head, Trained
-from celora.core.learner import Fit, Fitted, Gradient, GradientResult
+from celora.core.problems import Fit, Gradient
+from celora.core.training import Fitted, GradientResult
 from tests.toy import Stub, image, turn
 
 SEED = {
@@ -88,7 +90,7 @@ def first_round(algorithm: FedSB) -> tuple[Any, dict[str, Trained[Local, Up]]]:
     server = algorithm.server_init(SEED, ())
     assert image(algorithm.send(server, "a")) == image(Down({}, {}, introduce=True))
     ended = {client: started(algorithm, client) for client in EXAMPLES}
-    return algorithm.aggregate(server, {client: trained.up for client, trained in ended.items()}), ended
+    return algorithm.aggregate(server, Heard({client: trained.up for client, trained in ended.items()})), ended
 
 
 def gradient_start(head: Head = "frozen") -> FedSB:
@@ -139,7 +141,7 @@ def test_bases_come_down_once_and_then_cores_alone_travel() -> None:
         assert image(trained.up) == image(Up({"layer.C": core(value)}, EXAMPLES[client], None))
         assert image(trained.local.bases) == image(server.bases)
         ups[client] = trained.up
-    later = algorithm.aggregate(server, ups)
+    later = algorithm.aggregate(server, Heard(ups))
     assert image(later.weights) == image({"layer.C": core(2)})
     assert image(algorithm.send(later, "a")) == image(Down({"layer.C": core(2)}, {}, introduce=False))
     assert image(algorithm.send(later, "newcomer").bases) == image(server.bases)
@@ -155,7 +157,7 @@ def test_a_random_start_asks_for_nothing() -> None:
     end = {"layer.C": core(5), "head.weight": HEADS["a"]}
     _, trained = turn(algorithm, Stub(SEED), Local({}, {}), algorithm.send(server, "a"), end)
     server = algorithm.aggregate(
-        server, {"a": trained.up, "b": Up({"layer.C": core(1), "head.weight": HEADS["b"]}, 3, None)}
+        server, Heard({"a": trained.up, "b": Up({"layer.C": core(1), "head.weight": HEADS["b"]}, 3, None)})
     )
     assert image(server.weights) == image({"layer.C": core(2), "head.weight": HEAD})
     assert image(algorithm.send(server, "b").bases) == image({})
@@ -166,9 +168,9 @@ def test_a_gradient_of_another_shape_costs_its_sender_its_say_and_nobody_else() 
     server = algorithm.server_init(SEED, ())
     odd = Up({"layer.C": core(0)}, 1, Slopes({"layer.A": torch.ones(3, 2)}))
     nothing = Up({"layer.C": core(0)}, 1, None)
-    waiting = algorithm.aggregate(server, {"a": odd, "b": nothing})
+    waiting = algorithm.aggregate(server, Heard({"a": odd, "b": nothing}))
     assert algorithm.send(waiting, "a").introduce
     good = started(algorithm, "b").up
-    one, two = (algorithm.aggregate(waiting, ups) for ups in ({"b": good}, {"a": odd, "b": good}))
+    one, two = (algorithm.aggregate(waiting, Heard(ups)) for ups in ({"b": good}, {"a": odd, "b": good}))
     assert image(one) == image(two)
     assert not algorithm.send(one, "a").introduce

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from celora.algorithms.fedalt import Down, FedALT, Local
 from celora.core.adapters import modules
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head, Trained
 from tests.toy import Stub, image, turn
 
@@ -65,7 +66,7 @@ def one_round(clients: str = "abc", **fields: Any) -> tuple[FedALT, Any, dict[st
         problem, ended[client] = turn(algorithm, learner, algorithm.client_init(learner), down, end)
         trained = {name for name in SEED if problem.train(name)}
         assert trained == {"layer.A", "layer.B", "layer.G"} | ({"head.weight"} if algorithm.head != "frozen" else set())
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def test_everybody_gets_the_mean_of_the_others_and_keeps_its_own() -> None:
@@ -90,7 +91,7 @@ def test_by_rows_a_client_with_more_counts_more() -> None:
 
 def test_who_is_away_still_counts_and_who_is_new_gets_the_mean_of_all() -> None:
     algorithm, server, ended = one_round()
-    later = algorithm.aggregate(server, {"a": ended["c"].up})  # a comes to where c is, and the others are away
+    later = algorithm.aggregate(server, Heard({"a": ended["c"].up}))  # a comes to where c is, and the others are away
     assert image(algorithm.send(later, "a").weights) == image(rest(*REST["a"]))
     assert image(algorithm.send(later, "b").weights) == image(rest([3.0, 0.0], [0.0, 2.0]))
     new = algorithm.send(server, "d").weights

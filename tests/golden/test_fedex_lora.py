@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from celora.algorithms.fedex_lora import FedExLoRA, Up
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
 from tests.toy import Stub, image, turn
 
@@ -53,7 +54,7 @@ def one_round(head: Head, **fields: Any) -> tuple[FedExLoRA, Any, dict[str, Any]
         problem, ended[client] = turn(algorithm, learner, algorithm.client_init(learner), down, end)
         assert [n for n in ("layer.A", "layer.B", "layer.W") if problem.train(n)] == ["layer.A", "layer.B"]
         assert problem.train("head.weight") == (head != "frozen")
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def test_the_averages_and_the_residual_come_down_and_are_exact_together() -> None:
@@ -90,6 +91,6 @@ def test_the_next_training_starts_from_the_averages_over_w_which_is_kept() -> No
     problem, trained = turn(algorithm, Stub(SEED), ended["b"].local, algorithm.send(server, "b"), END["a"])
     assert image(dict(sorted(problem.weights.items()))) == image(dict(sorted({**FACTORS, **R}.items())))
     assert image(trained.local.base.total) == image(R)
-    second = algorithm.aggregate(server, {"b": trained.up})  # one client's average is its own: the residual is 0
+    second = algorithm.aggregate(server, Heard({"b": trained.up}))  # one client's average is its own: the residual is 0
     assert image(algorithm.model(trained.local, algorithm.send(second, "b"))["layer.W"]) == image(R["layer.W"])
     assert image(algorithm.send(second, "a").base.total) == image(R)

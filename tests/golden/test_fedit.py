@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from celora.algorithms.fedit import FedIT
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
 from tests.toy import Stub, image, turn
 
@@ -56,7 +57,7 @@ def one_round(head: Head) -> tuple[FedIT, Any, dict[str, Any], list[str]]:
         problem, ended[client] = turn(algorithm, learner, algorithm.client_init(learner), down, end)
         assert image({**SEED, **problem.weights}) == image(SEED)
         names = [name for name in SEED if problem.train(name)]
-    server = algorithm.aggregate(server, {client: trained.up for client, trained in ended.items()})
+    server = algorithm.aggregate(server, Heard({client: trained.up for client, trained in ended.items()}))
     return algorithm, server, ended, names
 
 

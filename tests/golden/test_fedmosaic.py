@@ -21,8 +21,10 @@ from torch import Tensor
 
 from celora.algorithms.fedmosaic import Down, FedMosaic, Local, Up
 from celora.core.adapters import modules
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head, Mixing, Trained
-from celora.core.learner import Fit, Fitted, Gradient, GradientResult
+from celora.core.problems import Fit, Gradient
+from celora.core.training import Fitted, GradientResult
 from tests.toy import Stub, image
 
 
@@ -98,7 +100,7 @@ def one_round(method: FedMosaic, clients: str = "abc") -> tuple[Any, dict[str, T
         problem, ended[client] = turn(method, client, Local({}, None, {}), down, SLOPES[client])
         trained = {name for name in SEED if problem.train(name)}
         assert trained == {"layer.P", "layer.Q", "layer.G"} | ({"head.weight"} if method.head != "frozen" else set())
-    return method.aggregate(server, {client: trained.up for client, trained in ended.items()}), ended
+    return method.aggregate(server, Heard({client: trained.up for client, trained in ended.items()})), ended
 
 
 def test_the_others_are_weighed_by_likeness_and_the_client_itself_is_left_out() -> None:
@@ -153,7 +155,7 @@ def test_all_send_the_same_coordinates() -> None:
 def test_who_is_away_still_counts_who_is_new_gets_nothing_yet_and_who_is_alone_nothing() -> None:
     method = algorithm()
     server, ended = one_round(method)
-    later = method.aggregate(server, {"a": ended["a"].up})
+    later = method.aggregate(server, Heard({"a": ended["a"].up}))
     assert image(later) == image(server)
     assert image(method.send(server, "d")) == image(Down({}))
     alone, _ = one_round(method, "a")
@@ -167,7 +169,7 @@ def test_who_tells_nothing_or_something_odd_is_like_nobody() -> None:
     _, ended = one_round(method)
     for summary in (None, torch.ones(3)):
         ups = {client: trained.up for client, trained in ended.items()} | {"a": Up(cores("a"), 1, summary)}
-        mixing: Mixing = method.aggregate(start, ups).mixing
+        mixing: Mixing = method.aggregate(start, Heard(ups)).mixing
         torch.testing.assert_close(mixing.weights, (1 - torch.eye(3, dtype=torch.float64)) / 2)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from celora.algorithms.fedsa_lora import FedSALoRA
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
 from tests.toy import Stub, image, turn
 
@@ -45,7 +46,7 @@ def one_round(head: Head) -> tuple[FedSALoRA, Any, dict[str, Any]]:
         assert problem.train("layer.A")
         assert problem.train("layer.B")
         assert problem.train("head.weight") == (head != "frozen")
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def test_a_is_averaged_and_meets_each_clients_own_b_and_head() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from celora.algorithms.ffa_lora import FFALoRA
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
 from tests.toy import Stub, image, turn
 
@@ -37,7 +38,7 @@ def one_round(head: Head) -> tuple[FFALoRA, Any, dict[str, Any]]:
         assert not problem.train("layer.A")
         assert problem.train("layer.B")
         assert problem.train("head.weight") == (head != "frozen")
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def test_b_and_a_shared_head_are_averaged_and_a_never_travels() -> None:

@@ -18,6 +18,7 @@ import torch
 
 from celora.algorithms.flexlora import FlexLoRA, Up
 from celora.core.adapters import truncated
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
 from tests.toy import Stub, image, turn
 
@@ -54,7 +55,7 @@ def one_round(head: Head) -> tuple[FlexLoRA, Any, dict[str, Any]]:
         problem, ended[client] = turn(algorithm, learner, algorithm.client_init(learner), down, end)
         assert all(problem.train(name) for name in ("layer.A", "layer.B"))
         assert problem.train("head.weight") == (head != "frozen")
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def close(found: Any, expected: Any) -> None:
@@ -86,6 +87,6 @@ def test_a_client_is_sent_its_rank_and_one_that_was_never_heard_cuts_for_itself(
 def test_directions_that_the_average_lacks_add_nothing_and_can_be_trained() -> None:
     algorithm = FlexLoRA(head="frozen")
     up = Up({name: END["b"][name] for name in ("layer.A", "layer.B")}, 3)
-    server = algorithm.aggregate(algorithm.server_init(SEED, ()), {"b": up})
+    server = algorithm.aggregate(algorithm.server_init(SEED, ()), Heard({"b": up}))
     expected = {"layer.A": [[0.0, 1.0], [1.0, -1.0]], "layer.B": [[0.0, 0.0], [4.0, 0.0]]}
     close(server.weights, {name: torch.tensor(rows) for name, rows in expected.items()})

@@ -19,6 +19,7 @@ import torch
 
 from celora.algorithms.flora import FLoRA, Up
 from celora.core.adapters import truncated
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
 from tests.toy import Stub, image, turn
 
@@ -57,7 +58,7 @@ def one_round(head: Head) -> tuple[FLoRA, Any, dict[str, Any]]:
         problem, ended[client] = turn(algorithm, learner, algorithm.client_init(learner), down, end)
         assert [n for n in ("layer.A", "layer.B", "layer.W") if problem.train(n)] == ["layer.A", "layer.B"]
         assert problem.train("head.weight") == (head != "frozen")
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def test_the_stack_is_weighted_on_one_side_and_merged() -> None:
@@ -96,7 +97,7 @@ def test_the_next_training_starts_from_a_new_adapter_over_the_merged_weights() -
 def test_one_behind_is_sent_the_stack_and_more_behind_w() -> None:
     algorithm, first, ended = one_round("frozen")
     _, trained = turn(algorithm, Stub(truncated(SEED, 1)), ended["a"].local, algorithm.send(first, "a"), AGAIN)
-    second, after = algorithm.aggregate(first, {"a": trained.up}), torch.tensor([[2.0, 4.0], [7.0, 0.0]])
+    second, after = algorithm.aggregate(first, Heard({"a": trained.up})), torch.tensor([[2.0, 4.0], [7.0, 0.0]])
     one, more = algorithm.send(second, "a").base, algorithm.send(second, "b").base
     assert (one.total, list(one.last)) == ({}, ["layer.W"])
     assert image((more.total, dict(more.last))) == image(({"layer.W": after}, {}))

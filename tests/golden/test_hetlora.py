@@ -22,6 +22,7 @@ import torch
 
 from celora.algorithms.hetlora import HetLoRA, Up
 from celora.core.adapters import truncated
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
 from tests.toy import Stub, image, turn
 
@@ -63,7 +64,7 @@ def one_round(head: Head, **fields: Any) -> tuple[HetLoRA, Any, dict[str, Any]]:
         problem, ended[client] = turn(algorithm, learner, algorithm.client_init(learner), down, end)
         assert all(problem.train(name) for name in ("layer.A", "layer.B"))
         assert problem.train("head.weight") == (head != "frozen")
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def test_padded_factors_are_averaged_by_the_norms_of_their_products_and_heads_by_rows() -> None:
@@ -96,7 +97,7 @@ def test_a_rank_is_pruned_when_its_tail_has_shrunk(corner: float, rank: int) -> 
     expected = truncated(end, rank)
     close(trained.up.weights, expected)
     close({name: trained.model[name] for name in expected}, expected)
-    assert algorithm.aggregate(server, {"b": trained.up}).ranks == {"a": 1, "b": rank}
+    assert algorithm.aggregate(server, Heard({"b": trained.up})).ranks == {"a": 1, "b": rank}
 
 
 def test_without_pruning_nothing_is_penalised_or_cut() -> None:
@@ -110,7 +111,7 @@ def test_without_pruning_nothing_is_penalised_or_cut() -> None:
 def test_what_nobody_who_was_heard_has_stays_as_it_was() -> None:
     algorithm = HetLoRA(head="frozen")
     up = Up({name: END["a"][name] for name in AVERAGE}, 3)
-    server = algorithm.aggregate(algorithm.server_init(SEED, ()), {"a": up})
+    server = algorithm.aggregate(algorithm.server_init(SEED, ()), Heard({"a": up}))
     expected = {"layer.A": [[0.0, 2.0], [1.0, -1.0]], "layer.B": [[3.0, 0.0], [4.0, 0.0]]}
     close(server.weights, {name: torch.tensor(rows) for name, rows in expected.items()})
 
@@ -121,5 +122,5 @@ def test_where_all_updates_are_0_clients_count_by_their_rows() -> None:
         client: Up({"layer.A": END[client]["layer.A"], "layer.B": 0 * END[client]["layer.B"]}, n)
         for client, n in EXAMPLES.items()
     }
-    server = algorithm.aggregate(algorithm.server_init(SEED, ()), ups)
+    server = algorithm.aggregate(algorithm.server_init(SEED, ()), Heard(ups))
     close(server.weights, {"layer.A": torch.tensor([[1.5, 1.5], [0.0, 1.5]]), "layer.B": torch.zeros(2, 2)})

@@ -10,6 +10,7 @@ a keeps [3 4], [1 0]ᵀ, its head and its bias and goes on from them; b keeps it
 import torch
 
 from celora.algorithms.local import Down, LocalOnly, Server, Up
+from celora.core.aggregation import Heard
 from celora.wire import contents, pack
 from tests.toy import Stub, image, turn
 
@@ -45,7 +46,7 @@ def test_each_client_goes_on_from_its_own_end_and_the_server_learns_nothing() ->
         following, _ = turn(algorithm, learner, trained.local, algorithm.send(server, client), {})
         assert image(following.weights) == image({**SEED, **end})
         assert image(algorithm.model(trained.local, Down())) == image({**SEED, **end})
-    assert image(algorithm.aggregate(server, ups)) == image(Server())
+    assert image(algorithm.aggregate(server, Heard(ups))) == image(Server())
 
 
 def test_nothing_that_travels_holds_a_byte_of_content() -> None:

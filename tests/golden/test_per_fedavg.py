@@ -21,7 +21,9 @@ import pytest
 import torch
 
 from celora.algorithms.per_fedavg import PerFedAvg
-from celora.core.learner import Gradient, GradientResult
+from celora.core.aggregation import Heard
+from celora.core.problems import Gradient
+from celora.core.training import GradientResult
 from tests.toy import RECIPE, Stub, image, played
 
 RATES: dict[str, Any] = {"alpha": 0.25, "beta": 0.5, "delta": 0.25}
@@ -53,7 +55,7 @@ def asked(problems: list[Any]) -> list[tuple[float, float]]:
 def one_round(head: str) -> tuple[PerFedAvg, Any, Any, Any]:
     algorithm = PerFedAvg(head=head, **RATES)
     a, b = turned(algorithm, [4, 2, 4], BATCHES[:2])[1], turned(algorithm, [8, -4, 8], BATCHES[:1], 3)[1]
-    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), {"a": a.up, "b": b.up}), a, b
+    return algorithm, algorithm.aggregate(algorithm.server_init(SEED, ()), Heard({"a": a.up, "b": b.up})), a, b
 
 
 def test_first_order() -> None:

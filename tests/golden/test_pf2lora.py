@@ -20,7 +20,9 @@ import pytest
 import torch
 
 from celora.algorithms.pf2lora import PF2LoRA
-from celora.core.learner import Gradient, GradientResult
+from celora.core.aggregation import Heard
+from celora.core.problems import Gradient
+from celora.core.training import GradientResult
 from tests.toy import RECIPE, Stub, played
 
 RECIPE_HERE = replace(RECIPE, lr=0.25, clip=0.0)
@@ -76,7 +78,7 @@ def test_the_server_averages_x_and_everybody_keeps_y() -> None:
     algorithm = PF2LoRA(inner_lr=0.5)
     a, b = turned(algorithm)[1], turned(PF2LoRA(inner_lr=0.5, first_order=True), examples=3)[1]
     assert values(b.up.weights, "A", "B", "head") == [3 / 4, 3 / 4, 11 / 4]
-    server = algorithm.aggregate(algorithm.server_init(SEED, ()), {"a": a.up, "b": b.up})
+    server = algorithm.aggregate(algorithm.server_init(SEED, ()), Heard({"a": a.up, "b": b.up}))
     received = algorithm.model(a.local, algorithm.send(server, "a"))
     assert values(received, *SHAPES) == [7 / 8, 3 / 4, 1, 4, 45 / 16]
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from celora.algorithms.pfedlora import PFedLoRA
-from celora.core.learner import Fitted
+from celora.core.aggregation import Heard
+from celora.core.training import Fitted
 from tests.toy import Stub, image
 
 SEED = {"fc.A": torch.ones(1, 2), "fc.B": torch.zeros(2, 1), "head.weight": torch.ones(2, 2)}
@@ -52,7 +53,7 @@ def one_round() -> tuple[PFedLoRA, Any, dict[str, Any], dict[str, Any]]:
     for client in "ab":
         local = algorithm.client_init(Stub(SEED))
         posed[client], ended[client] = phases(algorithm, client, local, algorithm.send(server, client))
-    return algorithm, algorithm.aggregate(server, {c: t.up for c, t in ended.items()}), posed, ended
+    return algorithm, algorithm.aggregate(server, Heard({c: t.up for c, t in ended.items()})), posed, ended
 
 
 def test_first_the_own_model_is_trained_and_then_the_adapter_beside_it() -> None:

@@ -23,7 +23,9 @@ import pytest
 import torch
 
 from celora.algorithms.pfedme import PFedMe
-from celora.core.learner import Gradient, GradientResult
+from celora.core.aggregation import Heard
+from celora.core.problems import Gradient
+from celora.core.training import GradientResult
 from tests.toy import RECIPE, Stub, image, played
 
 RATES: dict[str, Any] = {"lam": 2.0, "inner_lr": 0.25, "inner_steps": 2, "eta": 0.25, "beta": 0.5}
@@ -49,7 +51,7 @@ def one_round(head: str) -> tuple[PFedMe, Any, dict[str, Any], dict[str, Any]]:
         answers = [GradientResult(1.0, number(g, *names)) for g in SLOPES[client]]
         local, down = algorithm.client_init(learner), algorithm.send(server, client)
         posed[client], ended[client] = played(algorithm, learner, local, down, answers)
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended, posed
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended, posed
 
 
 def test_theta_descends_and_w_follows_it() -> None:

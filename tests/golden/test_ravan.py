@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from celora.algorithms.ravan import Down, Local, Ravan, Up
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
-from celora.core.learner import Gradient, GradientResult
+from celora.core.problems import Gradient
+from celora.core.training import GradientResult
 from tests.toy import RECIPE, Stub, image, turn
 
 
@@ -52,7 +54,7 @@ def one_round(head: Head) -> tuple[Ravan, Any, dict[str, Any]]:
         )
         trained = {name for name in SEED if problem.train(name)}
         assert trained == set(weights(0, 0, 0, 0)) | ({"head.weight"} if head != "frozen" else set())
-    return algorithm, algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm, algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def test_products_of_cores_and_scales_are_sent_and_averaged() -> None:
@@ -86,9 +88,9 @@ def test_a_private_head_stays_and_a_frozen_one_is_nowhere() -> None:
 
 def test_a_head_is_averaged_over_those_that_trained_it_and_else_stays() -> None:
     algorithm = Ravan(heads=3)
-    server = algorithm.aggregate(algorithm.server_init(SEED, ()), {"a": Up({"layer.C3": one(9)}, 2)})
+    server = algorithm.aggregate(algorithm.server_init(SEED, ()), Heard({"a": Up({"layer.C3": one(9)}, 2)}))
     ups = {"a": Up({"layer.C1": one(6)}, 1), "b": Up({"layer.C2": one(2)}, 3)}
-    server = algorithm.aggregate(server, ups)
+    server = algorithm.aggregate(server, Heard(ups))
     assert image(server.weights) == image({"layer.C1": one(6), "layer.C2": one(2), "layer.C3": one(9)})
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from celora.algorithms.rolora import RoLoRA, Up
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
 from tests.toy import Stub, image, turn
 
@@ -45,7 +46,7 @@ def one_turn(
         problem, ended[client] = turn(algorithm, learner, local, down, weights)
         assert [name for name in ("layer.A", "layer.B") if problem.train(name)] == [f"layer.{half}"]
         assert problem.train("head.weight") == (algorithm.head != "frozen")
-    return algorithm.aggregate(server, {c: trained.up for c, trained in ended.items()}), ended
+    return algorithm.aggregate(server, Heard({c: trained.up for c, trained in ended.items()})), ended
 
 
 def two_turns(head: Head) -> tuple[RoLoRA, list[Any], list[dict[str, Any]]]:

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from celora.algorithms.she_lora import SHELoRA
+from celora.core.aggregation import Heard
 from celora.core.algorithm import Head
-from celora.core.learner import Fitted
+from celora.core.training import Fitted
 from celora.privacy import ckks, keys
 from tests.toy import Stub, image, pretended
 
@@ -67,7 +68,7 @@ def two_rounds(head: Head) -> Any:
             down = algorithm.send(server, client)
             turns[client] = trained_to(algorithm, learner, locals_[client], down, ends[client])
             locals_[client] = turns[client][1].local
-        server = algorithm.aggregate(server, {client: turn[1].up for client, turn in turns.items()})
+        server = algorithm.aggregate(server, Heard({client: turn[1].up for client, turn in turns.items()}))
         told.append((server, turns))
     return algorithm, locals_, told
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -38,6 +38,11 @@ def all_rows(shares: dict[str, ClientRows]) -> list[int]:
     )
 
 
+def dealt(table: Table, kind: Kind, **options: Any) -> dict[str, ClientRows]:
+    """To the clients of a classifier."""
+    return partition_rows(table, kind, strata=table.labels, **options)
+
+
 @QUICK
 @given(
     labels=LABELS, kind=st.sampled_from(get_args(Kind)), clients=st.integers(3, 9),
@@ -49,7 +54,7 @@ def test_every_example_is_dealt_and_split_exactly_once(
     shares: tuple[float, float], seed: int,
 ) -> None:  # fmt: skip
     table = table_of(labels, fixed)
-    hands = partition_rows(table, kind, clients=clients, alpha=alpha, clients_per_group=per_group, seed=seed)
+    hands = dealt(table, kind, clients=clients, alpha=alpha, clients_per_group=per_group, seed=seed)
     assert all_rows(hands) == list(range(len(table)))
     assert all(held.train or not (held.validation or held.test) for held in hands.values())
     for row, split in enumerate(table.splits or []):
@@ -62,7 +67,7 @@ def test_every_example_is_dealt_and_split_exactly_once(
     assert all_rows(parts) == list(range(len(table)))
     assert parts == {
         client: split_rows(held, table.labels, client, validation=validation, test=test, seed=seed)
-        for client, held in partition_rows(
+        for client, held in dealt(
             table, kind, clients=clients, alpha=alpha, clients_per_group=per_group, seed=seed
         ).items()
     }
@@ -75,7 +80,7 @@ def test_every_example_is_dealt_and_split_exactly_once(
 @QUICK
 @given(LABELS, st.integers(1, 9), SEEDS)
 def test_iid_parts_differ_by_one_row_at_most(labels: list[str], clients: int, seed: int) -> None:
-    sizes = [len(held.train) for held in partition_rows(table_of(labels), "iid", clients=clients, seed=seed).values()]
+    sizes = [len(held.train) for held in dealt(table_of(labels), "iid", clients=clients, seed=seed).values()]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -88,9 +93,9 @@ def test_classes_gives_at_most_k_labels_to_each_and_every_label_to_someone(
     table = table_of(labels)
     if each > len(known) or clients * each < len(known):
         with pytest.raises(DataError, match="do not fit"):
-            partition_rows(table, "classes", clients=clients, classes_per_client=each, seed=seed)
+            dealt(table, "classes", clients=clients, classes_per_client=each, seed=seed)
         return
-    hands = partition_rows(table, "classes", clients=clients, classes_per_client=each, seed=seed)
+    hands = dealt(table, "classes", clients=clients, classes_per_client=each, seed=seed)
     assert all(len({labels[row] for row in held.train}) <= each for held in hands.values())
     assert {labels[row] for held in hands.values() for row in held.train} == known
 
@@ -100,7 +105,7 @@ def test_fixed_rows_follow_the_training_mix() -> None:
     labels = ["a", "b"] * 500
     table = table_of(labels, fixed=1000)
     for kind in ("dirichlet", "classes", "quantity"):
-        for held in partition_rows(table, kind, clients=5, alpha=0.5, classes_per_client=1, seed=3).values():
+        for held in dealt(table, kind, clients=5, alpha=0.5, classes_per_client=1, seed=3).values():
             trained, tested = (Counter(table.labels[row] for row in rows) for rows in (held.train, held.test))
             assert all(abs(trained[label] - tested[label]) <= 1 for label in "ab")
 
@@ -111,9 +116,7 @@ def test_a_small_alpha_skews_and_a_large_one_does_not() -> None:
     def largest(alpha: float) -> float:
         """Mean over clients of the share of a client's most frequent label."""
         hands = [
-            held.train
-            for held in partition_rows(table, "dirichlet", clients=6, alpha=alpha, seed=0).values()
-            if held.train
+            held.train for held in dealt(table, "dirichlet", clients=6, alpha=alpha, seed=0).values() if held.train
         ]
         return float(np.mean([max(Counter(table.labels[row] for row in rows).values()) / len(rows) for rows in hands]))
 
@@ -124,19 +127,17 @@ def test_a_small_alpha_skews_and_a_large_one_does_not() -> None:
 def test_the_draws_of_a_label_do_not_depend_on_the_other_labels() -> None:
     few = table_of(["a"] * 30 + ["b"] * 30)
     more = table_of(["a"] * 30 + ["b"] * 30 + ["0"] * 30)
-    for client, held in partition_rows(few, "dirichlet", clients=4, seed=5).items():
-        assert held.train == [
-            row for row in partition_rows(more, "dirichlet", clients=4, seed=5)[client].train if row < 60
-        ]
+    for client, held in dealt(few, "dirichlet", clients=4, seed=5).items():
+        assert held.train == [row for row in dealt(more, "dirichlet", clients=4, seed=5)[client].train if row < 60]
 
 
 def test_clients_are_named_and_ordered() -> None:
     table = table_of(["a", "b"] * 300)
-    assert list(partition_rows(table, "iid", clients=3)) == ["client-00", "client-01", "client-02"]
-    assert list(partition_rows(table, "iid", clients=101))[-1] == "client-100"
+    assert list(dealt(table, "iid", clients=3)) == ["client-00", "client-01", "client-02"]
+    assert list(dealt(table, "iid", clients=101))[-1] == "client-100"
     named = replace(table, groups=["w10" if row % 2 else "w2" for row in range(600)])
-    assert list(partition_rows(named, "natural")) == ["w2", "w10"]
-    assert list(partition_rows(named, "natural", clients_per_group=2)) == ["w2-0", "w2-1", "w10-0", "w10-1"]
+    assert list(dealt(named, "natural")) == ["w2", "w10"]
+    assert list(dealt(named, "natural", clients_per_group=2)) == ["w2-0", "w2-1", "w10-0", "w10-1"]
 
 
 @QUICK

@@ -244,7 +244,7 @@ POLICIES = {
 [leaves]
 "ce_lora.Up" = ["core", "examples"]
 "messages.Reply" = ["frame", "scores", "error"]
-"remote.ClientFacts" = ["rows", "labels", "majority", "data", "backbone", "version"]
+"remote.ClientFacts" = ["rows", "proposal", "baseline", "data", "backbone", "version"]
 """,
     "budget": "version = 1\n[budget]\nround_bytes = 5000\n",
     "floor": "version = 1\n[disclosure]\nfloor = 100\n",

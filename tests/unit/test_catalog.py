@@ -61,4 +61,4 @@ def test_list_of_an_unknown_name_has_a_suggestion() -> None:
     result = CliRunner().invoke(cli.app, ["list", "ce-lroa", "xyz"])
     assert result.exit_code == 2
     assert "Did you mean 'ce-lora'?" in result.stderr
-    assert "expected one of local, fedit" in result.stderr
+    assert "expected one of 'local', 'fedit'" in result.stderr

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from celora.algorithms import ce_lora
 from celora.algorithms.ce_lora import CELoRA, Server, Up
+from celora.core.aggregation import Heard
 from celora.maths.mixtures import Mixture
 from celora.wire import pack, unpack
 from tests.toy import image
@@ -33,7 +34,7 @@ def heard(count: int, silent: int = 0) -> dict[str, Up]:
 
 def after(ups: dict[str, Up], server: Server | None = None, **fields: Any) -> Server:
     algorithm = CELoRA(**fields)
-    return algorithm.aggregate(server or algorithm.server_init(START, ()), ups)
+    return algorithm.aggregate(server or algorithm.server_init(START, ()), Heard(ups))
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def means(server: Server) -> Tensor:
 @pytest.mark.usefixtures("many")
 def test_as_many_neighbours_as_others_are_everybody(rule: str, neighbours: int) -> None:
     algorithm = CELoRA(rule=rule, neighbours=neighbours)
-    found = algorithm.aggregate(algorithm.server_init(START, ()), heard(12))
+    found = algorithm.aggregate(algorithm.server_init(START, ()), Heard(heard(12)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ce_lora, "DENSE", 1000)
         assert image(found) == image(after(heard(12), rule=rule))
@@ -157,13 +158,13 @@ def test_clients_that_have_told_nothing_find_neighbours_by_their_cores(silent: i
 @pytest.mark.usefixtures("many")
 def test_the_state_of_many_clients_holds_no_matrix_of_pairs_and_comes_back_from_the_wire(rule: str) -> None:
     algorithm = CELoRA(rule=rule, neighbours=4)
-    server = algorithm.aggregate(algorithm.server_init(START, ()), heard(60))
+    server = algorithm.aggregate(algorithm.server_init(START, ()), Heard(heard(60)))
     held = [server.distances, server.near, server.mixing.weights, server.mixing.neighbours]
     assert all(t is not None and t.numel() <= 60 * 8 for t in held)
     back = unpack(Server, pack(server))
     assert image(back) == image(server)
     later = {c: Up(up.core, up.examples, None) for c, up in heard(60).items()}
-    assert image(algorithm.aggregate(back, later)) == image(algorithm.aggregate(server, later))
+    assert image(algorithm.aggregate(back, Heard(later))) == image(algorithm.aggregate(server, Heard(later)))
 
 
 @pytest.mark.usefixtures("many")

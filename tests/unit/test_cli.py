@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from celora import cli, errors, experiment
+from celora.privacy import keys
 from tests.unit.summaries import Event, session, summary
 
 Script = Callable[[], Iterator[Event]]
@@ -24,7 +26,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     def invoke(script: Script, *words: str) -> Result:
         monkeypatch.setattr(experiment, "read", lambda path, sets: SimpleNamespace(plan=SimpleNamespace(seed=5)))
-        monkeypatch.setattr(experiment, "run", lambda chosen, folder, **where: script())
+        monkeypatch.setattr(experiment, "run", lambda chosen, folder, **options: script())
         monkeypatch.setattr(experiment, "resume", lambda folder, log: script())
         monkeypatch.setattr(experiment, "compare", lambda chosen, labels, seeds, folder, match: script())
         return CliRunner().invoke(cli.app, list(words))
@@ -247,3 +249,16 @@ def test_version_and_help() -> None:
         assert result.exit_code == 0
         assert f"celora {command}" in result.stdout
         assert "Exit codes: 0 done" in result.stdout
+
+
+# --- keys
+
+
+def test_the_key_that_sites_share_is_made_by_a_command_and_never_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "shared.secret"
+    result = CliRunner().invoke(cli.app, ["keys", "secret", str(path)])
+    assert (result.exit_code, result.stdout.strip()) == (0, str(path))
+    secret = keys.read(path)
+    again = CliRunner().invoke(cli.app, ["keys", "secret", str(path)])
+    assert again.exit_code == 2 and "keys are never overwritten" in again.stderr
+    assert keys.read(path) == secret

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from celora.algorithms.fedsa_lora import Local
-from celora.core.messages import Checkpoint, ClientStore, KeptModel, frame_of, unpacked
+from celora.core.client_state import ClientStore, KeptModel, frame_of, unpacked
+from celora.core.messages import Checkpoint
 from celora.errors import RunFolderError, WireError
 from celora.track import client_stores as module
 from celora.track.client_stores import ClientStores

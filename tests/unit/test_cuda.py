@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from celora.core.adapters import Lora
-from celora.core.learner import Fit, Recipe, Score
-from celora.core.training import fit, fit_together
-from celora.models import ActivationCache, Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, initial, load
+from celora.core.learner import Recipe
+from celora.core.problems import Fit
+from celora.models import ActivationCache, Adapter, Backbone, Model, ModelLearner, load
 from celora.tensors import but
+from tests.classifier import forward, initial
+from tests.classifier import rows as rows_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
@@ -23,14 +25,14 @@ def backbone(device: str, layers: str = "all", dtype: Any = "float32") -> Backbo
 def learners(of: Backbone, steps: int = 3) -> list[ModelLearner]:
     """Four clients of 12 texts."""
     passes, draw = (
-        BatchedForward(of, Lora(), ActivationCache(of, 1 << 28) if of.depth else None),
+        forward(of, Lora(), ActivationCache(of, 1 << 28) if of.depth else None),
         torch.Generator().manual_seed(0),
     )
     weights, found = initial(of, Adapter(), Lora(), 2, seed=0), []
     for client in range(4):
         sizes = torch.randint(3, 40, (12,), generator=draw).tolist()
         ids = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in sizes]
-        rows = Rows(ids, torch.arange(12) % 2, torch.arange(12) + 12 * client)
+        rows = rows_of(ids, torch.arange(12) % 2, 12 * client)
         recipe = Recipe(batch_size=4, steps=steps, lr=1e-3)
         found.append(ModelLearner(passes, {"train": rows}, weights, recipe, seed=0, client=str(client), round=1))
     return found
@@ -38,7 +40,11 @@ def learners(of: Backbone, steps: int = 3) -> list[ModelLearner]:
 
 def trained(of: Backbone, together: bool, steps: int = 3) -> list[Any]:
     problems = [(it, Fit({}, but())) for it in learners(of, steps)]
-    return list(fit_together(problems)) if together else [fit(*problem) for problem in problems]
+    return (
+        Fit.together(problems, problems[0][0].shared)
+        if together
+        else [problem.alone(learner) for learner, problem in problems]
+    )
 
 
 @pytest.mark.parametrize("layers", ["all", "last:2"])
@@ -56,8 +62,8 @@ def test_scores_and_features_equal_those_of_a_cpu() -> None:
     cpu, cuda = learners(backbone("cpu")), learners(backbone("cuda"))
     for on in (cpu, cuda):
         assert on[0].shared is not None
-    one = cpu[0].shared.scores([(it, Score({}, "train")) for it in cpu])  # type: ignore[union-attr]
-    other = cuda[0].shared.scores([(it, Score({}, "train")) for it in cuda])  # type: ignore[union-attr]
+    one = cpu[0].shared.scores([(it, {}, "train", None) for it in cpu])  # type: ignore[union-attr]
+    other = cuda[0].shared.scores([(it, {}, "train", None) for it in cuda])  # type: ignore[union-attr]
     for mine, its in zip(one, other, strict=True):
         assert mine == pytest.approx(its, abs=1e-3)
     torch.testing.assert_close(cpu[0].features()[0], cuda[0].features()[0], atol=1e-3, rtol=1e-3)

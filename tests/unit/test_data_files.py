@@ -62,7 +62,7 @@ def test_each_file_is_a_client_in_natural_order(tmp_path: Path) -> None:
     federation = load(Data(source="*.csv"), tmp_path, seed=0)
     assert list(federation.clients) == ["bank2", "bank10"]
     assert {federation.table.groups[row] for row in federation.clients["bank2"].train} == {"bank2"}
-    assert federation.classes == ["no", "yes"]
+    assert set(federation.table.labels) == {"no", "yes"}
     assert federation.notices == ()
     assert federation.excluded == {}
 

@@ -15,11 +15,11 @@ import celora.wire
 
 PACKAGES = (celora.algorithms, celora.core, celora.engines, celora.maths, celora.site, celora.wire)
 MODULES = [
-    "celora.errors", "celora.fields", "celora.rng", "celora.tensors",
+    "celora.errors", "celora.fields", "celora.lazy", "celora.marks", "celora.rng", "celora.tensors",
     *(package.__name__ for package in PACKAGES),
     *(f"{package.__name__}.{module.name}" for package in PACKAGES for module in pkgutil.iter_modules(package.__path__)),
 ]  # fmt: skip
-WITH_EXAMPLES = {"celora.rng", "celora.tensors", "celora.wire", "celora.wire.records"}
+WITH_EXAMPLES = {"celora.lazy", "celora.marks", "celora.rng", "celora.tensors", "celora.wire", "celora.wire.records"}
 
 
 @pytest.mark.parametrize("name", MODULES)

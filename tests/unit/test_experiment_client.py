@@ -16,6 +16,8 @@ from celora.experiment.client import Join, SiteData, enter, hold, local, own_sec
 from celora.experiment.config import dump, resolve
 from celora.experiment.population import ResourceCache
 from celora.models.backbone import Backbone
+from celora.tasks.classify import Classes
+from celora.wire import unpack
 
 TREE = {
     "data": {"source": "sites/*.csv", "client": "hospital", "text": "note", "rows": 8, "max_test": 4},
@@ -84,9 +86,11 @@ def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -
     (tmp_path / "other.csv").write_text("note,label\n" + "\n".join(f"other {n},{'abc'[n % 3]}" for n in range(30)))
     together = resolve({**TREE, "data": {"source": "*.csv", "text": "note", "rows": 8}}, tmp_path)
     population = ResourceCache().population(together)
-    begin = JobStart(dump(together), "fedit", population.known.backbone["sha256"], ("a", "b", "c"), ("mine", "other"))
+    begin = JobStart(
+        dump(together), "fedit", population.info.backbone["sha256"], population.agreement, ("mine", "other")
+    )
     job_context = enter("mine", taking_part(shard))(begin)
-    assert job_context.facts.rows == population.known.rows["mine"] and job_context.facts.labels == ()
+    assert job_context.facts.rows == population.info.rows["mine"] and job_context.facts.proposal == b""
     theirs, ours = population.learner("mine", 1), job_context.learner(1)
     for mine, his in zip(ours.batches(), theirs.batches(), strict=True):
         assert {name: t.tolist() for name, t in mine.items() if name != "row"} == {
@@ -97,16 +101,17 @@ def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -
 def test_labels_are_told_only_where_nobody_has_listed_them(shard: Path) -> None:
     sha = ResourceCache().fingerprint(resolve(TREE, Path()))
     asked = enter("mine", taking_part(shard))
-    assert asked(JobStart(config(), "fedit", sha, (), ())).facts.labels == ("a", "b")
-    assert asked(JobStart(config(classes=["a", "b"]), "fedit", sha, (), ())).facts.labels == ()
-    with pytest.raises(DataError, match=r"found the label 'b', which data\.classes does not list"):
-        asked(JobStart(config(classes=["a"]), "fedit", sha, (), ()))
+    told = asked(JobStart(config(), "fedit", sha, b"", ())).facts.proposal
+    assert unpack(Classes, told).names == ("a", "b")
+    assert asked(JobStart(config(classes=["a", "b"]), "fedit", sha, b"", ())).facts.proposal == b""
+    with pytest.raises(DataError, match=r"found the label 'b', which task\.classes does not list"):
+        asked(JobStart(config(classes=["a"]), "fedit", sha, b"", ()))
 
 
 def test_another_backbone_is_refused(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backbone, "fingerprint", lambda self: "0123456789abcdef" * 4)
     with pytest.raises(FederationError, match=r"has SHA-256 0123456789abcdef… here, .* ffff.*same weights"):
-        enter("mine", taking_part(shard))(JobStart(config(), "fedit", "f" * 64, (), ()))
+        enter("mine", taking_part(shard))(JobStart(config(), "fedit", "f" * 64, b"", ()))
 
 
 def test_the_secret_of_secret_bases_is_made_once_and_is_its_owners(tmp_path: Path) -> None:
@@ -146,8 +151,8 @@ def test_a_state_folder_is_for_one_process_and_its_owner(tmp_path: Path) -> None
 def test_without_keys_only_this_machine_is_a_server(shard: Path) -> None:
     far = Join(SiteData(shard), "server.example:8000", shard.parent, None, None, "mine")
     with pytest.raises(ConfigError, match=r"--insecure: found the server server\.example:8000, expected one of"):
-        far.line()
+        far.connection()
     with pytest.raises(ConfigError, match=r"found the address 'server', expected host:port"):
-        Join(SiteData(shard), "server", shard.parent, None, None, "mine").line()
+        Join(SiteData(shard), "server", shard.parent, None, None, "mine").connection()
     with pytest.raises(ConfigError, match=r"ca\.crt: cannot be read .*ask the server's operator for it"):
-        Join(SiteData(shard), "server.example:8000", shard.parent, shard.parent, None, None).line()
+        Join(SiteData(shard), "server.example:8000", shard.parent, shard.parent, None, None).connection()

@@ -1,4 +1,4 @@
-"""celora.core.learner: `fit` against torch's own optimiser, what stays frozen, penalties, and `solve`."""
+"""celora.core.problems: `Fit` against torch's own optimiser, what stays frozen, penalties, and `solve`."""
 
 from dataclasses import dataclass, replace
 from math import nan
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from celora.algorithms import ALGORITHMS
 from celora.core.adapters import Family, Lora, Tri
-from celora.core.learner import Fit, Fitted, Recipe
+from celora.core.learner import Recipe
 from celora.core.messages import Plan
+from celora.core.problems import Fit
 from celora.core.solve import solve
-from celora.core.training import fit
+from celora.core.training import Fitted
 from celora.tensors import Tensors, but, only
 from tests.toy import RECIPE, Federation, Population, Stub, image
 
@@ -61,7 +62,7 @@ def reference(problem: Fit, client: Any) -> tuple[dict[str, Tensor], float]:
 def test_20_steps_equal_torchs_adamw_with_clipping_and_decay(decay: Any, weight_decay: float, clip: float) -> None:
     client = learner(replace(TWENTY, decay=decay, weight_decay=weight_decay, clip=clip))
     problem = Fit({"layer.B": torch.full((8, 4), 0.1)}, train=everything)
-    fitted, (expected, loss) = fit(client, problem), reference(problem, client)
+    fitted, (expected, loss) = problem.alone(client), reference(problem, client)
     assert fitted.metrics["steps"] == 20
     assert fitted.metrics["loss"] == pytest.approx(loss, rel=1e-5)
     for name, tensor in expected.items():
@@ -72,7 +73,7 @@ def test_each_setting_of_the_recipe_makes_a_difference() -> None:
     """So that the test above compares different runs."""
     changes: list[dict[str, Any]] = [{}, {"decay": "linear"}, {"weight_decay": 0.1}, {"clip": 0.05}, {"lr": 2e-2}]
     recipes = [replace(TWENTY, **change) for change in changes]
-    assert len({image(fit(learner(recipe), Fit({}, everything)).weights) for recipe in recipes}) == len(changes)
+    assert len({image(Fit({}, everything).alone(learner(recipe)).weights) for recipe in recipes}) == len(changes)
 
 
 @pytest.mark.parametrize("train", [only("B"), only("C", "head"), but("A"), only("head")])
@@ -80,7 +81,7 @@ def test_what_is_not_trained_keeps_every_bit_and_what_is_moves(train: Any) -> No
     client = learner()
     start = {**client.initial, "layer.B": torch.full((8, 4), 0.1)}
     before = image((start, client.initial))
-    end = fit(client, Fit({"layer.B": start["layer.B"]}, train=train)).weights
+    end = Fit({"layer.B": start["layer.B"]}, train=train).alone(client).weights
     assert image((start, client.initial)) == before
     assert list(end) == list(start)
     for name, tensor in start.items():
@@ -89,7 +90,7 @@ def test_what_is_not_trained_keeps_every_bit_and_what_is_moves(train: Any) -> No
 
 def test_what_is_fitted_is_detached_and_nobody_elses_memory() -> None:
     client = learner()
-    end = fit(client, Fit({}, train=only("B"))).weights
+    end = Fit({}, train=only("B")).alone(client).weights
     for name, tensor in end.items():
         assert not tensor.requires_grad
         assert (tensor is client.initial[name]) == (name != "layer.B")  # what was not trained is not copied
@@ -98,14 +99,14 @@ def test_what_is_fitted_is_detached_and_nobody_elses_memory() -> None:
 
 def test_a_fit_starts_from_its_weights_and_from_the_initial_ones_where_they_are_missing() -> None:
     client = learner(replace(TWENTY, steps=1, lr=1e-9))
-    end = fit(client, Fit({"layer.C": 2 * torch.eye(4)}, train=everything)).weights
+    end = Fit({"layer.C": 2 * torch.eye(4)}, train=everything).alone(client).weights
     for name, tensor in {**client.initial, "layer.C": 2 * torch.eye(4)}.items():
         torch.testing.assert_close(end[name], tensor, atol=1e-8, rtol=1e-6)
 
 
 def test_every_fit_starts_with_a_new_optimiser() -> None:
     client, problem = learner(), Fit({}, train=everything)
-    assert image(fit(again(client), problem)) == image(fit(again(client), problem))
+    assert image(problem.alone(again(client))) == image(problem.alone(again(client)))
 
 
 def test_a_penalty_is_in_the_gradient_and_not_in_the_reported_loss() -> None:
@@ -115,12 +116,12 @@ def test_a_penalty_is_in_the_gradient_and_not_in_the_reported_loss() -> None:
         return 3.0 * (weights["layer.A"] - client.initial["layer.A"]).square().sum()
 
     problem = Fit({}, train=everything, penalty=proximal)
-    fitted, (expected, loss) = fit(client, problem), reference(problem, client)
+    fitted, (expected, loss) = problem.alone(client), reference(problem, client)
     for name, tensor in expected.items():
         torch.testing.assert_close(fitted.weights[name], tensor, atol=1e-6, rtol=0)
     assert fitted.metrics["loss"] == pytest.approx(loss, rel=1e-5)
 
-    free = fit(again(client), Fit({}, train=everything)).weights
+    free = Fit({}, train=everything).alone(again(client)).weights
 
     def moved(weights: Tensors) -> float:
         return float((weights["layer.A"] - client.initial["layer.A"]).norm())
@@ -136,24 +137,24 @@ def test_a_penalty_sees_the_frozen_weights_too() -> None:
         return weights["layer.B"].sum() * 0
 
     client = learner(replace(TWENTY, steps=1))
-    fit(client, Fit({}, train=only("B"), penalty=penalty))
+    Fit({}, train=only("B"), penalty=penalty).alone(client)
     assert seen == [set(client.initial)]
 
 
 def test_a_fit_without_anything_to_train_is_refused_with_what_there_was() -> None:
     with pytest.raises(ValueError, match=r"nothing to train among layer\.A, layer\.B"):
-        fit(learner(family=Lora()), Fit({}, train=only("C")))
+        Fit({}, train=only("C")).alone(learner(family=Lora()))
 
 
 def test_steps_replace_epochs_and_epochs_go_through_all_rows() -> None:
     """c1 has 30 rows: 4 batches of 8."""
-    assert fit(learner(replace(TWENTY, steps=None, epochs=3)), Fit({}, everything)).metrics["steps"] == 12
-    assert fit(learner(replace(TWENTY, steps=5, epochs=3)), Fit({}, everything)).metrics["steps"] == 5
+    assert Fit({}, everything).alone(learner(replace(TWENTY, steps=None, epochs=3))).metrics["steps"] == 12
+    assert Fit({}, everything).alone(learner(replace(TWENTY, steps=5, epochs=3))).metrics["steps"] == 5
 
 
 def test_training_lowers_the_loss() -> None:
     client = learner(replace(TWENTY, steps=60))
-    end = fit(client, Fit({}, everything)).weights
+    end = Fit({}, everything).alone(client).weights
     before, after = (client.test(weights, "train")["loss"] for weights in (client.initial, end))
     assert after < 0.6 * before
 
@@ -180,7 +181,7 @@ class Silent(Stub):
 
 def test_without_rows_a_fit_ends_where_it_starts_with_no_loss() -> None:
     client = Silent({"layer.B": torch.ones(2, 2)})
-    fitted = fit(client, Fit({}, train=everything))
+    fitted = Fit({}, train=everything).alone(client)
     assert fitted.weights["layer.B"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
     assert fitted.metrics["steps"] == 0
     assert fitted.metrics["loss"] != fitted.metrics["loss"]
@@ -201,7 +202,7 @@ def test_turns_are_run_to_their_ends_in_order_whatever_the_number_of_fits() -> N
     none, two = solve([(client, turn(end="none")), (client, turn(problem, Fit({}, train=only("A")), end="two"))])
     assert none == ("none", [])
     assert two[0] == "two"
-    assert image(two[1][0]) == image(fit(again(client), problem))
+    assert image(two[1][0]) == image(problem.alone(again(client)))
     assert len(two[1]) == 2
 
 

@@ -21,13 +21,16 @@ pytest.importorskip("flwr")
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import HEAD_BODY_DIVIDER
 
-from celora.engines import flower
-from celora.engines.flower import Fleet, FleetTransport, Handle, NodeConnection, _enter, run_node
+from celora.engines import flower_internals as internals
+from celora.engines.flower_api import Handler
+from celora.engines.flower_internals import FleetClient
+from celora.engines.flower_server import Fleet, FleetTransport
+from celora.engines.flower_site import NodeConnection, _enter, run_node
 from celora.site.certificates import development, private_key, public_keys, site_key
 
 OFFER = {"celora": "0.1.0"}
 Start = Callable[..., AbstractContextManager[FleetTransport]]
-SECONDS = 15.0
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +45,12 @@ def fleet(folder: Path, keys: Path | None = None, port: int = 0) -> Iterator[Fle
     """A server on loopback, on a port that nobody has; with keys, over TLS and for those who have one."""
     tls = (keys / "server.crt", keys / "server.key") if keys else None
     known = public_keys(keys / "sites") if keys else {}
-    with Fleet(("127.0.0.1", port), tls, known, OFFER, folder / "flower.log") as post:
-        yield post
+    with Fleet(("127.0.0.1", port), tls, known, OFFER, folder / "flower.log") as transport:
+        yield transport
 
 
-def line(post: FleetTransport, keys: Path | None = None, site: str = "north") -> NodeConnection:
-    address = f"127.0.0.1:{post.fleet.address[1]}"
+def connection(transport: FleetTransport, keys: Path | None = None, site: str = "north") -> NodeConnection:
+    address = f"127.0.0.1:{transport.fleet.address[1]}"
     if keys is None:
         return NodeConnection(address, None, None)
     return NodeConnection(address, (keys / "ca.crt").read_bytes(), private_key(keys / site / "site.key"))
@@ -67,10 +70,10 @@ def backwards(frame: bytes) -> bytes:
 
 
 @contextmanager
-def node(at: NodeConnection, handle: Handle = backwards) -> Iterator[Node]:
+def node(at: NodeConnection, handle: Handler = backwards) -> Iterator[Node]:
     found, stop = Node(), threading.Event()
 
-    def handler(offer: Mapping[str, Any]) -> Handle:
+    def handler(offer: Mapping[str, Any]) -> Handler:
         found.offers.append(offer)
         return handle
 
@@ -98,15 +101,15 @@ def until(happens: Callable[[], Any]) -> Any:
     return found
 
 
-def online(post: FleetTransport) -> int:
+def online(transport: FleetTransport) -> int:
     """The only node that is there, as soon as it is."""
-    [name] = until(post.nodes)
+    [name] = until(transport.nodes)
     return int(name)
 
 
-def asked(post: FleetTransport, name: int, frame: bytes) -> bytes | str:
-    request = post.send(name, frame, 60)
-    return until(lambda: post.collect([request]))[request]  # type: ignore[no-any-return]
+def asked(transport: FleetTransport, name: int, frame: bytes) -> bytes | str:
+    request = transport.send(name, frame, 60)
+    return until(lambda: transport.collect([request]))[request]  # type: ignore[no-any-return]
 
 
 # --- bytes that arrive
@@ -115,20 +118,20 @@ def asked(post: FleetTransport, name: int, frame: bytes) -> bytes | str:
 @pytest.mark.parametrize("secured", [False, True], ids=["insecure", "TLS and keys"])
 def test_frames_of_any_size_arrive_whole_and_leave_nothing_behind(secured: bool, keys: Path, tmp_path: Path) -> None:
     made = keys if secured else None
-    with fleet(tmp_path, made) as post:
-        at = line(post, made)
+    with fleet(tmp_path, made) as transport:
+        at = connection(transport, made)
         with node(at) as there:
-            name = online(post)
+            name = online(transport)
             counted: list[tuple[int, ...]] = []
             for size in (0, 12_000, 12_000_000):
                 frame = bytes(range(251)) * (size // 251) + bytes(size % 251)
-                assert asked(post, name, frame) == frame[::-1]
+                assert asked(transport, name, frame) == frame[::-1]
                 counted.append(at.socket())
-        assert post.client(name) == ("north" if secured else None)
+        assert transport.client(name) == ("north" if secured else None)
         assert there.errors == [] and there.said == [f"connected to {at.address}"]
         assert there.offers[0]["client"] == ("north" if secured else None) and there.offers[0]["celora"] == "0.1.0"
-        assert len(post.state.object_store) == 0
-        assert not post.state.message_ins_store and not post.state.message_res_store
+        assert len(transport.state.link.object_store) == 0
+        assert not transport.state.link.message_ins_store and not transport.state.link.message_res_store
     if not hasattr(socket, "TCP_INFO") or counted[0] == ():
         pytest.skip("this system does not count the bytes of a connection (TCP_INFO)")
     for before, after, size in zip(counted, counted[1:], (12_000, 12_000_000), strict=False):
@@ -143,11 +146,11 @@ def test_what_a_handler_raises_ends_the_node_and_the_server_learns_of_it_at_once
     def handle(frame: bytes) -> bytes:
         raise ZeroDivisionError
 
-    with fleet(tmp_path) as post, node(line(post), handle) as there:
-        request = post.send(online(post), b"bad", 60)
+    with fleet(tmp_path) as transport, node(connection(transport), handle) as there:
+        request = transport.send(online(transport), b"bad", 60)
         [error] = until(lambda: there.errors)
-        assert isinstance(error, ZeroDivisionError) and post.nodes() == {}
-        assert post.collect([request]) == {}
+        assert isinstance(error, ZeroDivisionError) and transport.nodes() == {}
+        assert transport.collect([request]) == {}
 
 
 def test_letters_that_nobody_waits_for_are_deleted_before_and_after_they_are_answered(tmp_path: Path) -> None:
@@ -158,31 +161,31 @@ def test_letters_that_nobody_waits_for_are_deleted_before_and_after_they_are_ans
         go.wait(SECONDS)
         return frame
 
-    with fleet(tmp_path) as post, node(line(post), slow) as there:
-        name, state = online(post), post.state
-        being_answered = post.send(name, b"being answered", 60)
+    with fleet(tmp_path) as transport, node(connection(transport), slow) as there:
+        name, state = online(transport), transport.state.link
+        being_answered = transport.send(name, b"being answered", 60)
         until(lambda: got)
-        waiting = post.send(name, b"waiting", 60)
-        post.forget([being_answered, waiting])
+        waiting = transport.send(name, b"waiting", 60)
+        transport.forget([being_answered, waiting])
         assert len(state.object_store) == 0 and not state.message_ins_store
         go.set()
-        answered = post.send(name, b"answered", 60)
-        until(lambda: state.message_res_store and all(state.object_store.get(i) for i in _objects(post)))
+        answered = transport.send(name, b"answered", 60)
+        until(lambda: state.message_res_store and all(state.object_store.get(i) for i in _objects(transport)))
         assert list(state.message_ins_id_to_message_res_id) == [answered]
-        post.forget([answered])
+        transport.forget([answered])
         assert len(state.object_store) == 0 and not state.message_ins_store and not state.message_res_store
-        assert asked(post, name, b"and on it goes") == b"and on it goes"
+        assert asked(transport, name, b"and on it goes") == b"and on it goes"
         assert got == [b"being answered", b"answered", b"and on it goes"]
         assert there.errors == [] and len(there.said) == 1
 
 
 def test_a_letter_that_is_given_up_while_its_answer_is_on_its_way_costs_nothing(tmp_path: Path) -> None:
-    with fleet(tmp_path) as post, node(line(post), lambda frame: 4_000_000 * frame) as there:
-        name, state = online(post), post.state
-        request = post.send(name, b"a", 60)
+    with fleet(tmp_path) as transport, node(connection(transport), lambda frame: 4_000_000 * frame) as there:
+        name, state = online(transport), transport.state.link
+        request = transport.send(name, b"a", 60)
         until(lambda: state.message_res_store)  # its head is here; its objects follow
-        post.forget([request])
-        assert asked(post, name, b"b") == 4_000_000 * b"b"
+        transport.forget([request])
+        assert asked(transport, name, b"b") == 4_000_000 * b"b"
         assert len(state.object_store) == 0 and not state.message_res_store
         assert there.errors == [] and len(there.said) == 1
 
@@ -200,11 +203,10 @@ def test_a_letter_that_is_given_up_while_its_answer_is_on_its_way_costs_nothing(
 def test_a_reply_that_is_no_message_costs_its_sender_the_letter_and_not_the_server(
     kind: str, body: bytes, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tampered(fleet: Any, node: Any, reply: Any) -> None:
-        with flower.no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            parts = {part.deflate() for part in flower.get_all_nested_objects(reply).values()}
-            head, run = flower.message_to_proto(flower.remove_content_from_message(reply)), reply.metadata.run_id
+    def tampered(client: Any, node: int, reply: Any) -> None:
+        with internals.no_object_id_recompute():
+            _, head, objects, _ = internals._taken_apart(reply)
+            parts = {part.deflate() for part in objects.values()}
         contents, tree, child = dict[str, bytes](), None, (b"", b"")
         for name in ("ConfigRecord", "RecordDict", "Message"):  # from the inside out: ids are hashes of contents
             [found] = [part for part in parts if part.startswith(name.encode())]
@@ -215,24 +217,27 @@ def test_a_reply_that_is_no_message_costs_its_sender_the_letter_and_not_the_serv
             child = was, sha256(found).hexdigest().encode()
             contents[child[1].decode()] = found
             tree = ObjectTree(object_id=child[1].decode(), children=[tree] if tree else [])
-        head.metadata.message_id = child[1].decode() if kind else 64 * "0"
-        trees = {"messages_list": [head], "message_object_trees": [tree], "clientapp_runtime_list": [0.0]}
-        asked = fleet.PushMessages(flower.fleet_pb2.PushMessagesRequest(node=node, **trees))
+        sent, me = internals.message_to_proto(head), internals.node_pb2.Node(node_id=node)
+        sent.metadata.message_id = child[1].decode() if kind else 64 * "0"
+        trees = {"messages_list": [sent], "message_object_trees": [tree], "clientapp_runtime_list": [0.0]}
+        asked = client._calls.PushMessages(internals.fleet_pb2.PushMessagesRequest(node=me, **trees))
         for part in asked.objects_to_push:
             one = {"object_id": part, "object_content": contents[part], "session_id": asked.session_id}
-            fleet.PushObject(flower.message_pb2.PushObjectRequest(node=node, run_id=run, **one))
+            client._calls.PushObject(
+                internals.message_pb2.PushObjectRequest(node=me, run_id=reply.metadata.run_id, **one)
+            )
 
-    with fleet(tmp_path) as post, node(line(post)):
-        name = online(post)
+    with fleet(tmp_path) as transport, node(connection(transport)):
+        name = online(transport)
         with monkeypatch.context() as rogue:
-            rogue.setattr(flower, "_reply", tampered)
-            answer = asked(post, name, b"abc")
+            rogue.setattr(FleetClient, "push", tampered)
+            answer = asked(transport, name, b"abc")
         assert isinstance(answer, str) and answer.startswith("the reply is no message of celora's: ") and why in answer
-        assert asked(post, name, b"abc") == b"cba"
+        assert asked(transport, name, b"abc") == b"cba"
 
 
-def _objects(post: FleetTransport) -> list[str]:
-    return list(post.state.object_store.store)
+def _objects(transport: FleetTransport) -> list[str]:
+    return list(transport.state.link.object_store.store)
 
 
 # --- who is let in
@@ -240,23 +245,23 @@ def _objects(post: FleetTransport) -> list[str]:
 
 def test_a_key_that_is_not_registered_is_refused_with_what_to_do(keys: Path, tmp_path: Path) -> None:
     stranger = private_key(site_key(tmp_path / "stranger", "stranger"))
-    with fleet(tmp_path, keys) as post:
-        at = NodeConnection(f"127.0.0.1:{post.fleet.address[1]}", (keys / "ca.crt").read_bytes(), stranger)
+    with fleet(tmp_path, keys) as transport:
+        at = NodeConnection(f"127.0.0.1:{transport.fleet.address[1]}", (keys / "ca.crt").read_bytes(), stranger)
         with node(at) as there:
             [error] = until(lambda: there.errors)
         assert isinstance(error, FederationError) and "does not know this site's key" in str(error)
         assert "give its operator this site's .pub file, or set the clock (NTP)" in str(error)
-        assert there.offers == [] and post.nodes() == {}
+        assert there.offers == [] and transport.nodes() == {}
         with at.client() as api, pytest.raises(httpx.HTTPStatusError) as refused:
             _enter(api, at, {"node": "0"})
-        assert refused.value.response.status_code >= 400 and post.nodes() == {}
+        assert refused.value.response.status_code >= 400 and transport.nodes() == {}
 
 
 def test_a_server_that_another_ca_has_signed_is_not_trusted(keys: Path, tmp_path: Path) -> None:
     development(tmp_path / "other", ["north"], [])
-    with fleet(tmp_path, keys) as post:
+    with fleet(tmp_path, keys) as transport:
         root = (tmp_path / "other" / "ca.crt").read_bytes()
-        at = NodeConnection(f"127.0.0.1:{post.fleet.address[1]}", root, private_key(keys / "north" / "site.key"))
+        at = NodeConnection(f"127.0.0.1:{transport.fleet.address[1]}", root, private_key(keys / "north" / "site.key"))
         with node(at) as there:
             [error] = until(lambda: there.errors)
         assert isinstance(error, FederationError)
@@ -270,8 +275,8 @@ def test_a_server_that_another_ca_has_signed_is_not_trusted(keys: Path, tmp_path
 @pytest.mark.parametrize("secured", [False, True], ids=["insecure", "TLS and keys"])
 def test_of_a_superlink_only_the_fleet_api_is_there(secured: bool, keys: Path, tmp_path: Path) -> None:
     trust: Any = ssl.create_default_context(cafile=str(keys / "ca.crt")) if secured else False
-    with fleet(tmp_path, keys if secured else None) as post:
-        url = f"http{'s' if secured else ''}://127.0.0.1:{post.fleet.address[1]}"
+    with fleet(tmp_path, keys if secured else None) as transport:
+        url = f"http{'s' if secured else ''}://127.0.0.1:{transport.fleet.address[1]}"
         with httpx.Client(base_url=url, verify=trust, headers={"content-type": "application/protobuf"}) as api:
             for path in ("control/start-run", "control/register-node", "runtime/acquire-task"):
                 assert api.post(f"/v1/{path}", content=b"").status_code == 404, path
@@ -281,18 +286,18 @@ def test_of_a_superlink_only_the_fleet_api_is_there(secured: bool, keys: Path, t
 
 
 def test_with_keys_on_nobody_registers_a_key_over_the_line(keys: Path, tmp_path: Path) -> None:
-    with fleet(tmp_path, keys) as post:
+    with fleet(tmp_path, keys) as transport:
         stranger = private_key(site_key(tmp_path / "stranger", "stranger"))
-        at = NodeConnection(f"127.0.0.1:{post.fleet.address[1]}", (keys / "ca.crt").read_bytes(), stranger)
+        at = NodeConnection(f"127.0.0.1:{transport.fleet.address[1]}", (keys / "ca.crt").read_bytes(), stranger)
         at.registers = True
         with at.client() as api, pytest.raises(httpx.HTTPStatusError):
             _enter(api, at, {"node": "0"})
-        assert post.state.get_node_id_by_public_key(at.public) is None
+        assert transport.state.node_of(at.public) is None
 
 
 def test_a_second_server_on_the_same_address_is_told_which_and_leaves_flowers_log_as_it_was(tmp_path: Path) -> None:
-    with fleet(tmp_path) as post:
-        port, before = post.fleet.address[1], list(logging.getLogger("flwr").handlers)
+    with fleet(tmp_path) as transport:
+        port, before = transport.fleet.address[1], list(logging.getLogger("flwr").handlers)
         with (
             pytest.raises(FederationError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*choose another --listen"),
             fleet(tmp_path, port=port),
@@ -316,36 +321,36 @@ def test_a_certificate_that_does_not_fit_its_key_is_named(keys: Path, tmp_path: 
 def test_a_node_that_stopped_and_starts_again_is_there_at_once_and_since_another_time(
     keys: Path, tmp_path: Path
 ) -> None:
-    with fleet(tmp_path, keys) as post:
-        with node(line(post, keys)):
-            name = online(post)
-            before = post.nodes()[name]
-        assert post.nodes() == {}
-        with node(line(post, keys)):
-            assert online(post) == name and post.nodes()[name] != before
-            assert asked(post, name, b"abc") == b"cba"
+    with fleet(tmp_path, keys) as transport:
+        with node(connection(transport, keys)):
+            name = online(transport)
+            before = transport.nodes()[name]
+        assert transport.nodes() == {}
+        with node(connection(transport, keys)):
+            assert online(transport) == name and transport.nodes()[name] != before
+            assert asked(transport, name, b"abc") == b"cba"
 
 
 def test_a_node_that_was_killed_and_still_counts_as_online_starts_again_at_once(keys: Path, tmp_path: Path) -> None:
-    with fleet(tmp_path, keys) as post:
-        killed = line(post, keys)
+    with fleet(tmp_path, keys) as transport:
+        killed = connection(transport, keys)
         with killed.client() as api:
             _enter(api, killed, killed.offer())
-        name = online(post)
-        before, began = post.nodes()[name], time.monotonic()
-        with node(line(post, keys)):
-            until(lambda: post.nodes().get(name, before) != before)
+        name = online(transport)
+        before, began = transport.nodes()[name], time.monotonic()
+        with node(connection(transport, keys)):
+            until(lambda: transport.nodes().get(name, before) != before)
             assert time.monotonic() - began < 5
-            assert asked(post, name, b"abc") == b"cba"
+            assert asked(transport, name, b"abc") == b"cba"
 
 
 def test_a_node_without_a_server_keeps_trying_and_says_so_once(tmp_path: Path) -> None:
-    with fleet(tmp_path) as post:
-        port = post.fleet.address[1]
+    with fleet(tmp_path) as transport:
+        port = transport.fleet.address[1]
     with node(NodeConnection(f"127.0.0.1:{port}", None, None)) as there:
         until(lambda: there.said)
-        with fleet(tmp_path, port=port) as post:
-            assert asked(post, online(post), b"abc") == b"cba"
+        with fleet(tmp_path, port=port) as transport:
+            assert asked(transport, online(transport), b"abc") == b"cba"
     assert len(there.said) == 2 and there.said[1] == f"connected to 127.0.0.1:{port}"
     assert f"the server at 127.0.0.1:{port} cannot be reached (" in there.said[0] and "still trying" in there.said[0]
     assert there.errors == []

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import pytest
+import sklearn.mixture
 import torch
 from torch import Tensor
 
@@ -143,14 +144,12 @@ def test_identical_rows_give_one_component_and_no_warning() -> None:
 
 
 def test_em_that_does_not_converge_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from celora.maths import mixtures
-
-    real = mixtures.GaussianMixture
+    real = sklearn.mixture.GaussianMixture
 
     def impatient(count: int, **options: Any) -> Any:
         return real(count, **options | ({"max_iter": 1, "tol": 1e-9} if count > 1 else {}))
 
-    monkeypatch.setattr(mixtures, "GaussianMixture", impatient)
+    monkeypatch.setattr(sklearn.mixture, "GaussianMixture", impatient)
     assert fit_mixture(*blobs({0: 40}), seed=0)[0].labels.tolist() == [0]
 
 

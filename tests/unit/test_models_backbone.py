@@ -1,4 +1,4 @@
-"""celora.models.backbone and sources: loading, targets, pooling, and what is said when it cannot be."""
+"""celora.models.backbone, loading and targets: loading, targets, pooling, and what is said when it cannot be."""
 
 import shutil
 from functools import cache
@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 
 from celora.errors import ModelError
 from celora.models import Adapter, Backbone, Model, load
-from celora.models.sources import embedded, quiet
+from celora.models.loading import embedded, quiet
 
 VIT = Adapter(targets=("q_proj", "v_proj"))
 TEXTS = ["a cat", "the quick brown fox jumps over the lazy dog", ""]

@@ -8,8 +8,10 @@ import torch
 
 from celora.core.adapters import Tri
 from celora.errors import RunFolderError
-from celora.models import Adapter, Model, export_peft, initial, load, load_adapters, save_adapters
+from celora.models import Adapter, Model, export_peft, load, load_adapters, save_adapters
 from celora.models.export import replacing
+from celora.tasks.classify import Classify
+from tests.classifier import initial
 
 
 def test_every_clients_weights_come_back_bit_by_bit(tmp_path: Path) -> None:
@@ -57,8 +59,8 @@ def test_an_export_tells_what_it_is(tmp_path: Path) -> None:
     model = Model(backbone="random-vit", device="cpu", pooling="cls")
     adapter = Adapter(targets=r".*1\..*(q|v)_proj", rank=3, alpha=6)
     backbone = load(model, adapter, tmp_path)
-    weights = initial(backbone, adapter, Tri(), 2, seed=0)
-    export_peft(tmp_path / "out", backbone, weights, family=Tri(), classes=["no", "yes"], model=model, adapter=adapter)
+    weights, card = initial(backbone, adapter, Tri(), 2, seed=0), Classify(classes=("no", "yes")).card()
+    export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=card, model=model, adapter=adapter)
     about = json.loads((tmp_path / "out" / "celora.json").read_text())
     assert about["classes"] == ["no", "yes"]
     assert about["pooling"] == "cls"

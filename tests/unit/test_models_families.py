@@ -9,8 +9,9 @@ import torch
 
 from celora.core.adapters import Family, Lora, Tri, modules
 from celora.errors import ModelError
-from celora.models import Adapter, Backbone, Model, initial, load
+from celora.models import Adapter, Backbone, Model, load
 from celora.tensors import only, part, select
+from tests.classifier import initial
 
 TARGETS = ("q_proj", "v_proj")
 Init = Literal["kaiming", "normal", "orthonormal"]

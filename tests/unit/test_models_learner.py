@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, Tri
-from celora.core.learner import Fit, Learner, Recipe
-from celora.core.training import fit
+from celora.core.learner import Learner, Recipe
+from celora.core.problems import Fit
 from celora.errors import ModelError
-from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, initial, join, load, predict
-from celora.models.batching import bucketed, budgeted
+from celora.models import AdaptedBackbone, Adapter, Backbone, Model, ModelLearner, Rows, load
+from celora.models.rows import bucketed, budgeted
 from celora.tensors import Tensors, but
+from tests.classifier import forward, initial, predict
+from tests.classifier import rows as rows_of
 
 ADAPTER = Adapter(targets=("q_proj", "v_proj"), rank=3)
 TEXTS = [
@@ -39,11 +41,11 @@ def images(count: int) -> Rows:
     """Bright images are class 1."""
     labels = torch.arange(count) % 2
     noise = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(count))
-    return Rows(noise * (0.5 + labels.view(-1, 1, 1, 1)), labels)
+    return rows_of(noise * (0.5 + labels.view(-1, 1, 1, 1)), labels)
 
 
 def texts() -> Rows:
-    return Rows(minilm().tokenize(TEXTS), torch.tensor([1, 0, 1, 0, 1, 0]))
+    return rows_of(minilm().tokenize(TEXTS), torch.tensor([1, 0, 1, 0, 1, 0]))
 
 
 def start(backbone: Backbone, family: Family = Tri()) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ def learner(
 ) -> ModelLearner:
     """A client with these rows in every split."""
     splits: dict[Any, Rows] = {"train": rows, "test": rows}
-    weights, shared = start(backbone, family), BatchedForward(backbone, family)
+    weights, shared = start(backbone, family), forward(backbone, family)
     return ModelLearner(shared, splits, weights, Recipe(**recipe), seed=0, client=client, round=round)
 
 
@@ -77,7 +79,7 @@ def test_a_learner_is_what_core_expects() -> None:
 def test_a_pass_covers_every_row_once_in_batches_of_like_length() -> None:
     g = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 100, (203,), generator=g).tolist()
-    batches = list(bucketed(203, lambda rows: [sizes[row] for row in rows], 8, g))
+    batches = bucketed(sizes, 8, g)
     assert Counter(row for batch in batches for row in batch) == Counter(range(203))
     assert sorted(map(len, batches)) == [3] + [8] * 25
     padded = sum(max(sizes[row] for row in batch) * len(batch) for batch in batches)
@@ -118,9 +120,11 @@ def test_batches_have_an_address() -> None:
 
 
 def test_a_client_without_training_rows_has_no_batches() -> None:
-    empty = ModelLearner(BatchedForward(vit(), Tri()), {}, start(vit()), Recipe(steps=3), seed=0, client="a", round=1)
+    splits: dict[Any, Rows] = {"train": images(6).first(0)}
+    empty = ModelLearner(forward(vit(), Tri()), splits, start(vit()), Recipe(steps=3), seed=0, client="a", round=1)
     assert (empty.examples, list(empty.batches()), empty.test({}, "test")) == (0, [], {"rows": 0.0})
     features, labels = empty.features()
+    assert labels is not None
     assert (features.shape, labels.shape) == ((0, 64), (0,))
 
 
@@ -133,7 +137,7 @@ def test_clients_side_by_side_have_their_own_losses_and_gradients(backbone: Any,
     batches = [next(it.batches()) for it in learners]
 
     stacked = {name: torch.stack([w[name] for w in many]).requires_grad_() for name in many[0]}
-    losses = learners[0].losses(stacked, join(batches))
+    losses = learners[0].losses(stacked, forward(shared, family).join(batches))
     gradients = dict(zip(stacked, torch.autograd.grad(losses.sum(), list(stacked.values())), strict=True))
 
     assert losses.shape == (3,)
@@ -148,9 +152,9 @@ def test_clients_side_by_side_have_their_own_losses_and_gradients(backbone: Any,
 def test_a_smaller_batch_beside_larger_ones_keeps_its_mean() -> None:
     many = [shaken(start(minilm()), seed) for seed in range(2)]
     stacked = {name: torch.stack([w[name] for w in many]) for name in many[0]}
-    it, rows = learner(minilm(), texts()), texts()
-    batches = [{**minilm().batch(rows.inputs, chosen), "labels": rows.labels[chosen]} for chosen in ([0, 3, 4], [1])]
-    together = it.losses(stacked, join(batches))
+    it, shared = learner(minilm(), texts()), forward(minilm(), Tri())
+    batches = [shared.batch(texts(), chosen) for chosen in ([0, 3, 4], [1])]
+    together = it.losses(stacked, shared.join(batches))
     alone = torch.stack([it.losses(w, batch) for w, batch in zip(many, batches, strict=True)])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
@@ -160,7 +164,7 @@ def test_only_some_weights_need_the_client_axis() -> None:
     cores = {name: torch.stack([w, 2 * w]) for name, w in weights.items() if name.endswith(".C")}
     it = learner(vit(), images(6), batch_size=6)
     batch = next(it.batches())
-    together = it.losses({**weights, **cores}, join([batch, batch]))
+    together = it.losses({**weights, **cores}, forward(vit(), Tri()).join([batch, batch]))
     alone = [it.losses({**weights, **{name: w[k] for name, w in cores.items()}}, batch) for k in range(2)]
     torch.testing.assert_close(together, torch.stack(alone))
 
@@ -169,9 +173,9 @@ def test_only_some_weights_need_the_client_axis() -> None:
 def test_training_is_bit_equal_and_lowers_the_loss(backbone: Any) -> None:
     shared, rows = backbone(), texts() if backbone is minilm else images(16)
     torch.manual_seed(1)
-    one = fit(learner(shared, rows, steps=8, lr=2e-2), Fit({}, but()))
+    one = Fit({}, but()).alone(learner(shared, rows, steps=8, lr=2e-2))
     torch.manual_seed(2)
-    two = fit(learner(shared, rows, steps=8, lr=2e-2), Fit({}, but()))
+    two = Fit({}, but()).alone(learner(shared, rows, steps=8, lr=2e-2))
     assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
     it = learner(shared, rows)
     before, after = it.test({}, "test"), it.test(one.weights, "test")
@@ -200,11 +204,12 @@ def test_predictions_come_in_the_order_of_the_rows() -> None:
 
 def test_features_are_the_frozen_backbones() -> None:
     it = learner(vit(), images(6))
-    fit(it, Fit({}, but()))
+    Fit({}, but()).alone(it)
     features, labels = it.features()
-    frozen = vit().encode(vit().batch(images(6).inputs, range(6)), {})
+    frozen = vit().encode(vit().batch(images(6).examples.inputs, range(6)), {})
     torch.testing.assert_close(features, frozen)
-    assert torch.equal(labels, images(6).labels)
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert not features.requires_grad
     assert not features.is_inference()  # an algorithm may differentiate through what it does with them
 
@@ -213,14 +218,14 @@ def test_nothing_handed_in_is_changed() -> None:
     weights, rows = shaken(start(vit()), 0), images(6)
     before = {name: w.clone() for name, w in weights.items()}
     it = learner(vit(), rows)
-    fit(it, Fit(weights, but()))
+    Fit(weights, but()).alone(it)
     it.test(weights, "test")
     assert all(torch.equal(weights[name], before[name]) for name in before)
 
 
 def test_rows_that_cannot_be_read_are_refused() -> None:
-    with pytest.raises(ModelError, match="reads texts; found images"):
-        learner(minilm(), images(2))
+    with pytest.raises(ModelError, match="reads texts; found an image tensor"):
+        AdaptedBackbone(minilm(), Tri()).read(torch.zeros(2, 1, 8, 8))
 
 
 def test_batches_of_another_size_are_one_pass_over_the_rows_whatever_the_recipe() -> None:

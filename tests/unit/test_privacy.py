@@ -2,12 +2,14 @@
 
 import stat
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from celora.errors import RunFolderError
 from celora.privacy import ckks, keys
 from celora.privacy.order import Code
 
@@ -21,8 +23,10 @@ def test_a_key_is_written_once_for_its_owner_only_and_read_again(tmp_path: Path)
     keys.make(tmp_path / "key")
     assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
     assert len(keys.read(tmp_path / "key")) == 32
-    with pytest.raises(FileExistsError):
+    with pytest.raises(RunFolderError, match="is there already: keys are never overwritten"):
         keys.make(tmp_path / "key")
+    with pytest.raises(RunFolderError, match=r"cannot write .*none/key \(No such file or directory\)"):
+        keys.make(tmp_path / "none" / "key")
     keys.make(tmp_path / "other")
     assert keys.read(tmp_path / "key") != keys.read(tmp_path / "other")
 
@@ -86,6 +90,13 @@ def numbers(seed: int, size: int = 5000) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def weighted_sum(weighted: Iterable[tuple[Sequence[bytes], float]]) -> tuple[bytes, ...]:
+    total = ckks.WeightedSum()
+    for frames, weight in weighted:
+        total.add(frames, weight)
+    return total.result()
+
+
 def test_what_is_decrypted_is_within_1e_4_of_what_was_encrypted() -> None:
     for scale in (1e-3, 1.0, 1e3):
         found = ckks.decrypt(SECRET, ckks.encrypt(SECRET, scale * numbers(0)))
@@ -97,7 +108,7 @@ def test_what_is_decrypted_is_within_1e_4_of_what_was_encrypted() -> None:
 def test_a_weighted_sum_is_within_1e_4_of_that_of_the_numbers() -> None:
     """And where one vector has fewer ciphertexts, the rest of it is 0."""
     long, short = numbers(1), numbers(2, 3000)
-    frames = ckks.weighted_sum([(ckks.encrypt(SECRET, long), 0.3), (ckks.encrypt(SECRET, short), 0.7)])
+    frames = weighted_sum([(ckks.encrypt(SECRET, long), 0.3), (ckks.encrypt(SECRET, short), 0.7)])
     expected = 0.3 * long
     expected[:3000] += 0.7 * short
     assert float((ckks.decrypt(SECRET, frames)[:5000] - expected).abs().max()) < 1e-6
@@ -105,7 +116,7 @@ def test_a_weighted_sum_is_within_1e_4_of_that_of_the_numbers() -> None:
 
 def test_a_hundred_small_weights_lose_nothing() -> None:
     vectors = [numbers(seed, 10) for seed in range(100)]
-    frames = ckks.weighted_sum((ckks.encrypt(SECRET, vector), 1e-2) for vector in vectors)
+    frames = weighted_sum((ckks.encrypt(SECRET, vector), 1e-2) for vector in vectors)
     assert float((ckks.decrypt(SECRET, frames)[:10] - torch.stack(vectors).mean(0)).abs().max()) < 1e-6
 
 
@@ -120,7 +131,7 @@ def test_encryption_is_equal_to_the_bit_and_other_for_other_numbers_and_secrets(
 def test_all_ciphertexts_are_of_one_length() -> None:
     fresh = [ckks.encrypt(SECRET, scale * numbers(seed, 100)) for seed, scale in enumerate((0, 1e-6, 1, 50, 1e4))]
     assert {len(frame) for frames in fresh for frame in frames} == {120 * 1024}
-    assert {len(ckks.weighted_sum([(frames, 0.5)])[0]) for frames in fresh} == {132 * 1024}
+    assert {len(weighted_sum([(frames, 0.5)])[0]) for frames in fresh} == {132 * 1024}
 
 
 def test_another_secret_decrypts_nothing() -> None:
@@ -132,7 +143,7 @@ def test_what_is_no_fresh_ciphertext_is_not_readable() -> None:
     frames = ckks.encrypt(SECRET, numbers(0, 9))
     assert ckks.readable(frames)
     assert ckks.readable(())
-    for other in (b"", b"abc", frames[0][:5000], bytes(len(frames[0])), ckks.weighted_sum([(frames, 1.0)])[0]):
+    for other in (b"", b"abc", frames[0][:5000], bytes(len(frames[0])), weighted_sum([(frames, 1.0)])[0]):
         assert not ckks.readable([other])
     with pytest.raises(ValueError, match="found 3 bytes that are no ciphertext"):
         ckks.decrypt(SECRET, [b"abc"])

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from celora.core.adapters import Dual, Family, Lora
 from celora.core.client import _metered
-from celora.core.learner import Batch, ClientUpdate, Fit, Gradient, InputNorms, Learner, Losses, Score
+from celora.core.learner import Batch, Learner, Losses
+from celora.core.problems import ClientUpdate, Fit, Gradient, InputNorms, Score
 from celora.core.solve import solve, solve_together
-from celora.core.training import fit, gradient_at, gradients_together
 from celora.models import Adapter, Model, load
 from celora.tensors import Tensors, but, only, select
 from tests.toy import RECIPE, Population, image
@@ -58,7 +58,7 @@ def test_a_gradient_is_autograds_unclipped(names: Any) -> None:
         weights = {name: w.clone().requires_grad_() for name, w in problem.weights.items()}
         loss = learner.losses(weights, problem.batch)
         loss.backward()
-        found = gradient_at(learner, problem)
+        found = problem.alone(learner)
         assert found.loss == pytest.approx(loss.item(), rel=1e-6)
         assert list(found.gradient) == [name for name in weights if names(name)]
         for name, gradient in found.gradient.items():
@@ -73,8 +73,8 @@ def test_gradients_together_are_those_alone(names: Any, along: Any) -> None:
     """16 rows are cut in two pieces of eight, which add up; each client has weights and a direction of its own."""
     population = Population(Dual())
     problems = asked(population, names, along)
-    for found, (learner, problem) in zip(gradients_together(problems), problems, strict=True):
-        alone = gradient_at(learner, problem)
+    for found, (learner, problem) in zip(Gradient.together(problems, problems[0][0].shared), problems, strict=True):
+        alone = problem.alone(learner)
         assert found.loss == pytest.approx(alone.loss, abs=1e-6)  # type: ignore[union-attr]
         close(found.gradient, alone.gradient)  # type: ignore[union-attr]
     assert max(population.shared.clients) == 6  # both pieces of all three in one pass
@@ -88,8 +88,8 @@ def test_pieces_of_a_batch_add_up_by_their_rows() -> None:
     parts = [{name: t[rows] for name, t in batch.items()} for rows in (slice(0, 7), slice(7, 15))]
     weights = some(learner.initial, 0)
     for along in (None, select(some(learner.initial, 1), only("B2"))):
-        (whole,) = gradients_together([(learner, Gradient(weights, batch, but(), along))])
-        pieces = [gradient_at(learner, Gradient(weights, part, but(), along)) for part in parts]
+        (whole,) = Gradient.together([(learner, Gradient(weights, batch, but(), along))], population.shared)
+        pieces = [Gradient(weights, part, but(), along).alone(learner) for part in parts]
         for name, gradient in whole.gradient.items():  # type: ignore[union-attr]
             expected = 7 / 15 * pieces[0].gradient[name] + 8 / 15 * pieces[1].gradient[name]
             torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
@@ -111,12 +111,14 @@ def test_a_second_derivative_along_a_vector_is_a_difference_of_gradients(along: 
         (learner, Gradient(w, batch, names, v))
         for learner, w, batch, v in zip(learners, weights, batches, vectors, strict=True)
     ]
-    answers: Any = gradients_together(problems) if joint else [gradient_at(*problem) for problem in problems]
+    answers: Any = (
+        Gradient.together(problems, problems[0][0].shared)
+        if joint
+        else [problem.alone(learner) for learner, problem in problems]
+    )
     for found, learner, w, v, batch in zip(answers, learners, weights, vectors, batches, strict=True):
         there, back = (
-            gradient_at(
-                learner, Gradient({n: t + h * v[n] if n in v else t for n, t in w.items()}, batch, names)
-            ).gradient
+            Gradient({n: t + h * v[n] if n in v else t for n, t in w.items()}, batch, names).alone(learner).gradient
             for h in (1e-5, -1e-5)
         )
         for name in X:
@@ -127,19 +129,19 @@ def test_nothing_to_differentiate_is_that_clients_error() -> None:
     population = Population(Lora())
     problems = asked(population, only("B"))
     problems[1] = (problems[1][0], replace(problems[1][1], names=only("C")))
-    found = gradients_together(problems)
+    found = Gradient.together(problems, problems[0][0].shared)
     assert "nothing to train" in str(found[1])
-    close(found[2].gradient, gradient_at(*problems[2]).gradient)  # type: ignore[union-attr]
+    close(found[2].gradient, problems[2][1].alone(problems[2][0]).gradient)  # type: ignore[union-attr]
 
 
 def test_one_clients_failed_gradient_is_its_own() -> None:
     torn = ZeroDivisionError("no rows")
     population = Population(Lora(), faults={("c0", 1): torn})
     problems = asked(population, but())
-    found = gradients_together(problems)
+    found = Gradient.together(problems, problems[0][0].shared)
     assert found[0] is torn
     for at in (1, 2):
-        close(found[at].gradient, gradient_at(*problems[at]).gradient)  # type: ignore[union-attr]
+        close(found[at].gradient, problems[at][1].alone(problems[at][0]).gradient)  # type: ignore[union-attr]
 
 
 # --- Fit.objective -------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def test_an_objective_is_what_is_minimised() -> None:
     population = Population(Lora(), recipe=replace(RECIPE, steps=3, clip=0.0))
     learner = population("c0", 1)
     start = some(learner.initial, 0)
-    fitted = fit(learner, Fit(start, but(), objective=TwoParts().objective))
+    fitted = Fit(start, but(), objective=TwoParts().objective).alone(learner)
     weights = {name: w.clone().requires_grad_() for name, w in start.items()}
     optimizer = torch.optim.AdamW(weights.values(), lr=learner.recipe.lr, weight_decay=0.0)
     losses = []
@@ -173,7 +175,7 @@ def test_an_objective_is_what_is_minimised() -> None:
 
 def test_objectives_together_are_those_alone_and_others_are_not_stacked_with_them() -> None:
     def turn(learner: Learner, method: Any) -> ClientUpdate[Any]:
-        return (yield Fit(some(learner.initial, 0), but(), objective=method))
+        return (yield from Fit(some(learner.initial, 0), but(), objective=method))
 
     two, population = TwoParts(), Population(Lora())
     methods = [two.objective, two.objective, None]
@@ -193,11 +195,11 @@ def test_objectives_together_are_those_alone_and_others_are_not_stacked_with_the
 
 
 def scored(learner: Learner) -> ClientUpdate[Any]:
-    few = yield Score(learner.initial, "validation", rows=5)
-    none = yield Score(learner.initial, "validation", rows=0)
-    whole = yield Score(learner.initial, "validation")
-    most = yield Score(learner.initial, "validation", rows=1000)
-    input_norms = yield InputNorms(3)
+    few = yield from Score(learner.initial, "validation", rows=5)
+    none = yield from Score(learner.initial, "validation", rows=0)
+    whole = yield from Score(learner.initial, "validation")
+    most = yield from Score(learner.initial, "validation", rows=1000)
+    input_norms = yield from InputNorms(3)
     return few, none, whole, most, input_norms
 
 
@@ -222,8 +224,8 @@ def test_a_turn_of_gradients_alone_tells_their_mean_loss() -> None:
     def slopes(learner: Any) -> ClientUpdate[Any]:
         batches = list(learner.batches())
         for batch in batches:
-            yield Gradient({}, batch, but())
-        yield Gradient({"layer.B": torch.ones(8, 4)}, batches[0], only("A"), {"layer.B": torch.ones(8, 4)})
+            yield from Gradient({}, batch, but())
+        yield from Gradient({"layer.B": torch.ones(8, 4)}, batches[0], only("A"), {"layer.B": torch.ones(8, 4)})
         return None
 
     learner = population("c1", 1)
@@ -236,18 +238,18 @@ def test_where_there_was_a_fit_it_is_the_fits() -> None:
     population = Population(Lora())
 
     def both(learner: Any) -> ClientUpdate[Any]:
-        yield Fit({}, but())
-        yield Gradient({}, first(learner), but())
+        yield from Fit({}, but())
+        yield from Gradient({}, first(learner), but())
         return None
 
     learner = population("c1", 1)
     (ended,) = solve([(learner, _metered(both(learner)))])
-    assert ended[1] == fit(population("c1", 1), Fit({}, but())).metrics
+    assert ended[1] == Fit({}, but()).alone(population("c1", 1)).metrics
 
 
 def test_a_turn_that_trains_nothing_tells_nothing() -> None:
     def nothing(learner: Any) -> ClientUpdate[Any]:
-        yield Score(learner.initial, "validation")
+        yield from Score(learner.initial, "validation")
         return None
 
     learner = Population(Lora())("c0", 1)
@@ -270,8 +272,8 @@ def test_gradients_on_minilm(along: Any) -> None:
         }
         vector = None if along is None else select(some(learner.initial, 10 + at), along)
         problems.append((learner, Gradient(weights, first(learner), only("A", "B"), vector)))
-    for found, (learner, problem) in zip(gradients_together(problems), problems, strict=True):
-        alone = gradient_at(learner, problem)
+    for found, (learner, problem) in zip(Gradient.together(problems, problems[0][0].shared), problems, strict=True):
+        alone = problem.alone(learner)
         assert found.loss == pytest.approx(alone.loss, abs=1e-5)  # type: ignore[union-attr]
         size = math.sqrt(sum(float(g.square().sum()) for g in alone.gradient.values()))
         gap = math.sqrt(

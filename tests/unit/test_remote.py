@@ -10,8 +10,8 @@ from celora.engines.remote import ClientFacts, JobStart, Remote, Request, Respon
 from celora.errors import QuorumError
 from celora.wire import pack, unpack
 
-BEGIN = JobStart("", "fedit", "sha", ("a", "b"), ("c0", "c1"))
-FACTS = ClientFacts({"train": 5}, (), None, "data", "sha", "0")
+BEGIN = JobStart("", "fedit", "sha", b"a, b", ("c0", "c1"))
+FACTS = ClientFacts({"train": 5}, b"", None, "data", "sha", "0")
 Handle = Callable[[Request], Response | bytes | None]
 
 

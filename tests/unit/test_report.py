@@ -4,15 +4,17 @@ import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 import pytest
 import torch
 
 from celora.core.algorithm import Mixing
+from celora.marks import MixingMatrix
 from celora.track import folder, report
 from celora.track.figures import heat_map
+from celora.wire import record
 from tests.unit.summaries import round_event, summary
 
 EVIL = "<script>alert('x')</script>&\x1b[31m"
@@ -122,6 +124,12 @@ def test_lists_of_neighbours_are_told_and_not_drawn() -> None:
     assert report.sentences(many)[0] == "0 kept 0 % of its own and learned from 199 others alike."
 
 
+@record
+class Server:
+    rounds: int
+    who: Annotated[Mixing, MixingMatrix()]
+
+
 @pytest.mark.parametrize("dense", [2, 3])
 def test_who_learned_from_whom_is_kept_as_a_matrix_or_for_many_clients_as_lists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: int
@@ -132,7 +140,7 @@ def test_who_learned_from_whom_is_kept_as_a_matrix_or_for_many_clients_as_lists(
     run = folder.RunFolder(tmp_path)
     assert run.similarity() is None
     for index in (1, 2):
-        run.mixing(SimpleNamespace(rounds=index, mixing=mixing), index)
+        run.mixing(Server(index, mixing), index)
     names = sorted(path.name for path in (tmp_path / "similarity").iterdir())
     suffix = "npy" if dense == 3 else "npz"
     assert names == ["clients.json", f"round_0001.{suffix}", f"round_0002.{suffix}"]

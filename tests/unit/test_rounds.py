@@ -11,13 +11,12 @@ from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fedit import FedIT
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core import rounds as loop
-from celora.core.messages import Best, Exchange, Instruction, KeptModel, Notes, Plan, Reply, Round, unpacked
-from celora.core.rounds import improved, run_rounds
+from celora.core.client_state import KeptModel, Notes, kept_models, unpacked
+from celora.core.messages import Best, Exchange, Instruction, Plan, Reply, Round
+from celora.core.rounds import improved, run_rounds, score_on_test
 from celora.errors import QuorumError
 from celora.wire import Schema, contents, pack, unpack
 from tests.toy import CLIENTS, Federation, Tape, image
-
-score_kept_models = loop.test
 
 
 def taped(federation: Federation, plan: Plan, **options: Any) -> tuple[list[Round], Tape]:
@@ -132,7 +131,7 @@ def test_there_is_no_reading_of_a_test_split_before_test_and_of_no_other_after()
     federation.population.reads.clear()
     best = rounds[-1].checkpoint.best
     names = [f"{moment}@{standing.round}" for moment, standing in best.items()]
-    scores = score_kept_models(federation.engine, plan, CLIENTS, names)
+    scores = score_on_test(federation.engine, plan, CLIENTS, names)
     assert set(federation.population.reads) == {(client, "test") for client in CLIENTS}
     assert {tuple(scores[client]) for client in CLIENTS} == {tuple(names)}
 
@@ -145,7 +144,7 @@ def test_kept_models_are_those_of_the_best_rounds_and_the_last() -> None:
     wanted = {f"{moment}@{standing.round}" for moment, standing in best.items()} | {"personal@4", "received@4"}
     before = {f"{moment}@{standing.round}" for moment, standing in rounds[-2].checkpoint.best.items()}
     for client in CLIENTS:
-        assert wanted <= {key for key in federation.stores[client] if not key.startswith("private@")} <= wanted | before
+        assert wanted <= {model.name for model in kept_models(federation.stores[client])} <= wanted | before
         learner = federation.population(client, 5)
         for name in wanted & set(federation.stores[client]):
             moment, _, of_round = name.partition("@")
@@ -164,7 +163,7 @@ def test_test_scores_what_a_client_has_and_leaves_out_who_does_not_answer() -> N
         assert {order.frame for order in orders.values()} == {b""}
         return federation.engine({client: order for client, order in orders.items() if client != "c2"})
 
-    scores = score_kept_models(without_c2, plan, CLIENTS, ["personal@1", "personal@9"])
+    scores = score_on_test(without_c2, plan, CLIENTS, ["personal@1", "personal@9"])
     assert {client: sorted(found) for client, found in scores.items()} == {
         "c0": ["personal@1"],
         "c1": [],
@@ -380,8 +379,8 @@ def test_a_test_that_too_few_clients_answer_stops_the_run_instead_of_ending_it()
         r"1 clients were scored on test, the quorum is 3 \(c1: gone; c2: scores\[personal@3\]: found 2.*c3: no reply\)"
     )
     with pytest.raises(QuorumError, match=said):
-        loop.test(far, plan, CLIENTS, ["personal@3"])
-    assert loop.test(far, Plan(), CLIENTS, ["personal@3"]).keys() == {"c0"}
+        score_on_test(far, plan, CLIENTS, ["personal@3"])
+    assert score_on_test(far, Plan(), CLIENTS, ["personal@3"]).keys() == {"c0"}
 
 
 def test_a_score_that_is_none_costs_its_sender_the_round_and_chooses_nothing() -> None:

@@ -13,6 +13,7 @@ from celora.algorithms.ce_lora import CELoRA
 from celora.core.messages import Exchange, Instruction, Plan, Reply
 from celora.core.screen import odd_score, screen
 from celora.errors import WireError
+from celora.marks import RowCount, Summary
 from celora.maths.mixtures import Mixture
 from celora.tensors import Tensors, only
 from celora.wire import Schema, pack, record, unpack
@@ -27,8 +28,8 @@ class Inner:
 @record
 class Up:
     core: Tensors
-    examples: int
-    summary: Inner | None
+    examples: RowCount
+    summary: Summary[Inner | None]
     rate: float
     scales: Mapping[str, float]
     rows: tuple[Tensor, ...]

@@ -15,9 +15,12 @@ import torch
 from celora.algorithms.ce_lora import CELoRA
 from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core.algorithm import AnyAlgorithm
+from celora.core.channel import Channel, ChannelState, decode, wire
+from celora.core.client_state import kept_models, private_states
 from celora.core.messages import Instruction, Plan, Reply
 from celora.engines.remote import ClientFacts, JobStart, Request, Response
-from celora.site.filters import Clip
+from celora.filters.clip import Clip
+from celora.filters.quantise import Quantise
 from celora.site.ledger import Ledger
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder
@@ -28,7 +31,7 @@ from celora.wire import Schema, pack, unpack
 from tests.toy import CLIENTS, Federation, JobContext, Population, Tape, image, population_of, tensors_in
 
 PLAN, JOB = Plan(rounds=2), "fed/job"
-BEGIN = JobStart("", "any", "backbone", ("no", "yes"), CLIENTS)
+BEGIN = JobStart("", "any", "backbone", b"no, yes", CLIENTS)
 SECRET = "row 17: Mrs Smith, 47, Leeds"
 
 
@@ -43,6 +46,7 @@ class Bench:
     faults: dict[tuple[str, int], Exception | float] = field(default_factory=dict)
     refuses: Exception | None = None
     sockets: Iterator[tuple[int, ...]] | None = None
+    channel: Channel = ()
     said: list[str] = field(default_factory=list)
     entered: list[JobStart] = field(default_factory=list)
 
@@ -56,7 +60,7 @@ class Bench:
         if self.refuses:
             raise self.refuses
         self.entered.append(begin)
-        return JobContext(self.algorithm, self.population, self.client)
+        return JobContext(self.algorithm, self.population, self.client, self.channel)
 
     def socket(self) -> tuple[int, ...]:
         return next(self.sockets) if self.sockets else ()
@@ -83,9 +87,11 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-def embedded(algorithm: AnyAlgorithm, client: str = "c0") -> tuple[list[Instruction], list[Reply], dict[str, bytes]]:
+def embedded(
+    algorithm: AnyAlgorithm, client: str = "c0", channel: Channel = ()
+) -> tuple[list[Instruction], list[Reply], dict[str, bytes]]:
     """A client's orders and replies in an embedded run, and its store at the end."""
-    federation, tapes = Federation(algorithm), list[Tape]()
+    federation, tapes = Federation(algorithm, channel=channel), list[Tape]()
 
     def taped(exchange: Any) -> Tape:
         tapes.append(Tape(exchange))
@@ -121,9 +127,40 @@ def test_a_site_answers_what_the_client_answers_embedded_and_keeps_the_same(
     assert bench.said[-1] == "fed: the server has finished"
 
 
+@pytest.mark.parametrize(
+    "channel", [(Clip(norm=0.1),), (Clip(norm=0.1), Quantise(bits=8)), (Quantise(bits=4),)], ids=repr
+)
+@pytest.mark.parametrize("algorithm", [FedSALoRA(), CELoRA()], ids=["fedsa-lora", "ce-lora"])
+def test_a_site_applies_the_experiments_filters_as_the_embedded_engine_does(
+    algorithm: AnyAlgorithm, channel: Channel, state: Path
+) -> None:
+    orders, replies, store = embedded(algorithm, channel=channel)
+    bench = Bench(state, algorithm, channel=channel)
+    bench.begin()
+    assert [bench.order(order).body for order in orders] == list(map(pack, replies))
+    assert bench.store() == store and "channel@2" in store
+    for name in ("channel@1", "channel@2"):
+        kept = unpack(ChannelState, store[name], bench.schema)
+        assert len(kept.stages) == (Quantise in map(type, channel))
+        assert all(note in bench.said for note in kept.notes) and len(kept.notes) == (Clip in map(type, channel))
+
+
+def test_a_restarted_site_goes_on_with_the_residual_that_the_first_one_kept(state: Path) -> None:
+    channel = (Quantise(bits=4),)
+    orders, replies, store = embedded(FedSALoRA(), channel=channel)
+    first = Bench(state, channel=channel)
+    first.begin()
+    first.order(orders[0])
+    second = Bench(state, channel=channel)
+    assert [second.order(order).body for order in (orders[1], orders[1], orders[2])] == [
+        pack(replies[1]), pack(replies[1]), pack(replies[2])
+    ]  # fmt: skip
+    assert second.store() == store
+
+
 def test_a_question_for_facts_begins_nothing(state: Path) -> None:
     bench = Bench(state)
-    assert bench.begin(replace(BEGIN, classes=(), clients=())).error is None
+    assert bench.begin(replace(BEGIN, agreement=b"", clients=())).error is None
     assert not (state / "fed").exists()
     [order, *_], _, _ = embedded(FedSALoRA())
     assert bench.order(order).error == "the job fed/job has not begun at this site"
@@ -218,7 +255,7 @@ def test_words_of_foreign_errors_stay_here_and_their_kind_leaves(state: Path) ->
     frame = bench.frame("instruction", pack(orders[0]))
     assert unpack(Response, frame).error == "ValueError: see this site's log"
     assert b"Smith" not in frame and f"failed: ValueError: {SECRET}" in bench.said
-    assert not [name for name in bench.store() if name.startswith("private@")]
+    assert not private_states(bench.store())
     away = Bench(state.with_name("other"), refuses=KeyError(SECRET))
     frame = away.frame("start", pack(BEGIN))
     assert unpack(Response, frame).error == "KeyError: see this site's log" and b"Smith" not in frame
@@ -246,15 +283,15 @@ def test_of_a_record_with_a_field_that_may_not_leave_nothing_leaves(state: Path)
     [order, *_], [reply, *_], _ = embedded(CELoRA())
     leaves = {
         "ce_lora.Up": ("core", "examples"),
-        "remote.ClientFacts": ("rows", "majority", "data", "backbone", "version"),
+        "remote.ClientFacts": ("rows", "baseline", "data", "backbone", "version"),
     }
     leaves |= {"messages.Reply": ("frame", "scores", "error")}
     bench = Bench(state, CELoRA(), Policy(leaves=leaves, floor=1))
-    assert "labels (tuple)" in (bench.begin().error or "")
+    assert "proposal (bytes)" in (bench.begin().error or "")
     bench = Bench(
         state,
         CELoRA(),
-        Policy(leaves={**leaves, "remote.ClientFacts": (*leaves["remote.ClientFacts"], "labels")}, floor=1),
+        Policy(leaves={**leaves, "remote.ClientFacts": (*leaves["remote.ClientFacts"], "proposal")}, floor=1),
     )
     bench.begin()
     up: Any = unpack(CELoRA.info.up, reply.frame, bench.schema)
@@ -282,7 +319,7 @@ def test_a_frame_over_the_budget_does_not_leave(state: Path) -> None:
 
 def test_required_filters_change_what_leaves_and_not_what_is_kept(state: Path) -> None:
     [order, *_], [reply, *_], _ = embedded(FedSALoRA())
-    bench = Bench(state, policy=Policy(floor=1, filters=(Clip(name="clip", norm=1e-3),)))
+    bench = Bench(state, policy=Policy(floor=1, filters=(Clip(norm=1e-3),)))
     bench.begin()
     sent = unpack(Reply, bench.order(order).body)
     mine, its = (unpack(FedSALoRA.info.up, frame, bench.schema).weights for frame in (sent.frame, reply.frame))
@@ -292,7 +329,31 @@ def test_required_filters_change_what_leaves_and_not_what_is_kept(state: Path) -
     free = Bench(state.with_name("free"))
     free.begin()
     free.order(order)
-    assert bench.store() == free.store()
+    assert {name: kept for name, kept in bench.store().items() if name != "channel@1"} == free.store()
+
+
+def test_a_required_clip_comes_before_the_experiments_quantisation(state: Path) -> None:
+    [order, *_], _, _ = embedded(FedSALoRA())
+    channel = (Quantise(bits=8),)
+    bench = Bench(state, policy=Policy(floor=1, filters=(Clip(norm=1e-3),)), channel=channel)
+    bench.begin()
+    frame = unpack(Reply, bench.order(order).body).frame
+    sent = unpack(FedSALoRA.info.up, frame, wire(channel, bench.schema))
+    assert set(sent.weights) == {"layer.A:int8", "layer.A:scale"}
+    down, initial = unpack(FedSALoRA.info.down, order.frame, bench.schema), bench.population.initial
+    read: Any = decode(channel, sent, down, initial)
+    assert 0.9e-3 < _distance(read.weights, initial) < 1.1e-3
+
+
+def test_a_site_whose_policy_requires_what_the_experiment_lacks_refuses_before_anything_is_trained(state: Path) -> None:
+    policy = Policy(floor=1, filters=(Quantise(bits=8),))
+    bench = Bench(state, policy=policy)
+    assert bench.begin().error == (
+        "this site does not take part: its policy requires the filter 'quantise to 8 bits', found none; name it in the "
+        "experiment ([[filters]]), or change the policy at the site"
+    )
+    assert not (state / "fed").exists()
+    assert Bench(state, policy=policy, channel=(Quantise(bits=4),)).begin().error is None
 
 
 def _distance(one: Tensors, other: Tensors) -> float:
@@ -322,7 +383,7 @@ def test_the_ledger_has_a_line_with_the_hash_of_each_frame_that_left(state: Path
     bench = Bench(state, faults={("c0", 2): ValueError(SECRET)})
     frames = [bench.frame("start", pack(BEGIN)), *(bench.frame("instruction", pack(order)) for order in orders[:2])]
     frames.append(bench.frame("instruction", pack(orders[2])))
-    [model, *_] = [name for name in bench.store() if "private" not in name and name != "notes"]
+    [model, *_] = [model.name for model in kept_models(bench.store())]
     frames += [bench.frame("export", model.encode()), bench.frame("end"), bench.site(b"garbage")]
     entries = list(bench.ledger.entries())
     assert [entry.sha256 for entry in entries] == [hashlib.sha256(frame).hexdigest() for frame in frames]

@@ -13,16 +13,17 @@ from celora.algorithms.local import LocalOnly
 from celora.core.messages import Reply
 from celora.engines.remote import ClientFacts
 from celora.errors import ConfigError, PolicyError
+from celora.filters.clip import Clip
+from celora.filters.quantise import Quantise
 from celora.maths.mixtures import Mixture
 from celora.site import policy as module
-from celora.site.filters import Clip
 from celora.site.ledger import Ledger
-from celora.site.policy import NO_FILE, Policy, read_policy
+from celora.site.policy import NO_FILE, Policy, is_empty, read_policy
 from celora.wire.records import name_of
 
 SUMMARY = Mixture(torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, 2), torch.ones(1, 2))
 CORE = {"q.C": torch.eye(2)}
-FACTS = ClientFacts({"train": 40}, ("a", "b"), 0.5, "00", "11", "0.1.0")
+FACTS = ClientFacts({"train": 40}, b"a, b", 0.5, "00", "11", "0.1.0")
 
 
 def written(folder: Path, text: str) -> Path:
@@ -53,12 +54,13 @@ def test_everything_in_a_file_is_in_the_policy(tmp_path: Path) -> None:
         leaves={
             "ce_lora.Up": ("core", "examples"),
             "messages.Reply": ("frame", "scores", "error"),
-            "remote.ClientFacts": ("rows", "labels", "majority", "data", "backbone", "version"),
+            "remote.ClientFacts": ("rows", "proposal", "baseline", "data", "backbone", "version"),
         },
         round_bytes=1_000_000,
         total_bytes=100_000_000,
         floor=10,
-        filters=(Clip(name="clip", norm=1.0),),
+        allow=("fedit", "ce-lora"),
+        filters=(Clip(norm=1.0),),
     )
 
 
@@ -107,9 +109,16 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         nrom = 2.0
         [[filters]]
         norm = -1.0
+        [[filters]]
+        name = "clip"
+        norm = -1.0
+        [[filters]]
+        name = "quantise"
+        bits = 2
     """
     assert problems(tmp_path, text) == [
-        "versoin: unknown key. Did you mean 'version'? (allowed: version, leaves, budget, disclosure, filters)",
+        "versoin: unknown key. Did you mean 'version'? "
+        "(allowed: version, leaves, budget, disclosure, algorithms, filters)",
         "version: missing, expected 1, the form of policy files that this celora reads",
         "budget.round_byte: unknown key. Did you mean 'round_bytes'? (allowed: round_bytes, total_bytes)",
         "budget.floor: unknown key (allowed: round_bytes, total_bytes)",
@@ -119,11 +128,12 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         "leaves.fedit.Up: unknown field 'exmples'. Did you mean 'examples'? (allowed: weights, examples)",
         "leaves.ce_lora.Up: found 'core', expected a list of the fields that may leave",
         "leaves.messages.Reply: found ['frame', 3], expected a list of the fields that may leave",
-        "filters.1.name: found 'clap', expected 'clip'. Did you mean 'clip'?",
+        "filters.1.name: found 'clap', expected 'clip' or 'quantise'. Did you mean 'clip'?",
         "filters.2.norm: found '1', expected a valid number",
         "filters.2.nrom: unknown key. Did you mean 'norm'? (allowed: name, norm)",
-        "filters.3.name: missing, expected a value",
-        "filters.3.norm: found -1.0, expected greater than 0",
+        "filters.3.name: missing, expected 'clip' or 'quantise'",
+        "filters.4.norm: found -1.0, expected greater than 0",
+        "filters.5.bits: found 2, expected 4 or 8",
     ]
 
 
@@ -136,6 +146,8 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("version = 1\nbudget = 3", "budget: found 3, expected a table"),
         ("version = 1\nleaves = []", "leaves: found [], expected a table"),
         ("version = 1\n[filters]", "filters: found {}, expected tables under [[filters]]"),
+        ("version = 1\nfilters = [3]", "filters.1: found 3, expected a table"),
+        ("version = 1\n[[filters]]\nname = [3]", "filters.1.name: found [3], expected 'clip' or 'quantise'"),
         ("version = 1\n[disclosure]\nfloor = 2.0", "disclosure.floor: found 2.0, expected a valid integer"),
         ("version = 1\n[budget]\nround_bytes = '9'", "budget.round_bytes: found '9', expected a valid integer"),
         ("version = 1\n[leaves]\n'local.Up' = []\nlocal.Up = []", "leaves.local.Up: found it twice, expected it once"),
@@ -286,21 +298,37 @@ def test_without_a_budget_any_number_of_bytes_may_leave(ledger: Ledger) -> None:
 # --- filters
 
 
-def test_filters_are_applied_in_turn_and_leave_a_note_each() -> None:
-    policy = Policy(filters=(Clip(name="clip", norm=2.0), Clip(name="clip", norm=1.0)))
-    up, notes = policy.filtered(fedit.Up({"q.A": torch.full((4,), 2.0)}, 12), fedit.Down({"q.A": torch.zeros(4)}), {})
-    torch.testing.assert_close(up.weights["q.A"], torch.full((4,), 0.5))
-    assert [note.partition(":")[0] for note in notes] == ["clipped by 0.5", "clipped by 0.5"]
+CLIP, EIGHT, FOUR = Clip(norm=1.0), Quantise(bits=8), Quantise(bits=4)
 
 
-def test_a_record_without_tensors_leaves_no_note_of_a_filter() -> None:
-    policy = Policy(filters=(Clip(name="clip", norm=1.0),))
-    assert policy.filtered(local.Up(), local.Down(), {})[1] == ()
+@pytest.mark.parametrize(
+    ("required", "declared", "applied"),
+    [
+        ((), (), ()),
+        ((), (CLIP, EIGHT), (CLIP, EIGHT)),
+        ((CLIP,), (), (CLIP,)),
+        ((Clip(norm=2.0), CLIP), (), (Clip(norm=2.0), CLIP)),
+        ((CLIP,), (EIGHT,), (CLIP, EIGHT)),
+        ((CLIP,), (Clip(norm=2.0), EIGHT), (Clip(norm=2.0), CLIP, EIGHT)),
+        ((CLIP,), (Clip(norm=0.5),), (Clip(norm=0.5),)),
+        ((EIGHT,), (EIGHT,), (EIGHT,)),
+        ((EIGHT, CLIP), (FOUR,), (CLIP, FOUR)),
+    ],
+)
+def test_a_required_filter_that_the_experiment_lacks_is_added_before_what_packs(
+    required: Any, declared: Any, applied: Any
+) -> None:
+    assert Policy(filters=required).channel(declared) == applied
 
 
-def test_without_filters_the_record_is_what_it_was() -> None:
-    up = fedit.Up(CORE, 12)
-    assert NO_FILE.filtered(up, fedit.Down({}), {}) == (up, ())
+def test_a_required_filter_that_both_ends_need_is_refused_by_name_if_the_experiment_lacks_it() -> None:
+    assert refused(Policy(filters=(EIGHT,)).channel, ()) == (
+        "this site does not take part: its policy requires the filter 'quantise to 8 bits', found none; name it in the "
+        "experiment ([[filters]]), or change the policy at the site"
+    )
+    assert "requires the filter 'quantise to 4 bits', found clip to norm 1, quantise to 8 bits; " in refused(
+        Policy(filters=(FOUR,)).channel, (CLIP, EIGHT)
+    )
 
 
 # --- in words
@@ -321,12 +349,17 @@ def test_a_policy_says_in_words_what_it_lets_leave() -> None:
         leaves={"ce_lora.Up": ("core", "examples"), "local.Up": ()},
         round_bytes=1000,
         total_bytes=10**6,
-        filters=(Clip(name="clip", norm=0.5),),
+        filters=(Clip(norm=0.5), Quantise(bits=8)),
     )
     assert full.describe() == [
         "may leave: ce_lora.Up (core, examples); local.Up (empty); nothing else",
         "bytes: at most 1,000 a round, at most 1,000,000 in all",
         "fewest training rows behind anything that leaves: 10",
-        "filters: clip to norm 0.5",
+        "filters: clip to norm 0.5, quantise to 8 bits",
     ]
     assert Policy(leaves={}).describe()[0] == "may leave: nothing"
+
+
+def test_what_is_empty() -> None:
+    assert all(is_empty(value) for value in (None, "", b"", (), {}))
+    assert not any(is_empty(value) for value in (0, 0.0, False, "x", b"x", (0,), {"a": 0}, torch.zeros(0), local.Up()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from celora.core.client import _base
-from celora.core.messages import ClientStore, KeptModel, Notes, frame_of, unpacked
+from celora.core.client_state import ClientStore, KeptModel, Notes, StateKey, frame_of, unpacked
 from celora.errors import FederationError, RunFolderError, WireError
 from celora.site.store import SiteStore
 from celora.wire import Schema
@@ -121,7 +121,9 @@ def test_killed_before_any_write_each_value_is_the_old_or_the_new_one(
         assert all(value in (before.get(name), after.get(name)) for name, value in found.items())
         everything_new = all(found.get(name) == value for name, value in after.items())
         assert everything_new or found.keys() >= before.keys()  # nothing goes before all that is new is there
-        assert _base(dict.fromkeys(found), min(first + 2, 3)) == f"private@{min(first + 1, 2)}"  # nobody trains twice
+        assert _base(dict.fromkeys(found), min(first + 2, 3)) == StateKey(
+            "private", min(first + 1, 2)
+        )  # nobody trains twice
         assert not [name for name in files(folder) if name.endswith(".tmp")]
     assert kept(folder) == after
     assert moment > 5

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celora.core.adapters import Family, Lora, Tri
-from celora.core.learner import ClientUpdate, Features, Fit, Learner, Recipe, Score
+from celora.core.learner import Learner, Recipe
+from celora.core.problems import ClientUpdate, Features, Fit, Score
 from celora.core.solve import solve, solve_together
-from celora.core.training import FILLING, PASS, fit, fit_together, passes
-from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, initial, load
+from celora.core.training import FILLING, PASS, Fitted, passes
+from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, load
 from celora.tensors import Tensors, but, only
+from tests.classifier import forward, initial, parts
+from tests.classifier import rows as rows_of
 from tests.toy import RECIPE, Population, image
 
 EVERYTHING = but()
@@ -44,8 +47,8 @@ def test_batches_of_one_shape_share_passes_up_to_the_capacity() -> None:
 def test_rows_of_unlike_length_are_cut_and_go_with_their_like() -> None:
     """Two clients' batches of a short and a long text: padded 4 × 40 tokens, cut and joined 2 × 5 and 2 × 40."""
     backbone = load(Model(device="cpu"), Adapter(), Path())
-    shared = BatchedForward(backbone, Lora())
-    rows = Rows([[101] * 5, [101] * 40, [101] * 41, [101] * 42], torch.arange(4))
+    shared = forward(backbone, Lora())
+    rows = rows_of([[101] * 5, [101] * 40, [101] * 41, [101] * 42], torch.arange(4))
     uneven, even = shared.batch(rows, [0, 1]), shared.batch(rows, [1, 2, 3])
     assert [shared.size(piece) for piece in shared.cut(uneven)] == [(1, 5), (1, 40)]
     assert [shared.size(piece) for piece in shared.cut(even)] == [(3, 42)]
@@ -73,10 +76,10 @@ def close(one: Tensors, other: Tensors) -> None:
 def test_unequal_numbers_of_steps_rows_and_recipes(change: dict[str, Any], train: Any) -> None:
     """24, 30 and 36 rows in batches of 7: 4, 5 and 6 steps, the last ones of 3, 2 and 1 rows."""
     population = Population(Tri(), recipe=replace(RECIPE, batch_size=7, **change))
-    together = fit_together(fits(population, train=train))
+    together = Fit.together(fits(population, train=train), population.shared)
     assert max(population.shared.clients) > 1
     for fitted, (learner, problem) in zip(together, fits(population, train=train), strict=True):
-        alone = fit(learner, problem)
+        alone = problem.alone(learner)
         close(fitted.weights, alone.weights)
         assert fitted.metrics == pytest.approx(alone.metrics, abs=1e-5)
 
@@ -90,8 +93,8 @@ def test_penalties_are_each_clients_own() -> None:
         return 5 * (weights["layer.A"] - 1).square().sum()
 
     population = Population(Lora())
-    together = fit_together(fits(population, near_zero, near_one))
-    ends = [fit(*problem) for problem in fits(population, near_zero, near_one)]
+    together = Fit.together(fits(population, near_zero, near_one), population.shared)
+    ends = [problem.alone(learner) for learner, problem in fits(population, near_zero, near_one)]
     for fitted, alone in zip(together, ends, strict=True):
         close(fitted.weights, alone.weights)
     assert ends[0].weights["layer.A"].norm() < ends[2].weights["layer.A"].norm()
@@ -103,9 +106,9 @@ def test_frozen_parts_may_differ_from_client_to_client() -> None:
         (population(client, 1), Fit({"layer.A": torch.full((4, 6), 0.1 * at)}, only("B", "head")))
         for at, client in enumerate(("c0", "c1", "c2"))
     ]
-    for fitted, (learner, problem) in zip(fit_together(problems), problems, strict=True):
+    for fitted, (learner, problem) in zip(Fit.together(problems, problems[0][0].shared), problems, strict=True):
         again = replace(problem)
-        close(fitted.weights, fit(population(learner.client, 1), again).weights)
+        close(fitted.weights, again.alone(population(learner.client, 1)).weights)
         assert fitted.weights["layer.A"] is problem.weights["layer.A"]
 
 
@@ -114,8 +117,8 @@ def test_clients_that_train_other_names_or_by_another_recipe_are_not_stacked() -
     one, other = Population(Tri()), Population(Tri(), recipe=replace(RECIPE, lr=1e-3))
     other.shared = one.shared
     problems = [*fits(one, train=only("B")), *fits(one, train=only("C")), *fits(other, train=only("C"))]
-    expected = [fit(learner.population(learner.client, 1), problem) for learner, problem in problems]
-    for fitted, alone in zip(fit_together(problems), expected, strict=True):
+    expected = [problem.alone(learner.population(learner.client, 1)) for learner, problem in problems]
+    for fitted, alone in zip(Fit.together(problems, problems[0][0].shared), expected, strict=True):
         close(fitted.weights, alone.weights)
 
 
@@ -126,9 +129,9 @@ def test_one_clients_fault_is_its_own(fault: str) -> None:
     problems = fits(population)
     if fault == "diverges":
         problems[1] = (problems[1][0], Fit({"layer.A": torch.full((4, 6), torch.nan)}, EVERYTHING))
-    together, healthy = fit_together(problems), Population(Tri())
+    together, healthy = Fit.together(problems, problems[0][0].shared), Population(Tri())
     for at, client in ((0, "c0"), (2, "c2")):
-        close(together[at].weights, fit(healthy(client, 1), Fit({}, EVERYTHING)).weights)
+        close(together[at].weights, Fit({}, EVERYTHING).alone(healthy(client, 1)).weights)
     if fault == "raises":
         assert together[1] is torn
     else:
@@ -139,18 +142,18 @@ def test_one_clients_fault_is_its_own(fault: str) -> None:
 def test_nothing_to_train_is_that_clients_error() -> None:
     population = Population(Lora())
     problems = [(population("c0", 1), Fit({}, only("C"))), (population("c1", 1), Fit({}, only("B")))]
-    refused, fitted = fit_together(problems)
+    refused, fitted = Fit.together(problems, problems[0][0].shared)
     assert "nothing to train" in str(refused)
-    close(fitted.weights, fit(population("c1", 1), Fit({}, only("B"))).weights)
+    close(fitted.weights, Fit({}, only("B")).alone(population("c1", 1)).weights)
 
 
 def everything(learner: Learner, log: list[str]) -> ClientUpdate[Any]:
     """A turn of two fits, a score and features."""
-    first = yield Fit({}, only("B"))
+    first = yield from Fit({}, only("B"))
     log.append("fit")
-    metrics = yield Score(first.weights, "validation")
-    features, labels = yield Features()
-    second = yield Fit(first.weights, but())
+    metrics = yield from Score(first.weights, "validation")
+    features, labels = yield from Features()
+    second = yield from Fit(first.weights, but())
     return second.weights, metrics, features, labels
 
 
@@ -171,13 +174,13 @@ def test_a_turn_may_handle_its_failed_problem_and_one_that_does_not_fails_alone(
 
     def careful(learner: Learner) -> ClientUpdate[str]:
         try:
-            yield Fit({}, but())
+            yield from Fit({}, but())
         except ValueError as error:
             return f"handled {error}"
         return "fitted"
 
     def careless(learner: Learner) -> ClientUpdate[str]:
-        yield Fit({}, but())
+        yield from Fit({}, but())
         return "fitted"
 
     learners = [population(client, 1) for client in ("c0", "c1", "c2")]
@@ -197,17 +200,17 @@ def vit(**more: Any) -> tuple[Backbone, Adapter]:
 
 def clients(backbone: Backbone, adapter: Adapter, family: Family = Tri()) -> list[ModelLearner]:
     """Five of 5, 8, 11, 14 and 17 rows, in batches of 4."""
-    found, shared, draw = [], BatchedForward(backbone, family), torch.Generator().manual_seed(0)
+    found, shared, draw = list[ModelLearner](), forward(backbone, family), torch.Generator().manual_seed(0)
     weights = initial(backbone, adapter, family, 2, seed=0)
-    for client in range(5):
-        labels = torch.arange(5 + 3 * client) % 2
-        inputs: Any = torch.rand(len(labels), 1, 8, 8, generator=draw)
-        if backbone.kind == "text":
-            sizes = torch.randint(3, 30, labels.shape, generator=draw).tolist()
-            inputs = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in sizes]
-        rows = Rows(inputs, labels)
-        recipe = Recipe(batch_size=4, lr=2e-3)
+    sizes = [5 + 3 * client for client in range(5)]
+    labels = torch.cat([torch.arange(size) % 2 for size in sizes])
+    inputs: Any = torch.rand(len(labels), 1, 8, 8, generator=draw)
+    if backbone.kind == "text":
+        tokens = torch.randint(3, 30, labels.shape, generator=draw).tolist()
+        inputs = [torch.randint(1000, 9000, (size,), generator=draw).tolist() for size in tokens]
+    for client, rows in enumerate(parts(rows_of(inputs, labels), sizes)):
         splits: Any = {"train": rows, "validation": rows}
+        recipe = Recipe(batch_size=4, lr=2e-3)
         found.append(ModelLearner(shared, splits, weights, recipe, seed=0, client=str(client), round=1))
     return found
 
@@ -240,6 +243,10 @@ def test_learners_of_one_backbone(kind: str, family: Any) -> None:
 def test_dropout_masks_are_drawn_for_one_client_so_it_runs_alone() -> None:
     learners = clients(*vit(dropout=True))
     assert learners[0].shared is None
-    together = fit_together([(it, Fit({}, but())) for it in learners])
-    alone = [fit(it, Fit({}, but())) for it in clients(*vit(dropout=True))]
+
+    def fitted(learner: Learner) -> ClientUpdate[Fitted]:
+        return (yield from Fit({}, but()))
+
+    together = solve_together([(it, fitted(it)) for it in learners])
+    alone = [Fit({}, but()).alone(it) for it in clients(*vit(dropout=True))]
     assert [image(one.weights) for one in together] == [image(one.weights) for one in alone]  # type: ignore[union-attr]

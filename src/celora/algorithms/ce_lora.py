@@ -7,6 +7,7 @@
     adapter    ΔW_i = s·B_i C_i A_i,   A (r, d_in), C (r, r), B (d_out, r);   at first B = 0, C = I
     client i   C_i <- C̄_i;   A_i, B_i, C_i  <-  AdamW on its rows;   sends C_i
     once       client i sends a class-conditional Gaussian mixture G_i of its frozen-backbone features
+               (ours: one mixture of all its rows, where the task has no classes)
     server     S_data(i, j)  = kernel(OT(G_i, G_j))       S_model(i, j) = mean over layers of CKA(C_i, C_j)
                W = normalise(combine(S_data, S_model))    C̄_i = Σ_j W_ij C_j       j over i and its neighbours
 
@@ -36,16 +37,30 @@ Does anything flow? C̄_i multiplies A_i and B_i that other clients' cores were 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Tri
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Features, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import (
+    AdapterSettings,
+    Algorithm,
+    AlgorithmInfo,
+    ClientId,
+    Head,
+    Mixing,
+    Trained,
+    private,
+    shared,
+    trained,
+)
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, Fraction, NonNegative, Positive, setting, settings
+from celora.marks import DisclosureFloor, MixingMatrix, RowCount, Summary
 from celora.maths.cka import Estimator, cka, points
 from celora.maths.mixtures import Mixture, fit_mixture
 from celora.maths.neighbours import average, likeness, most_alike
@@ -82,7 +97,7 @@ class Server:
     distances: Tensor
     near: Tensor
     typical: Tensor
-    mixing: Mixing
+    mixing: Annotated[Mixing, MixingMatrix()]
     received: Mapping[str, Tensors]
     rounds: int
 
@@ -107,22 +122,18 @@ class Up:
     """C_i, n_i and, when asked for, the data summary G_i."""
 
     core: Tensors
-    examples: int
-    summary: Mixture | None
+    examples: RowCount
+    summary: Summary[Mixture | None]
 
 
 @settings
-class CELoRA:
+class CELoRA(Algorithm[Server, Local, Down, Up]):
     """Tri-matrix adaptation with personal averages of the cores."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Li et al., Communication-Efficient and Personalized Federated Foundation Model Fine-Tuning via "
         "Tri-Matrix Adaptation (CE-LoRA, re-implementation), IEEE TMM 2026",
         link="https://arxiv.org/abs/2503.23869",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=True,
         trains="A, B, C, head",
         sends="C; G once",
@@ -131,6 +142,7 @@ class CELoRA:
         remembers="every C_i and G_i, W",
         uplink="r²",
         floats=lambda r, d, k: r * r,
+        aggregation="each",
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged like C) or frozen as drawn")
@@ -151,7 +163,9 @@ class CELoRA:
     )
 
     components: Count = setting(3, "largest number of mixture components in a class")
-    min_rows: Count = setting(10, "disclosure floor: classes with fewer rows are withheld")
+    min_rows: Annotated[Count, DisclosureFloor()] = setting(
+        10, "disclosure floor: classes with fewer rows are withheld"
+    )
     min_component_rows: Count = setting(5, "disclosure floor: rows a mixture component must stand for")
 
     rule: Rule = setting("similarity", "W as in the paper, or a control: uniform, C reset to its start, permuted")
@@ -167,6 +181,16 @@ class CELoRA:
     def shares(self) -> Names:
         """C alone."""
         return shared(self.head, "C")
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """Frozen bases must be ones that a core matters between; the debiased CKA needs cores of some size."""
+        if self.freeze_bases and adapter.init != "orthonormal":
+            yield (
+                f"algorithm.freeze_bases: with adapter.init = {adapter.init!r} B is 0 and no core could ever matter; "
+                "expected adapter.init = 'orthonormal'"
+            )
+        if self.cka_estimator == "debiased" and adapter.rank < 4:
+            yield f"adapter.rank: found {adapter.rank}, but the debiased CKA needs at least 4"
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nobody has been heard."""
@@ -187,14 +211,18 @@ class CELoRA:
         bases = ("A", "B") if self.freeze_bases else ()
         if self.freeze_bases and not any(w.any() for w in select(learner.initial, only("B")).values()):
             raise ValueError("freeze_bases: B is 0, so no core could ever matter; set adapter.init = 'orthonormal'")
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, *bases))
-        summary, notes = self.introduce(learner, *(yield Features())) if down.introduce else (None, ())
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, *bases))
+        summary, notes = self.introduce(learner, *(yield from Features())) if down.introduce else (None, ())
         mine = select(fitted.weights, private(self.head, "C", *bases))
         up = Up(select(fitted.weights, self.shares), learner.examples, summary)
         return Trained(Local(mine), up, fitted.weights, notes)
 
-    def introduce(self, learner: Learner, features: Tensor, labels: Tensor) -> tuple[Mixture, tuple[str, ...]]:
-        """The data summary, and what to tell the client of the classes that the disclosure floor withholds."""
+    def introduce(self, learner: Learner, features: Tensor, classes: Tensor | None) -> tuple[Mixture, tuple[str, ...]]:
+        """The data summary, and what to tell the client of it, such as the classes that the disclosure floor withholds.
+
+        Without classes all rows are of one.
+        """
+        labels = torch.zeros(len(features), dtype=torch.int64) if classes is None else classes
         mixture, withheld = fit_mixture(
             features,
             labels,
@@ -204,16 +232,19 @@ class CELoRA:
             seed=int(torch.randint(2**31, (), generator=learner.rng)),
         )
         notes = []
-        if withheld:
-            classes = ", ".join(f"{label} ({rows})" for label, rows in sorted(withheld.items()))
-            notes.append(f"below min_rows = {self.min_rows}, so not in the data summary: class (rows) {classes}")
+        if classes is None and len(mixture.labels):
+            notes.append("the task has no classes: the data summary is one mixture of all training rows")
+        if classes is not None and withheld:
+            listed = ", ".join(f"{label} ({rows})" for label, rows in sorted(withheld.items()))
+            notes.append(f"below min_rows = {self.min_rows}, so not in the data summary: class (rows) {listed}")
         if not len(mixture.labels):
-            notes.append("no class reaches the disclosure floor: this client is known by its core alone")
+            short = "no class reaches" if classes is not None else "the training rows do not reach"
+            notes.append(f"{short} the disclosure floor: this client is known by its core alone")
         return mixture, tuple(notes)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """C̄_i = Σ_j W_ij C_j for every client heard so far, from the last core each has sent."""
-        ups = dict(heard)
+        ups = dict(heard.each())
         cores = _sorted({**server.cores, **{client: up.core for client, up in ups.items()}})
         examples = {**server.examples, **{client: up.examples for client, up in ups.items()}}
         new = {client: up.summary for client, up in ups.items() if up.summary is not None}

@@ -15,17 +15,20 @@ that is clipped is the penalty's, too. v_i starts from what the client receives 
 and v_i have a head each, neither travels, and the penalty is over what does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import NonNegative, setting, settings
-from celora.tensors import Names, Tensors, mean, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -56,20 +59,16 @@ class Up:
     """w_i, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class Ditto:
+class Ditto(Algorithm[Server, Local, Down, Up]):
     """FedAvg, and a personal model near it."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Li et al., Ditto: Fair and Robust Federated Learning Through Personalization (on LoRA), ICML 2021",
         link="https://arxiv.org/abs/2012.04221",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head; all again as v_i",
         sends="A, B",
@@ -108,16 +107,16 @@ class Ditto:
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train w_i and send it; train v_i and keep it."""
         received, names = self.model(local, down), trained(self.head)
-        ours = yield Fit(received, train=names)
+        ours = yield from Fit(received, train=names)
         w = select({**learner.initial, **received}, self.shares)
-        own = yield Fit({**received, **local.personal}, train=names, penalty=near(w, self.lam))
+        own = yield from Fit({**received, **local.personal}, train=names, penalty=near(w, self.lam))
         mine = select(ours.weights, private(self.head, "A", "B"))
         up = Up(select(ours.weights, self.shares), learner.examples)
         return Trained(Local(select(own.weights, names), mine), up, own.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """w ← Σ p_i w_i, A and B apart."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The global model w, over the private head of w_i."""

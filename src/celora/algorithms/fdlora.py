@@ -29,17 +29,20 @@ each client keeps a head of θ_s of its own.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner, Score
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Score
 from celora.errors import ModelError
 from celora.fields import Count, NonNegative, Positive, setting, settings
-from celora.tensors import Names, Tensors, mean, select
+from celora.marks import RowCount, Sent
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 BOX = 1.5
@@ -58,7 +61,7 @@ class Server:
 class Local:
     """θ_p, the head of θ_s where it is private, turns of stage 2 so far, and w."""
 
-    personal: Tensors
+    personal: Annotated[Tensors, Sent()]
     mine: Tensors
     turns: int
     fusion: tuple[float, ...]
@@ -76,20 +79,16 @@ class Up:
     """θ_p in stage 1, then θ_s,i; and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FDLoRA:
+class FDLoRA(Algorithm[Server, Local, Down, Up]):
     """Dual LoRA with an outer optimiser and adaptive fusion."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Qi et al., FDLoRA: Personalized Federated Learning of Large Language Model via Dual LoRA Tuning, 2024",
         link="https://arxiv.org/abs/2406.07925",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head as θ_s; once as θ_p",
         sends="A, B of θ_s; of θ_p once",
@@ -140,16 +139,16 @@ class FDLoRA:
         """Stage 1 if there is no θ_p yet, and stage 2 if there is a θ_s."""
         names, personal = trained(self.head), local.personal
         if not personal:
-            alone = yield Fit({}, train=names)
+            alone = yield from Fit({}, train=names)
             personal = select(alone.weights, names)
         if not down.weights:
             end = Local(personal, {}, 0, HALF)
             return Trained(end, Up(select(personal, self.shares), learner.examples), personal)
-        inner = yield Fit({**personal, **local.mine, **down.weights}, train=names)
+        inner = yield from Fit({**personal, **local.mine, **down.weights}, train=names)
         common, turns = select(inner.weights, names), local.turns + 1
         if turns % self.sync_every == 0:
             if self.sync == "train":
-                again = yield Fit(personal, train=names)
+                again = yield from Fit(personal, train=names)
             personal = common if self.sync == "copy" else select(again.weights, names)
         fusion = yield from self._fusion(learner, common, personal)
         mine = select(common, private(self.head, "A", "B"))
@@ -166,7 +165,7 @@ class FDLoRA:
                 candidate = tries.ask()
             w = tuple(candidate.value.tolist())
             weights = {**learner.initial, **fused(w, common, personal)}
-            metrics = yield Score(weights, "validation", self.fusion_rows)
+            metrics = yield from Score(weights, "validation", self.fusion_rows)
             if "loss" not in metrics:
                 return HALF
             value = round(metrics["loss"], 4) + self.l1 * (abs(w[0]) + abs(w[1])) / 2
@@ -175,9 +174,9 @@ class FDLoRA:
                 best, least = w, value
         return best
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """θ_s⁰ ← Σ p_i θ_p,i, and then a step of the outer optimiser."""
-        average = mean((up.weights, up.examples) for up in heard.values())
+        average = heard.mean(lambda up: up.weights, lambda up: up.examples)
         if not server.weights:
             return Server(average, {name: torch.zeros_like(w) for name, w in average.items()})
         weights, velocity = dict[str, torch.Tensor](), dict[str, torch.Tensor]()

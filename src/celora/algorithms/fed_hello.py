@@ -35,11 +35,13 @@ from pydantic import Field
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, GradientResult, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Whole, setting, settings
 from celora.rng import generator
-from celora.tensors import Names, Tensors, but, mean, part, select
+from celora.tensors import Names, Tensors, but, part, select
 from celora.wire import record
 
 Shape = Literal["triangle", "inverted", "bottleneck", "uniform"]
@@ -81,17 +83,13 @@ class Up:
 
 
 @settings
-class FedHeLLo:
+class FedHeLLo(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A and B where each client trains some layers."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Zhang et al., Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Heterogeneous LoRA "
         "Allocation, IEEE TNNLS 2025",
         link="https://arxiv.org/abs/2506.12213",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B of k_i of L layers, head",
         sends="A, B of these; F at times",
@@ -158,7 +156,7 @@ class FedHeLLo:
         def chosen(names: Names) -> Names:
             return lambda name: names(name) and (name not in place or place[name] in down.layers)
 
-        fitted = yield Fit(start, train=chosen(trained(self.head)))
+        fitted = yield from Fit(start, train=chosen(trained(self.head)))
         up = Up(select(fitted.weights, chosen(self.shares)), importance)
         return Trained(Local(select(fitted.weights, private(self.head, "A", "B"))), up, fitted.weights)
 
@@ -167,7 +165,7 @@ class FedHeLLo:
         place, rows = layers(learner.initial), 0
         squares = {name: torch.zeros_like(learner.initial[name]) for name in place}
         for batch in islice(learner.batches(1), self.fim_rows):
-            gradient_at: GradientResult = yield Gradient(start, batch, but("head"))
+            gradient_at = yield from Gradient(start, batch, but("head"))
             squares = {name: square + gradient_at.gradient[name] ** 2 for name, square in squares.items()}
             rows += 1
         found = torch.zeros(len(set(place.values())))
@@ -175,14 +173,15 @@ class FedHeLLo:
             found[place[name]] += square.norm() / max(rows, 1)
         return found
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """Each layer's mean over those who trained it; p from the mean F, where it was measured."""
-        size = server.chances.shape
         measured = "importance"  # averaged with the rest, in one pass over the replies
-        new = mean(
-            ({**up.weights, **({} if (f := up.importance) is None or f.shape != size else {measured: f})}, 1.0)
-            for up in heard.values()
-        )
+
+        def told(up: Up) -> Tensors:
+            f = up.importance
+            return up.weights if f is None or f.shape != server.chances.shape else {**up.weights, measured: f}
+
+        new = dict(heard.mean(told, lambda up: 1.0))
         found = new.pop(measured, None)
         weights, now = {**server.weights, **new}, server.chances if found is None else ranked(found)
         return Server(weights, server.counts, server.rounds + 1, now)

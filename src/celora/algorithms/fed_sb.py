@@ -37,17 +37,20 @@ trains, at the frozen backbone. η is the authors' lr / (warm-up steps); s multi
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, FixedBases, modules
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Positive, Whole, setting, settings
+from celora.marks import Received, RowCount, Summary
 from celora.rng import generator
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.tensors import Names, Tensors, only, select
 from celora.wire import record
 
 
@@ -73,7 +76,7 @@ class Local:
     """The head, where it is private, and the bases that came down."""
 
     mine: Tensors
-    bases: Tensors
+    bases: Annotated[Tensors, Received()]
 
 
 @record
@@ -90,22 +93,18 @@ class Up:
     """C_i, a shared head, n_i and, when asked for, the gradient or its sketch."""
 
     weights: Tensors
-    examples: int
-    summary: Slopes | None
+    examples: RowCount
+    summary: Summary[Slopes | None]
 
 
 @settings
-class FedSB:
+class FedSB(Algorithm[Server, Local, Down, Up]):
     """FedAvg of a core between frozen bases that fit the first gradient."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Singhal et al., Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in "
         "(Private) Federated LoRA Fine-Tuning, TMLR 2026",
         link="https://arxiv.org/abs/2502.15436",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="C, head",
         sends="C; G or its sketch once",
@@ -158,7 +157,7 @@ class FedSB:
         if down.introduce:
             summary, trains = (yield from self.slopes(learner, weights)), trained(self.head, "A", "B", "C")
         if any(map(trains, weights)):
-            fitted = yield Fit(weights, train=trains)
+            fitted = yield from Fit(weights, train=trains)
             weights = fitted.weights
         mine = Local(select(weights, private(self.head, "A", "B", "C")), {**local.bases, **down.bases})
         return Trained(mine, Up(select(weights, self.shares), learner.examples, summary), weights)
@@ -168,7 +167,7 @@ class FedSB:
         total: dict[str, Tensor] = {}
         probe, count = self.probe(select(weights, only("A", "B"))), 0
         for count, batch in enumerate(islice(learner.batches(learner.recipe.batch_size), self.batches), 1):  # noqa: B007
-            gradient_at = yield Gradient(
+            gradient_at = yield from Gradient(
                 {**weights, **probe}, batch, only("A") if self.start == "gradient" else only("A", "B")
             )
             total = {name: total.get(name, 0) + gradient for name, gradient in self.cut(gradient_at.gradient).items()}
@@ -200,14 +199,14 @@ class FedSB:
         columns = {n: w[:, : w.shape[1] // 2].contiguous() for n, w in select(gradient, only("B")).items()}
         return {**rows, **columns}
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """C ← Σ p_i C_i; of gradients the mean, too, and bases that fit it."""
         if server.fitted:
-            told = sorted(heard) if server.bases else []  # who was away is sent the bases again: it may have lost them
-            weights = mean((up.weights, up.examples) for up in heard.values())
-            return Server(weights, server.bases, True, tuple(told))
+            weights = heard.mean(lambda up: up.weights, lambda up: up.examples)
+            told = heard.clients if server.bases else ()  # who was away is sent the bases again: it may have lost them
+            return Server(weights, server.bases, True, told)
         shapes = {name: w.shape for name, w in self.cut(self.probe(server.bases)).items()}
-        both = mean(({**up.weights, **_of(up.summary, shapes)}, up.examples) for up in heard.values())
+        both = heard.mean(lambda up: {**up.weights, **_of(up.summary, shapes)}, lambda up: up.examples)
         weights, slopes = select(both, self.shares), select(both, only("A", "B"))
         if not slopes:
             return Server(weights, server.bases, False, ())

@@ -20,15 +20,18 @@ the authors' code, unless `by_rows`. Their LoRA dropout of 0.05 is left out. The
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from celora.core.adapters import Family, Gated
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.marks import RowCount, Sent
+from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
 
 
@@ -47,7 +50,7 @@ class Local:
     """G, the head where it is private, and the client's own A and B, which it also sends."""
 
     mine: Tensors
-    own: Tensors
+    own: Annotated[Tensors, Sent()]
 
 
 @record
@@ -62,21 +65,17 @@ class Up:
     """A_i and B_i, a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedALT:
+class FedALT(Algorithm[Server, Local, Down, Up]):
     """A LoRA of one's own and the mean of the others', gated."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Bian et al., FedALT: Federated Fine-Tuning through Adaptive Local Training with Rest-of-World LoRA, "
         "AAAI 2026",
         link="https://arxiv.org/abs/2503.11880",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, G, head",
         sends="A, B",
@@ -85,6 +84,7 @@ class FedALT:
         remembers="every A_i, B_i",
         uplink="r(d + k)",
         floats=lambda r, d, k: r * (d + k),
+        aggregation="each",
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged) or frozen as drawn")
@@ -120,23 +120,23 @@ class FedALT:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train the client's own LoRA and its gate."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "A2", "B2"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "A2", "B2"))
         mine = select(fitted.weights, private(self.head, "A", "B", "A2", "B2"))
         own = select(fitted.weights, only("A", "B"))
         return Trained(Local(mine, own), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """The last A and B of everybody, and their sum."""
-        adapters, counts, heads = dict(server.adapters), dict(server.counts), list[tuple[Tensors, int]]()
-        for client, up in heard.items():
+        adapters, counts, heads = dict(server.adapters), dict(server.counts), Mean()
+        for client, up in heard.each():
             adapters[client] = select(up.weights, only("A", "B"))
             counts[client] = up.examples if self.by_rows else 1
-            heads.append((select(up.weights, only("head")), up.examples))
+            heads.add(select(up.weights, only("head")), up.examples)
         total: dict[str, Tensor] = {}
         for client in sorted(adapters):  # summed anew each time: what was added can then never fail to be taken away
             for name, w in adapters[client].items():
                 total[name] = total.get(name, 0) + counts[client] * w.double()
-        return Server(adapters, counts, total, mean(heads))
+        return Server(adapters, counts, total, heads.result())
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The client's own, and what was received beside it."""

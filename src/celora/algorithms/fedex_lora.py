@@ -19,16 +19,19 @@ is averaged unless told otherwise. R written with differences is the same R, in 
 not lose digits where clients are close to each other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
 from celora.core.adapters import Family, Residual, modules
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import truncated_svd
 from celora.tensors import Names, Tensors, mean, select
 from celora.wire import record
@@ -63,21 +66,17 @@ class Up:
     """What was trained of the shared names, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedExLoRA:
+class FedExLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A and B, with its error merged into W."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation "
         "Models, ACL 2025",
         link="https://arxiv.org/abs/2410.09432",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A, B",
@@ -86,6 +85,7 @@ class FedExLoRA:
         remembers="A, B, R, W",
         uplink="r(d + k)",
         floats=lambda r, d, k: r * (d + k),
+        aggregation="each",
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged like A and B) or frozen as drawn")
@@ -116,21 +116,21 @@ class FedExLoRA:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors over W."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "W"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "W"))
         mine = select(fitted.weights, private(self.head, "A", "B", "W"))
         up = Up(select(fitted.weights, self.shares), learner.examples)
         return Trained(Local(local.base.after(down.base), mine), up, fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """A ← Σ p_i A_i and B ← Σ p_i B_i, apart; and W ← W + Σ p_i (B_i − B)(A_i − A)."""
-        ups = list(heard.values())  # all of them are in R
+        clients, ups = zip(*heard.each(), strict=True)  # all of them are in R
         average, rows = mean((up.weights, up.examples) for up in ups), sum(up.examples for up in ups)
         residual: dict[str, Factors] = {}
         for module, w in modules(average).items():
             b = torch.cat([up.weights[f"{module}.B"] - w["B"] for up in ups], dim=1)
             a = torch.cat([up.examples / rows * (up.weights[f"{module}.A"] - w["A"]) for up in ups])
             residual[f"{module}.W"] = Factors(*((b, a) if self.rank is None else truncated_svd(b, a, self.rank)))
-        return Server(server.base.after(residual, heard), average)
+        return Server(server.base.after(residual, clients), average)
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The averages over W, and under what is the client's own."""

@@ -11,14 +11,17 @@ The average is inexact: (Σ p_i B_i)(Σ p_i A_i) ≠ Σ p_i B_i A_i (a test in t
 What the sources leave open: FedPETuning's code averages uniformly; here, as in FedAvg, p_i = n_i / Σ n.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.tensors import Names, Tensors, mean, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -48,20 +51,16 @@ class Up:
     """What was trained of the shared names, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedIT:
+class FedIT(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A and B."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning (FedIT), ICASSP 2024",
         link="https://arxiv.org/abs/2305.05644",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A, B",
@@ -99,13 +98,13 @@ class FedIT:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """A ← Σ p_i A_i and B ← Σ p_i B_i, apart."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, over what is the client's own."""

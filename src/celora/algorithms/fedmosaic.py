@@ -32,20 +32,23 @@ What could not be read: τ, the number of coordinates, the size of the noise and
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Pair
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixing, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
+from celora.marks import MixingMatrix, RowCount, Sent, Summary
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights
 from celora.rng import generator
-from celora.tensors import Names, Tensors, flatten, mean, only, select
+from celora.tensors import Mean, Names, Tensors, flatten, only, select
 from celora.wire import record
 
 
@@ -56,7 +59,7 @@ class Server:
     cores: Mapping[str, Tensors]
     sketches: Mapping[str, Tensor]
     length: int
-    mixing: Mixing
+    mixing: Annotated[Mixing, MixingMatrix()]
     received: Mapping[str, Tensors]
     head: Tensors
 
@@ -67,7 +70,7 @@ class Local:
 
     mine: Tensors
     gradient: Tensor | None
-    own: Tensors
+    own: Annotated[Tensors, Sent()]
 
 
 @record
@@ -82,22 +85,18 @@ class Up:
     """P_i and Q_i, a shared head, n_i, and the sketch of a gradient."""
 
     weights: Tensors
-    examples: int
-    summary: Tensor | None
+    examples: RowCount
+    summary: Summary[Tensor | None]
 
 
 @settings
-class FedMosaic:
+class FedMosaic(Algorithm[Server, Local, Down, Up]):
     """Small maps between common bases, averaged over the others by likeness of gradients."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Seo et al., Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients "
         "(FedMosaic), ICLR 2026",
         link="https://arxiv.org/abs/2506.11024",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="P, Q, β, head",
         sends="P, Q; a gradient's sketch",
@@ -106,6 +105,8 @@ class FedMosaic:
         remembers="every P_i, Q_i and sketch, W",
         uplink="r² + r",
         floats=lambda r, d, k: r * r + r,
+        needs=frozenset({"head"}),
+        aggregation="each",
     )
 
     head: Head = setting("private", "the task head: private, shared (averaged) or frozen as drawn")
@@ -142,7 +143,7 @@ class FedMosaic:
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Take the gradient; train the client's own P, Q and gate."""
         gradient = yield from self.gradient(learner, local)
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "A", "B", "P2", "Q2"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "A", "B", "P2", "Q2"))
         mine = select(fitted.weights, private(self.head, "A", "B", "P", "Q", "P2", "Q2"))
         own = select(fitted.weights, only("P", "Q"))
         up = Up(select(fitted.weights, self.shares), learner.examples, self.blurred(gradient, learner.rng))
@@ -152,7 +153,7 @@ class FedMosaic:
         """The moving average (n,) of what is sent of the head's gradient, without noise."""
         taken: list[Tensor] = []
         for batch in islice(learner.batches(learner.recipe.batch_size), self.batches):
-            gradient_at = yield Gradient({}, batch, only("head"))
+            gradient_at = yield from Gradient({}, batch, only("head"))
             taken.append(flatten(gradient_at.gradient))
         if not taken:
             return local.gradient
@@ -168,12 +169,12 @@ class FedMosaic:
         size = self.noise * gradient.square().mean().sqrt()
         return gradient + size * torch.randn(gradient.shape, generator=rng)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """(P̄_i, Q̄_i) = Σ_{j ≠ i} W_ij (P_j, Q_j) for every client heard so far, from the last that each has sent."""
-        cores, sketches, heads = dict(server.cores), dict(server.sketches), list[tuple[Tensors, int]]()
-        for client, up in heard.items():
+        cores, sketches, heads = dict(server.cores), dict(server.sketches), Mean()
+        for client, up in heard.each():
             cores[client] = select(up.weights, only("P", "Q"))
-            heads.append((select(up.weights, only("head")), up.examples))
+            heads.add(select(up.weights, only("head")), up.examples)
             told = up.summary is not None and up.summary.shape == (server.length,)
             sketches[client] = up.summary if up.summary is not None and told else torch.zeros(server.length)
         cores, sketches = dict(sorted(cores.items())), dict(sorted(sketches.items()))
@@ -184,7 +185,7 @@ class FedMosaic:
                 means = average(torch.stack([core[name] for core in cores.values()]), mixing.weights)
                 for client, row in zip(cores, means, strict=True):
                     received[client][f"{name}2"] = row
-        return Server(cores, sketches, server.length, mixing, received, mean(heads))
+        return Server(cores, sketches, server.length, mixing, received, heads.result())
 
     def weights(self, sketches: Tensor) -> Tensor:
         """W (m, m) from sketches (m, n): 0 on the diagonal, rows that sum to 1; 0 where a client is alone."""

@@ -12,14 +12,17 @@ What the paper leaves open: nothing that matters here; note that (B_i M⁻¹)(M 
 M, so an average of A_i depends on how each client happens to represent its update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.tensors import Names, Tensors, mean, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -49,20 +52,16 @@ class Up:
     """What was trained of the shared names, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FedSALoRA:
+class FedSALoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of A; B is personal."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning (FedSA-LoRA), ICLR 2025",
         link="https://arxiv.org/abs/2410.01463",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A",
@@ -100,13 +99,13 @@ class FedSALoRA:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors, send A."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         mine = select(fitted.weights, private(self.head, "A"))
         return Trained(Local(mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """A ← Σ p_i A_i."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, over what is the client's own."""

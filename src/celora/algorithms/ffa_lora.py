@@ -11,14 +11,17 @@ What the paper leaves open: how the head is treated; here it is averaged with B 
 trainable numbers FFA-LoRA wants a larger learning rate than FedIT: select it, do not copy it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.tensors import Names, Tensors, mean, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -48,20 +51,16 @@ class Up:
     """What was trained of the shared names, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FFALoRA:
+class FFALoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of B over a frozen, common A."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Sun et al., Improving LoRA in Privacy-preserving Federated Learning (FFA-LoRA), ICLR 2024",
         link="https://arxiv.org/abs/2403.12313",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="B, head",
         sends="B",
@@ -99,13 +98,13 @@ class FFALoRA:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train B over the frozen A."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, "A"))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, "A"))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """B ← Σ p_i B_i."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, over what is the client's own."""

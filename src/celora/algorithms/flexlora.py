@@ -28,11 +28,14 @@ from typing import ClassVar
 import torch
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import Sum, truncated_svd
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
 
 
@@ -65,21 +68,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FlexLoRA:
+class FlexLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of ΔW, redistributed by SVD."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
         "Resources (FlexLoRA), NeurIPS 2024",
         link="https://arxiv.org/abs/2402.11505",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",
@@ -89,6 +88,7 @@ class FlexLoRA:
         uplink="r_i(d + k)",
         floats=lambda r, d, k: r * (d + k),
         mixed_ranks=True,
+        aggregation="each",
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged by rows) or frozen as drawn")
@@ -120,21 +120,21 @@ class FlexLoRA:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors at the client's rank."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         up = Up(select(fitted.weights, self.shares), learner.examples)
         return Trained(Local(local.rank, mine), up, fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """M ← Σ p_i B_i A_i, as its singular values and vectors."""
-        sums, heads, ranks = defaultdict[str, Sum](Sum), list[tuple[Tensors, float]](), dict(server.ranks)
-        for client, up in heard.items():
+        sums, heads, ranks, rows = defaultdict[str, Sum](Sum), Mean(), dict(server.ranks), 0
+        for client, up in heard.each():
             adapters = modules(up.weights)
             for module, w in adapters.items():
                 sums[module].add(w["B"], w["A"], up.examples)
-            heads.append((select(up.weights, only("head")), up.examples))
+            heads.add(select(up.weights, only("head")), up.examples)
+            rows += up.examples
             ranks[client] = max(len(w["A"]) for w in adapters.values())
-        rows = sum(n for _, n in heads)
         weights = dict(server.weights)
         for module, total in sums.items():
             b, a = total.factors()
@@ -143,7 +143,7 @@ class FlexLoRA:
             left = len(old_a) - len(a)
             weights[f"{module}.B"] = torch.cat([b.to(old_b.dtype), torch.zeros_like(old_b[:, :left])], dim=1)
             weights[f"{module}.A"] = torch.cat([a.to(old_a.dtype), old_a[len(a) :]])
-        return Server(weights | mean(heads), ranks)
+        return Server(weights | heads.result(), ranks)
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, cut to the client's rank, over what is its own."""

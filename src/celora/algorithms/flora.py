@@ -21,18 +21,21 @@ keeps p_0 A_0 alone; that is a baseline of theirs, and nothing like it is here.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Residual, modules
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.marks import RowCount
+from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
 
 
@@ -65,21 +68,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class FLoRA:
+class FLoRA(Algorithm[Server, Local, Down, Up]):
     """Stacking of A and B, merged into W."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank "
         "Adaptations, NeurIPS 2024",
         link="https://arxiv.org/abs/2409.05976",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",
@@ -89,6 +88,7 @@ class FLoRA:
         uplink="r_i(d + k)",
         floats=lambda r, d, k: r * (d + k),
         mixed_ranks=True,
+        aggregation="each",
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged by rows) or frozen as drawn")
@@ -121,23 +121,23 @@ class FLoRA:
         fresh = {name: rearranged(w, learner.rng) for name, w in select(learner.initial, only("A")).items()}
         zero = {name: torch.zeros_like(w) for name, w in select(learner.initial, only("B")).items()}
         start = {**local.mine, **down.head, **base.total, **fresh, **zero}
-        fitted = yield Fit(start, train=trained(self.head, "W"))
+        fitted = yield from Fit(start, train=trained(self.head, "W"))
         mine = select(fitted.weights, private(self.head, "A", "B", "W"))
         return Trained(Local(base, mine), Up(select(fitted.weights, self.shares), learner.examples), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """[B_1 … B_K] and [p_1 A_1; …; p_K A_K] are what is added to W."""
-        pieces, heads = defaultdict[str, list[tuple[Tensor, Tensor]]](list), list[tuple[Tensors, int]]()
-        for up in heard.values():
+        pieces, heads, rows = defaultdict[str, list[tuple[Tensor, Tensor]]](list), Mean(), 0
+        for _, up in heard.each():
             for module, w in modules(up.weights).items():
                 pieces[f"{module}.W"].append((w["B"], up.examples * w["A"]))
-            heads.append((select(up.weights, only("head")), up.examples))
-        rows = sum(n for _, n in heads)
+            heads.add(select(up.weights, only("head")), up.examples)
+            rows += up.examples
         stacks = {
             name: Factors(torch.cat([b for b, _ in stack], dim=1), torch.cat([a for _, a in stack]) / rows)
             for name, stack in pieces.items()
         }
-        return Server(server.base.after(stacks, heard), mean(heads))
+        return Server(server.base.after(stacks, heard.clients), heads.result())
 
     def model(self, local: Local, down: Down) -> Tensors:
         """W with the last stack: the adapter itself is as drawn, B = 0."""

@@ -19,7 +19,7 @@ module are 0, weights are by n_i. Rows and columns that no client heard in a rou
 were: an average of nothing would be 0 in A and in B, which no training leaves again.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import hypot
 from typing import ClassVar, Literal
 
@@ -28,11 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, Fraction, NonNegative, setting, settings
+from celora.marks import RowCount
 from celora.maths.lowrank import norm
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record
 
 NONE = 1e-30
@@ -67,21 +70,17 @@ class Up:
     """A_i and B_i, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class HetLoRA:
+class HetLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of zero-padded A and B, weighted by ‖B_i A_i‖."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models (HetLoRA), "
         "EMNLP 2024",
         link="https://arxiv.org/abs/2401.06432",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A_i, B_i, head",
         sends="A_i, B_i",
@@ -91,6 +90,7 @@ class HetLoRA:
         uplink="r_i(d + k)",
         floats=lambda r, d, k: r * (d + k),
         mixed_ranks=True,
+        aggregation="each",
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged by rows) or frozen as drawn")
@@ -130,7 +130,7 @@ class HetLoRA:
         """Train both factors with their tail held down, and cut it off if it has shrunk."""
         start = truncated({**learner.initial, **self.model(local, down)}, local.rank)
         penalised = self.pruning and self.lam > 0
-        fitted = yield Fit(start, trained(self.head), penalty=self.penalty if penalised else None)
+        fitted = yield from Fit(start, trained(self.head), penalty=self.penalty if penalised else None)
         rank, weights = local.rank, fitted.weights
         if self.pruning and self.tail(weights) < self.tail(start):
             rank = self.kept(rank)
@@ -151,21 +151,18 @@ class HetLoRA:
         """λ times the tail."""
         return self.lam * self.tail(weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """A ← Σ p_i pad(A_i) and B ← Σ p_i pad(B_i), in as many rows as the largest rank that was heard."""
-        ranks: dict[ClientId, int] = {}
-
-        def terms() -> Iterator[tuple[Tensors, float]]:
-            for client, up in heard.items():
-                adapters, ranks[client] = modules(up.weights), rank_of(up.weights)
-                norms = {module: norm(w["B"], w["A"]) for module, w in adapters.items()}
-                for module in adapters:
-                    size = norms[module] if self.weighting == "module" else hypot(*norms.values())
-                    names = (f"{module}.A", f"{module}.B")
-                    yield {n: padded(up.weights[n], server.weights[n]) for n in names}, size + NONE * up.examples
-                yield select(up.weights, only("head")), up.examples
-
-        average = mean(terms())
+        ranks, total = dict[ClientId, int](), Mean()
+        for client, up in heard.each():
+            adapters, ranks[client] = modules(up.weights), rank_of(up.weights)
+            norms = {module: norm(w["B"], w["A"]) for module, w in adapters.items()}
+            for module in adapters:
+                size = norms[module] if self.weighting == "module" else hypot(*norms.values())
+                names = (f"{module}.A", f"{module}.B")
+                total.add({n: padded(up.weights[n], server.weights[n]) for n in names}, size + NONE * up.examples)
+            total.add(select(up.weights, only("head")), up.examples)
+        average = total.result()
         widest = max(ranks.values())
         for module, w in modules(server.weights).items():
             a, b = average[f"{module}.A"], average[f"{module}.B"]

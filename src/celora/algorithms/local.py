@@ -6,12 +6,14 @@ What travels: nothing. Round by round it spends exactly the budget of a federate
 mini-batches, optimiser and number of steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
@@ -40,16 +42,12 @@ class Up:
 
 
 @settings
-class LocalOnly:
+class LocalOnly(Algorithm[Server, Local, Down, Up]):
     """Train alone."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Each client alone, at the same budget",
         link="",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=True,
         trains="A, B, head",
         sends="nothing",
@@ -92,10 +90,10 @@ class LocalOnly:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Go on from where the last round ended."""
-        fitted = yield Fit(local.mine, train=trained(self.head))
+        fitted = yield from Fit(local.mine, train=trained(self.head))
         return Trained(Local(select(fitted.weights, private(self.head))), Up(), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """Nothing."""
         return server
 

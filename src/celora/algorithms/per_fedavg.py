@@ -22,16 +22,19 @@ number of mini-batches the last is paired with the first. δ is a field: the err
 1e-7 / δ. The paper averages uniformly; here p_i = n_i / Σ n.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import ClassVar, Literal
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Gradient, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
 from celora.core.optim import descend
+from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
-from celora.tensors import Names, Tensors, mean, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -61,21 +64,17 @@ class Up:
     """w_i, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class PerFedAvg:
+class PerFedAvg(Algorithm[Server, Local, Down, Up]):
     """Federated meta-learning."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Fallah et al., Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic "
         "Meta-Learning Approach (Per-FedAvg, on LoRA), NeurIPS 2020",
         link="https://arxiv.org/abs/2002.07948",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A, B",
@@ -120,25 +119,25 @@ class PerFedAvg:
         w = received = {**learner.initial, **self.model(local, down)}
         names, clip, batches = trained(self.head), learner.recipe.clip, list(learner.batches())
         for first, second in zip(batches[::2], [*batches[1::2], *batches[:1]], strict=False):
-            inner = yield Gradient(w, first, names)
-            outer = yield Gradient(descend(w, inner.gradient, self.alpha, clip), second, names)
+            inner = yield from Gradient(w, first, names)
+            outer = yield from Gradient(descend(w, inner.gradient, self.alpha, clip), second, names)
             v = outer.gradient
             if self.variant == "HF":
-                ahead = yield Gradient(descend(w, v, -self.delta), first, names)
-                behind = yield Gradient(descend(w, v, self.delta), first, names)
+                ahead = yield from Gradient(descend(w, v, -self.delta), first, names)
+                behind = yield from Gradient(descend(w, v, self.delta), first, names)
                 rate = self.alpha / (2 * self.delta)
                 v = {name: g - rate * (ahead.gradient[name] - behind.gradient[name]) for name, g in v.items()}
             w = descend(w, v, self.beta, clip)
         adapted = received
         for batch in islice(cycle(batches), self.adapt):
-            gradient_at = yield Gradient(adapted, batch, names)
+            gradient_at = yield from Gradient(adapted, batch, names)
             adapted = descend(adapted, gradient_at.gradient, self.alpha, clip)
         mine = select(w, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(w, self.shares), learner.examples), adapted)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """w ← Σ p_i w_i."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """w, over the client's own head."""

@@ -23,17 +23,20 @@ AdamW's state is new in every round. The recipe's clip, decay and rate are those
 differentiates it as it is. p_k = n_k / Σ n where the paper has 1 / M.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Dual, Family
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Gradient, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
 from celora.core.optim import AdamW, descend, unflatten
+from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
-from celora.tensors import Names, Tensors, flatten, mean, only, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, flatten, only, select
 from celora.wire import record
 
 
@@ -63,21 +66,17 @@ class Up:
     """x_k, and n_k."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class PF2LoRA:
+class PF2LoRA(Algorithm[Server, Local, Down, Up]):
     """Two levels of LoRA."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Hao et al., Personalized Federated Fine-tuning for Heterogeneous Data: An Automatic Rank Learning "
         "Approach via Two-Level LoRA (PF2LoRA), 2025",
         link="https://arxiv.org/abs/2503.03920",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head; C_k, D_k as A2, B2",
         sends="A, B",
@@ -125,13 +124,13 @@ class PF2LoRA:
         batches = list(learner.batches())
         for step, xi in enumerate(batches):
             zeta = batches[(step + 1) % len(batches)] if self.zeta == "next" else xi
-            lower = yield Gradient(weights, xi, own)
+            lower = yield from Gradient(weights, xi, own)
             moved = descend(weights, lower.gradient, self.inner_lr)
-            upper = yield Gradient(moved, zeta, both)
+            upper = yield from Gradient(moved, zeta, both)
             h = {name: upper.gradient[name] for name in common}
             if not self.first_order:
                 along = select(upper.gradient, own)
-                mixed = yield Gradient(weights, xi, trained(self.head, "A2", "B2"), along)
+                mixed = yield from Gradient(weights, xi, trained(self.head, "A2", "B2"), along)
                 h = descend(h, mixed.gradient, self.inner_lr)
             rate = recipe.lr * (1 - step / len(batches) if recipe.decay == "linear" else 1.0)
             row = adamw.step(flatten(common).unsqueeze(0), flatten(h).unsqueeze(0), torch.full((1, 1), rate))[0]
@@ -140,9 +139,9 @@ class PF2LoRA:
         mine = select(weights, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(weights, self.shares), learner.examples), weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """x ← Σ p_k x_k."""
-        return Server(mean((up.weights, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.weights, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """x, over the client's own y."""

@@ -19,16 +19,19 @@ our recipe's AdamW, once for each phase: a round has twice the local steps of th
 drawn keeps its old w_k; the adapter it gets is always fresh.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained
-from celora.core.learner import ClientUpdate, Fit, Learner, Losses
+from celora.core.aggregation import Heard
+from celora.core.algorithm import AdapterSettings, Algorithm, AlgorithmInfo, ClientId, Head, Trained
+from celora.core.learner import Learner, Losses
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.tensors import Names, Tensors, but, mean, only, part, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, but, only, part, select
 from celora.wire import record
 
 
@@ -58,21 +61,17 @@ class Up:
     """θ_k and n_k."""
 
     adapter: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class PFedLoRA:
+class PFedLoRA(Algorithm[Server, Local, Down, Up]):
     """One small adapter beside models that may all differ."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Yi et al., pFedLoRA: Model-Heterogeneous Personalized Federated Learning with LoRA Tuning, "
         "IEEE TMC 2026",
         link="https://arxiv.org/abs/2310.13283",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="w_k, then A, B",
         sends="A, B",
@@ -102,6 +101,11 @@ class PFedLoRA:
         """The adapter."""
         return only("A", "B")
 
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """Two predictions of one model have logits to mix only where there are two."""
+        if self.mix == "logit" and not own_models:
+            yield "algorithm.mix: logits can be mixed where the adapter stands beside the head; set [model] own"
+
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nothing to send yet."""
         return Server({})
@@ -119,14 +123,14 @@ class PFedLoRA:
         own = but("A", "B", "head") if self.head == "frozen" else but("A", "B")
         held = {**learner.initial, **local.own, **down.adapter}
         if any(map(own, held)):
-            held = (yield Fit(held, train=own, objective=self.mixed)).weights
-        fitted = yield Fit(held, train=only("A", "B"), objective=self.mixed)
+            held = (yield from Fit(held, train=own, objective=self.mixed)).weights
+        fitted = yield from Fit(held, train=only("A", "B"), objective=self.mixed)
         adapter, kept = select(fitted.weights, only("A", "B")), Local(select(fitted.weights, own))
         return Trained(kept, Up(adapter, learner.examples), self.model(Local({**kept.own}), Down(adapter)))
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """θ ← Σ p_k θ_k."""
-        return Server(mean((up.adapter, up.examples) for up in heard.values()))
+        return Server(heard.mean(lambda up: up.adapter, lambda up: up.examples))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The client's own model with the adapter beside it; of mixed logits, the mixture."""

@@ -17,15 +17,18 @@ the recipe's `clip` holds for the whole gradient, penalty included. The authors 
 Under a private head w_i has a head of its own, which the client keeps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Gradient, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
 from celora.core.optim import descend
+from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
-from celora.tensors import Names, Tensors, mean, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -56,20 +59,16 @@ class Up:
     """w_i, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class PFedMe:
+class PFedMe(Algorithm[Server, Local, Down, Up]):
     """Moreau envelopes."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Dinh et al., Personalized Federated Learning with Moreau Envelopes (pFedMe, on LoRA), NeurIPS 2020",
         link="https://arxiv.org/abs/2006.08848",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="θ and w_i: A, B, head",
         sends="A, B",
@@ -115,16 +114,16 @@ class PFedMe:
         w = theta = select(start, names)
         for batch in list(learner.batches()):
             for _ in range(self.inner_steps):
-                gradient_at = yield Gradient({**start, **theta}, batch, names)
+                gradient_at = yield from Gradient({**start, **theta}, batch, names)
                 gradient = {name: g + self.lam * (theta[name] - w[name]) for name, g in gradient_at.gradient.items()}
                 theta = descend(theta, gradient, self.inner_lr, learner.recipe.clip)
             w = descend(w, {name: w[name] - theta[name] for name in w}, self.eta * self.lam)
         mine = select(w, private(self.head, "A", "B"))
         return Trained(Local(mine), Up(select(w, self.shares), learner.examples), {**start, **theta})
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """w ← (1 − β) w + β Σ p_i w_i."""
-        average = mean((up.weights, up.examples) for up in heard.values())
+        average = heard.mean(lambda up: up.weights, lambda up: up.examples)
         return Server({name: w.lerp(average[name], self.beta) for name, w in server.weights.items()}, started=True)
 
     def model(self, local: Local, down: Down) -> Tensors:

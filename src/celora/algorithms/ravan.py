@@ -19,16 +19,19 @@ What the paper leaves open, as far as it could be read here: p_i, here n_i / Σ 
 or for all alike, here for each; how those by norm are chosen while all cores are 0, here by chance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 
 from celora.core.adapters import Heads
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Gradient, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, setting, settings
-from celora.tensors import Names, Tensors, mean, only, part, select
+from celora.marks import RowCount
+from celora.tensors import Names, Tensors, only, part, select
 from celora.wire import record
 
 
@@ -58,20 +61,16 @@ class Up:
     """s_h C_h of the heads that were trained, a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class Ravan:
+class Ravan(Algorithm[Server, Local, Down, Up]):
     """Several cores between frozen orthogonal bases; only the cores travel."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Raje et al., Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning, NeurIPS 2025",
         link="https://arxiv.org/abs/2506.05568",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="C_h, s_h, head",
         sends="s_h C_h",
@@ -116,7 +115,7 @@ class Ravan:
         """Train cores and scales, all or those of some heads; send their products."""
         start, trains = self.model(local, down), trained(self.head, "A", "B")
         idle = yield from self.idle(learner, start)
-        fitted = yield Fit(start, train=lambda name: trains(name) and name not in idle)
+        fitted = yield from Fit(start, train=lambda name: trains(name) and name not in idle)
         sent = select(fitted.weights, lambda name: self.shares(name) and name not in idle)
         folded = {name: w if part(name) == "head" else w * fitted.weights[_scale(name)] for name, w in sent.items()}
         mine = select(fitted.weights, private(self.head, "A", "B", *self.family.cores, *self.family.scales))
@@ -129,7 +128,7 @@ class Ravan:
         weights = select({**learner.initial, **start}, only(*self.family.cores))
         batch = next(iter(learner.batches()), None) if self.choose == "gradient" else None
         if batch is not None:
-            gradient_at = yield Gradient(start, batch, only(*self.family.cores))
+            gradient_at = yield from Gradient(start, batch, only(*self.family.cores))
             weights = gradient_at.gradient
         idle = set[str]()
         for module in dict.fromkeys(name.rpartition(".")[0] for name in weights):
@@ -140,9 +139,9 @@ class Ravan:
             idle |= {name for core in drawn[self.train_heads :] for name in (core, _scale(core))}
         return idle
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """C_h ← Σ p_i s_h,i C_h,i over those who trained it."""
-        return Server({**server.weights, **mean((up.weights, up.examples) for up in heard.values())})
+        return Server({**server.weights, **heard.mean(lambda up: up.weights, lambda up: up.examples)})
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, every scale 1 again, over what is the client's own."""

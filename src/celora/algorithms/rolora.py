@@ -22,13 +22,16 @@ is trained in every turn and averaged with either half unless told otherwise.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from celora.core.adapters import Family, Lora
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
-from celora.tensors import Names, Tensors, mean, only, select
+from celora.marks import Received, RowCount
+from celora.tensors import Names, Tensors, only, select
 from celora.wire import record
 
 HALVES = ("B", "A")
@@ -49,7 +52,7 @@ class Local:
     """The client's last turn, the half that was frozen in it (everybody's), and the head where it is private."""
 
     turn: int
-    frozen: Tensors
+    frozen: Annotated[Tensors, Received()]
     mine: Tensors
 
 
@@ -72,21 +75,17 @@ class Up:
     """The half that was trained, with a shared head, and n_i."""
 
     weights: Tensors
-    examples: int
+    examples: RowCount
 
 
 @settings
-class RoLoRA:
+class RoLoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of B and of A in turns."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Chen et al., Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA (RoLoRA), "
         "NeurIPS 2025",
         link="https://arxiv.org/abs/2502.01755",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="B or A, head",
         sends="B or A",
@@ -127,17 +126,17 @@ class RoLoRA:
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train one half over the other."""
         (other,) = {*HALVES} - {down.half}
-        fitted = yield Fit(self.model(local, down), train=trained(self.head, other))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head, other))
         mine = select(fitted.weights, private(self.head, "A", "B"))
         kept = Local(down.turns + 1, select(fitted.weights, only(other)), mine)
         sent = select(fitted.weights, shared(self.head, down.half))
         return Trained(kept, Up(sent, learner.examples), fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """B ← Σ p_i B_i, or A ← Σ p_i A_i."""
         asked, turn = shared(self.head, HALVES[server.turns % 2]), server.turns + 1
-        average = mean((select(up.weights, asked), up.examples) for up in heard.values())
-        return Server({**server.weights, **average}, turn, {**server.heard, **dict.fromkeys(heard, turn)})
+        average = heard.mean(lambda up: select(up.weights, asked), lambda up: up.examples)
+        return Server({**server.weights, **average}, turn, {**server.heard, **dict.fromkeys(heard.clients, turn)})
 
     def model(self, local: Local, down: Down) -> Tensors:
         """What came down, over the half the client kept and its own head.

@@ -36,7 +36,7 @@ and scores; all clients hold one key, so a client that sides with the server giv
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
@@ -45,13 +45,16 @@ from pydantic import Field
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
-from celora.core.algorithm import AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
-from celora.core.learner import ClientUpdate, Fit, InputNorms, Learner
+from celora.core.aggregation import Heard
+from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate, Fit, InputNorms
 from celora.fields import Count, setting, settings
+from celora.marks import RowCount, SiteSecret
 from celora.maths.lowrank import Sum, truncated_svd
 from celora.privacy import ckks, keys
 from celora.privacy.order import Code
-from celora.tensors import Names, Tensors, mean, only, part, select
+from celora.tensors import Mean, Names, Tensors, only, part, select
 from celora.wire import record
 
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -119,7 +122,7 @@ class Up:
 
     weights: Tensors | None
     cipher: tuple[bytes, ...]
-    examples: int
+    examples: RowCount
     wishes: tuple[Tensor, ...]
     mark: bytes
 
@@ -130,17 +133,13 @@ class Up:
 
 
 @settings
-class SHELoRA:
+class SHELoRA(Algorithm[Server, Local, Down, Up]):
     """FedAvg of B A with the most sensitive columns of A encrypted, and clients of any rank."""
 
     info: ClassVar[AlgorithmInfo] = AlgorithmInfo(
         title="Liu et al., SHE-LoRA: Selective Homomorphic Encryption for Federated Tuning with Heterogeneous LoRA, "
         "ICLR 2026",
         link="https://arxiv.org/abs/2505.21051",
-        server=Server,
-        local=Local,
-        down=Down,
-        up=Up,
         private_bases=False,
         trains="A, B, head",
         sends="A but k columns, B, these encrypted; wishes once",
@@ -150,11 +149,12 @@ class SHELoRA:
         uplink="r(d + k), and 120 KiB for 4,096 encrypted numbers",
         floats=lambda r, d, k: r * (d + k),
         mixed_ranks=True,
+        aggregation="each",
     )
 
     head: Head = setting("shared", "the task head: private, shared (averaged, in clear) or frozen as drawn")
 
-    key: str | None = setting(
+    key: Annotated[str | None, SiteSecret()] = setting(
         None, "file with the clients' secret, the same at every client; none: a public one, for simulations only"
     )
     budget: tuple[Part, ...] = setting(
@@ -197,11 +197,11 @@ class SHELoRA:
 
     def train(self, learner: Learner, local: Local, down: Down) -> ClientUpdate[Trained[Local, Up]]:
         """Train both factors; the first time tell which columns to hide, from then on hide them."""
-        fitted = yield Fit(self.model(local, down), train=trained(self.head))
+        fitted = yield from Fit(self.model(local, down), train=trained(self.head))
         public = "key: none is given, so a public one is used: good for a simulation, and it protects nobody"
         notes = (public,) if self.key is None else ()
         if not down.agreed:
-            wishes = self.wishes(local, down.budget, fitted.weights, (yield InputNorms(self.calibration)))
+            wishes = self.wishes(local, down.budget, fitted.weights, (yield from InputNorms(self.calibration)))
             up = Up(None, (), learner.examples, wishes, keys.mark(_secret(local)))
             mine = select(fitted.weights, trained(self.head))
         else:
@@ -235,53 +235,39 @@ class SHELoRA:
         secret = _secret(local)
         return Up(sent, ckks.encrypt(secret, torch.cat(numbers)), examples, (), keys.mark(secret))
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
-        """At first the lists; then P, E and the head. Who has no part in them, or another key, is left out."""
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
+        """At first the lists; then P, E and the head. Who has no part in them, or another key, is left out.
+
+        A ciphertext can be weighted once, by p_i = n_i / Σ n: so replies are read twice, first for Σ n.
+        """
         if not server.agreed:
-            asked = [up for up in heard.values() if len(up.wishes) == server.modules]
+            asked = [up for _, up in heard.each() if len(up.wishes) == server.modules]
             if not asked:
                 return server
             mark = Counter(up.mark for up in asked).most_common(1)[0][0]
             return replace(server, agreed=self.merged([up.wishes for up in asked if up.mark == mark]), mark=mark)
         usable = {
             client: (up.examples, _rank(up.weights))
-            for client, up in heard.items()
+            for client, up in heard.each()
             if up.weights is not None and up.mark == server.mark and ckks.readable(up.cipher)
         }
         if not usable:
             return server
         total = sum(examples for examples, _ in usable.values())
-
-        def weighed() -> Iterator[tuple[Up, Tensors, float]]:
-            for client, (examples, _) in usable.items():
-                up = heard[client]
-                yield up, up.weights or {}, examples / total
-
+        plain, encrypted, heads = Plain(), ckks.WeightedSum(), Mean()
+        for client, up in heard.each():
+            if client in usable and up.weights is not None:
+                p = usable[client][0] / total
+                plain.add(up.weights, p)
+                encrypted.add(up.cipher, p)
+                heads.add(select(up.weights, only("head")), p)
         return replace(
             server,
-            weights={
-                **server.weights,
-                **self.plain(((weights, p) for _, weights, p in weighed()), server.rank),
-                **mean((select(weights, only("head")), p) for _, weights, p in weighed()),
-            },
-            cipher=ckks.weighted_sum((up.cipher, p) for up, _, p in weighed()),
+            weights={**server.weights, **plain.result(server.rank), **heads.result()},
+            cipher=encrypted.result(),
             covered=max(server.budgets[client] for client in usable),
             ranks={**server.ranks, **{client: rank for client, (_, rank) in usable.items()}},
         )
-
-    def plain(self, weighted: Iterable[tuple[Tensors, float]], rank: int) -> dict[str, Tensor]:
-        """Factors of P = Σ p_i B_i A'_i at the largest rank."""
-        sums: dict[str, Sum] = defaultdict(Sum)
-        dtypes: dict[str, torch.dtype] = {}
-        for weights, p in weighted:
-            for module, w in modules(weights).items():
-                sums[module].add(w["B"], w["A"], p)
-                dtypes[module] = w["A"].dtype
-        found: dict[str, Tensor] = {}
-        for module, total in sums.items():
-            b, a = (factor.to(dtypes[module]) for factor in truncated_svd(*total.factors(), rank))
-            found |= {f"{module}.A": a.contiguous(), f"{module}.B": b.contiguous()}
-        return found
 
     def merged(self, wishes: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """One list of codes for each module, as long as the longest wish: the server reads neither column nor score."""
@@ -321,6 +307,28 @@ class SHELoRA:
             b_i, a_i = truncated_svd(torch.cat(b, dim=1), torch.cat(rows), local.rank)
             merged |= {f"{module}.A": a_i.to(w["A"].dtype), f"{module}.B": b_i.to(w["B"].dtype)}
         return {**local.mine, **select(down.weights, only("head")), **merged}
+
+
+class Plain:
+    """P = Σ p_i B_i A'_i, one client after another."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Sum] = defaultdict(Sum)
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, weights: Tensors, p: float) -> None:
+        """One more client's B_i and A'_i."""
+        for module, w in modules(weights).items():
+            self._sums[module].add(w["B"], w["A"], p)
+            self._dtypes[module] = w["A"].dtype
+
+    def result(self, rank: int) -> dict[str, Tensor]:
+        """Its factors at this rank."""
+        found: dict[str, Tensor] = {}
+        for module, total in self._sums.items():
+            b, a = (factor.to(self._dtypes[module]) for factor in truncated_svd(*total.factors(), rank))
+            found |= {f"{module}.A": a.contiguous(), f"{module}.B": b.contiguous()}
+        return found
 
 
 def _rank(weights: Tensors) -> int:

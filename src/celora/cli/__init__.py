@@ -4,11 +4,11 @@ import atexit
 import gc
 import io
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+import celora
 from celora.cli import runs, sites
 from celora.exits import CODES
 
@@ -25,7 +25,7 @@ sites.add(app)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"celora {version('celora')}")
+        typer.echo(f"celora {celora.__version__}")
         raise typer.Exit
 
 
@@ -43,5 +43,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± or ▼ must not end a run
+    gc.disable()  # until `all_is_loaded`: it would search what is imported, in vain, a fifth of the time
     atexit.register(gc.freeze)  # else the interpreter searches all that torch and Flower have left: seconds, at the end
     app(prog_name="celora")

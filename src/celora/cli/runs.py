@@ -3,15 +3,17 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from celora import catalog, experiment
-from celora.cli.common import Config, Event, Group, Json, Out, Quiet, Sets, examples, follow, read, show_all
+from celora.cli.later import catalog, experiment, output
+from celora.cli.options import Config, Group, Json, Out, Quiet, Sets, examples, read
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
+from celora.experiment.engines import choices
+
+ENGINE_HELP = f"Where the clients are: {'; '.join(f'{name}, {place}' for name, place in choices().items())}."
 
 
 def add(app: typer.Typer) -> None:
@@ -40,15 +42,13 @@ def run(
     config: Config,
     sets: Sets = None,
     group: Group = None,
-    engine: Annotated[
-        str, typer.Option(metavar="embedded|flower-sim", help="Clients in this process, or in Flower's simulation.")
-    ] = "embedded",
+    engine: Annotated[str, typer.Option(metavar="|".join(choices()), help=ENGINE_HELP)] = "embedded",
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the experiment in CONFIG.toml, after its local-only twin of equal budget."""
-    follow(lambda log: experiment.run(read(config, sets, group), out, where=engine), as_json, quiet)
+    output.follow(lambda log: experiment.run(read(config, sets, group), out, engine=engine), as_json, quiet)
 
 
 def compare(
@@ -73,7 +73,7 @@ def compare(
 ) -> None:
     """Run several algorithms on the clients of CONFIG.toml, with every seed, and put them into one table."""
 
-    def start(log: experiment.Log) -> Iterator[Event]:
+    def start(log: experiment.Log) -> Iterator[dict[str, Any]]:
         labels, numbers, problems = _words(algorithms), _seeds(seeds), list[str]()
         if not labels:
             problems.append(f"--algorithms: found {algorithms!r}, expected names such as fedit,ce-lora")
@@ -84,7 +84,7 @@ def compare(
         chosen = read(config, sets, group)
         return experiment.compare(chosen, labels, numbers or [chosen.plan.seed], out, match=match)
 
-    follow(start, as_json, quiet)
+    output.follow(start, as_json, quiet)
 
 
 def resume(
@@ -94,7 +94,7 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Continue the run or comparison in RUN after its last whole round, as if it had never stopped."""
-    follow(lambda log: experiment.resume(folder, log), as_json, quiet)
+    output.follow(lambda log: experiment.resume(folder, log), as_json, quiet)
 
 
 def list_(
@@ -108,11 +108,10 @@ def list_(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     elif names:
-        show_all(*(part for entry in found for part in catalog.page(entry)))
+        output.show_all(*(part for entry in found for part in catalog.page(entry)))
     else:
-        show_all(
-            catalog.table(found), Text("celora list NAME shows its paper, its records and its settings"), wrap=True
-        )
+        more = "celora list NAME shows its paper, its records and its settings"
+        output.show_all(catalog.table(found), more, wrap=True)
 
 
 def _words(text: str) -> list[str]:

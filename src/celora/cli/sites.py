@@ -1,30 +1,25 @@
 """The commands of a federation of real sites: server, site, keys."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
 import signal
 import threading
-from collections.abc import Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
-from celora import experiment
-from celora.cli.common import Config, Json, Out, Quiet, Sets, examples, follow, read, show_all
+from celora.cli import later
+from celora.cli.later import experiment, output
+from celora.cli.options import Config, Json, Out, Quiet, Sets, examples, read
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
-from celora.site.ledger import Entry, Ledger
 from celora.track.text import printable
-
-if TYPE_CHECKING:
-    from celora.experiment.client import Join
 
 Secret = Annotated[
     Path | None,
@@ -74,6 +69,7 @@ def add(app: typer.Typer) -> None:
     made = typer.Typer(no_args_is_help=True, help="Make keys and certificates.")
     made.command("dev", epilog=examples("celora keys dev --out keys --sites site-a,site-b --host 127.0.0.1"))(dev)
     made.command("site", epilog=examples("celora keys site --out keys --name site-a"))(own)
+    made.command("secret", epilog=examples("celora keys secret shared.secret"))(secret)
     app.add_typer(made, name="keys")
 
 
@@ -106,10 +102,10 @@ def server(
             expected = int(words[0]) if len(words) == 1 and words[0].isdecimal() else words
         if insecure and not expected:
             raise ConfigError(["--clients: with --insecure, say whom to wait for (a,b,c), or how many"])
-        where = experiment.Listen(listen, None if keys is None else str(keys.resolve()), expected, wait)
-        return experiment.run(read(config, sets), out, where=where, log=log)
+        engine = later.server.SitesEngine(listen, None if keys is None else str(keys.resolve()), expected, wait)
+        return experiment.run(read(config, sets), out, engine=engine, log=log)
 
-    follow(start, as_json, quiet)
+    output.follow(start, as_json, quiet)
 
 
 def site(
@@ -131,11 +127,10 @@ def site(
     if context.invoked_subcommand is not None:
         return
     with explained(SessionState(), as_json=False), _stopping() as stop:
-        from celora.experiment.client import join  # noqa: PLC0415  # an extra
-
         os.umask(0o077)  # what this process writes is its owner's
         taking = _join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure)
-        join(taking, stop, _stamped, once=once)
+        later.all_is_loaded()
+        later.client.join(taking, stop, _stamped, once=once)
 
 
 def check(
@@ -154,15 +149,14 @@ def check(
 ) -> None:
     """Look at everything that could stand in the way of taking part; exit code 2 if something does."""
     with explained(SessionState(), as_json=as_json):
-        from celora.experiment.client import check as look  # noqa: PLC0415  # an extra
-        from celora.site.check import passed, report  # noqa: PLC0415
-
-        findings = look(_join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure))
+        findings = later.client.check(
+            _join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure)
+        )
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
-        show_all(report(findings), wrap=True)
-    if not passed(findings):
+        output.show_all(later.check.report(findings), wrap=True)
+    if not later.check.passed(findings):
         raise typer.Exit(2)
 
 
@@ -173,12 +167,12 @@ def ledger(*, state: State = None, as_json: Json = False) -> None:
             raise ConfigError(
                 [f"--state: found no ledger in {state or 'no folder'}, expected the one of `celora site`"]
             )
-        book = Ledger(state / "ledger.jsonl")
+        book = later.ledger.Ledger(state / "ledger.jsonl")
         entries, problems = list(book.entries()), book.verify()
     if as_json:
         typer.echo(json.dumps({"frames": [dataclasses.asdict(e) for e in entries], "problems": problems}, indent=2))
     else:
-        show_all(ledger_table(entries), *map(Text, problems or ["the chain of lines is whole"]))
+        output.show_all(output.ledger_table(entries), *(problems or ["the chain of lines is whole"]))
     if problems:
         raise typer.Exit(2)
 
@@ -193,9 +187,7 @@ def dev(
     """A development CA, a server certificate and a key pair for each site, in one folder: to try things out."""
     with explained(SessionState(), as_json=False):
         names, hosts = ([word.strip() for word in text.split(",") if word.strip()] for text in (sites, host))
-        from celora.site.certificates import development  # noqa: PLC0415  # an extra
-
-        for path in development(out, names, hosts, days):
+        for path in later.certificates.development(out, names, hosts, days):
             typer.echo(path)
 
 
@@ -206,9 +198,17 @@ def own(
 ) -> None:
     """A site's own key pair: site.key stays there, NAME.pub goes to the server's operator."""
     with explained(SessionState(), as_json=False):
-        from celora.site.certificates import site_key  # noqa: PLC0415  # an extra
+        typer.echo(f"{later.certificates.site_key(out, name)}\n{out / name}.pub")
 
-        typer.echo(f"{site_key(out, name)}\n{out / name}.pub")
+
+def secret(
+    *,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A new file, for every site and never for the server.")],
+) -> None:
+    """The key that all sites share where the algorithm encrypts (she-lora); each site names it with --secret."""
+    with explained(SessionState(), as_json=False):
+        later.keys.make(path)
+        typer.echo(path)
 
 
 def _join(
@@ -223,7 +223,7 @@ def _join(
     secret: Path | None,
     *,
     insecure: bool,
-) -> "Join":
+) -> later.client.Join:
     given = {"--data": data, "--state": state, "--server": server}
     problems = [f"{option}: missing, see `celora site --help`" for option, value in given.items() if value is None]
     if (keys is None) != insecure:
@@ -232,9 +232,7 @@ def _join(
         problems.append("--name: with --insecure, say which client this is")
     if problems or data is None or state is None or server is None:
         raise ConfigError(problems)
-    from celora.experiment.client import Join, SiteData  # noqa: PLC0415  # an extra
-
-    return Join(SiteData(data, test, backbone, secret), server, state, keys, policy, name)
+    return later.client.Join(later.client.SiteData(data, test, backbone, secret), server, state, keys, policy, name)
 
 
 @contextmanager
@@ -254,23 +252,6 @@ def _stopping() -> Any:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def ledger_table(entries: Sequence[Entry]) -> Table:
-    """A row for each frame that left, and what they come to."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_footer=True)
-    total = f"{sum(entry.bytes for entry in entries):,}"
-    table.add_column("time", footer=f"{len(entries)} frames")
-    for name in ("federation", "job", "client"):
-        table.add_column(name, overflow="fold")
-    table.add_column("round", justify="right")
-    table.add_column("kind", overflow="fold")
-    table.add_column("bytes", justify="right", footer=total)
-    table.add_column("SHA-256")
-    for e in entries:
-        cells = (e.time, e.federation, e.job, e.client, str(e.round), e.kind, f"{e.bytes:,}", e.sha256[:16])
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    return table
 
 
 def _stamped(text: str) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from celora.tensors import Tensors, part
+from celora.tensors import Tensors, is_head, part
 
 Draw = Literal["down", "up", "core", "zero", "one", "kaiming", "rows", "columns"]
 """How a part starts: A, B and C as `adapter.init` says ("down", "up", "core"); 0 or 1; as a linear layer's weight
@@ -92,7 +92,7 @@ def modules(weights: Tensors) -> dict[str, dict[str, Tensor]]:
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights.items():
-        if part(name) != "head":
+        if not is_head(name):
             module, _, of = name.rpartition(".")
             found.setdefault(module, {})[of] = weight
     return found

@@ -4,19 +4,25 @@
     S = server_init(weights, clients)               L = client_init(learner)
     D = send(S, client)          -- frame -->       predicts with model(L, D)            "received"
                                  <-- frame --       Trained(L, U, model) = train(learner, L, D)   "personal"
-    S = aggregate(S, {client: U})
+    S = aggregate(S, heard)                         heard: means of all U, or each
 
 What lasts is a record (`celora.wire.record`); what must not cross is in L, and only there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import typing
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from celora.core.adapters import Family
-from celora.core.learner import ClientUpdate, Learner
+from celora.core.aggregation import Aggregation, Heard
+from celora.core.learner import Learner
+from celora.core.problems import ClientUpdate
+from celora.core.task import Trait
+from celora.marks import DataSummary, MixingMatrix, marked
 from celora.tensors import Names, Tensors, but, only
 from celora.wire import record
 
@@ -37,7 +43,6 @@ class AlgorithmInfo:
     Attributes:
         title: of the paper, with authors, venue and year.
         link: to the paper; empty where there is none.
-        server, local, down, up: the record types.
         private_bases: whether each client may draw A and B from a secret of its own; False where the method needs
             the same A everywhere.
         trains, sends, gets, keeps, remembers: what is trained, goes up, comes down, stays at the client and lasts on
@@ -48,14 +53,13 @@ class AlgorithmInfo:
         mixed_ranks: whether each client may have a rank of its own.
         partial: whether a client may send some of what is shared, and not all.
         own_models: whether it also works where a client's whole model is its own, the adapter standing beside its head.
+        server, local, down, up: the record types, as `class FedIT(Algorithm[Server, Local, Down, Up])` says them.
+        needs: what the task must have for it: rows that fall into classes, a trainable head.
+        aggregation: what the server reads of the replies: "mean", nothing but means of them; or "each" of them.
     """
 
     title: str
     link: str
-    server: type
-    local: type
-    down: type
-    up: type
     private_bases: bool
     trains: str
     sends: str
@@ -67,6 +71,37 @@ class AlgorithmInfo:
     mixed_ranks: bool = False
     partial: bool = False
     own_models: bool = False
+    needs: frozenset[Trait] = frozenset()
+    aggregation: Aggregation = "mean"
+    server: type = field(init=False, repr=False, compare=False)
+    local: type = field(init=False, repr=False, compare=False)
+    down: type = field(init=False, repr=False, compare=False)
+    up: type = field(init=False, repr=False, compare=False)
+
+    def __set_name__(self, algorithm: type, name: str) -> None:
+        """Python calls this when the algorithm's class is built: its records are read off its bases.
+
+        Raises:
+            TypeError: if the class does not inherit `Algorithm[Server, Local, Down, Up]`.
+        """
+        if "server" in vars(self):  # the same card at another class, a subclass for example
+            return
+        bases = [base for kind in algorithm.__mro__ for base in vars(kind).get("__orig_bases__", ())]
+        records = next((typing.get_args(base) for base in bases if typing.get_origin(base) is Algorithm), ())
+        if len(records) != 4:
+            raise TypeError(f"expected class {algorithm.__name__}(Algorithm[Server, Local, Down, Up])")
+        for role, kind in zip(("server", "local", "down", "up"), records, strict=True):
+            object.__setattr__(self, role, kind)
+
+    @property
+    def data_summary(self) -> bool:
+        """Whether a client may be asked for a summary of its data."""
+        return bool(marked(self.up, DataSummary))
+
+    @property
+    def mixing_matrix(self) -> bool:
+        """Whether the server says who learned from whom."""
+        return bool(marked(self.server, MixingMatrix))
 
 
 @dataclass(frozen=True)
@@ -86,43 +121,83 @@ class Trained(Generic[L, U]):
     notes: tuple[str, ...] = ()
 
 
+class AdapterSettings(Protocol):
+    """What an algorithm may read of the section `[adapter]` to see whether its own settings go with it."""
+
+    @property
+    def rank(self) -> int:
+        """r; where clients have ranks of their own, the largest of them."""
+
+    @property
+    def init(self) -> str:
+        """How A and B start: "kaiming", "normal" or "orthonormal"."""
+
+    @property
+    def bases(self) -> str:
+        """Whether all draw the same A and B ("shared"), or each client its own ("secret")."""
+
+    @property
+    def ranks(self) -> Mapping[str, int] | tuple[int, ...] | None:
+        """The ranks of clients that have one of their own, by client or in tiers; None where all have `rank`."""
+
+
 class Algorithm(Protocol[S, L, D, U]):
-    """Six pure methods over four records; nothing handed in is changed, nothing is remembered in `self`."""
+    """Six pure methods over four records; nothing handed in is changed, nothing is remembered in `self`.
+
+    An algorithm names its records as it inherits: `class FedIT(Algorithm[Server, Local, Down, Up])`.
+    """
 
     info: ClassVar[AlgorithmInfo]
 
     @property
+    @abstractmethod
     def family(self) -> Family:
         """What stands at an adapted module."""
 
     @property
+    @abstractmethod
     def head(self) -> Head:
         """What happens to the task head."""
 
     @property
+    @abstractmethod
     def shares(self) -> Names:
         """The weights that travel; every reply must hold exactly these."""
 
+    @abstractmethod
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> S:
         """The server's state before round 1, from the weights everybody starts from; `clients`: all there are."""
 
+    @abstractmethod
     def client_init(self, learner: Learner) -> L:
         """A client's private state before its first turn."""
 
+    @abstractmethod
     def send(self, server: S, client: ClientId) -> D:
         """What the server sends to a client."""
 
+    @abstractmethod
     def train(self, learner: Learner, local: L, down: D) -> ClientUpdate[Trained[L, U]]:
         """A client's turn: yields `Fit` problems and returns what it keeps, sends and predicts with."""
 
-    def aggregate(self, server: S, heard: Mapping[ClientId, U]) -> S:
-        """The server's next state from the replies that passed the screen, sorted by client.
+    @abstractmethod
+    def aggregate(self, server: S, heard: Heard[U]) -> S:
+        """The server's next state from the replies that pass the screen, sorted by client.
 
-        `heard` unpacks a reply each time it is asked for it: go through it once, and keep no more of it than needed.
+        Replies are unpacked as they are read: go through `heard` once, and keep no more of it than needed.
         """
 
+    @abstractmethod
     def model(self, local: L, down: D) -> Tensors:
         """What a client predicts with right after download; missing names take the `initial` value."""
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """Why these settings do not go together although each is fine alone, a sentence each; by default they do.
+
+        Args:
+            own_models: whether each client has a whole model of its own, the adapter standing beside its head.
+        """
+        return iter(())
 
 
 AnyAlgorithm = Algorithm[Any, Any, Any, Any]
@@ -147,7 +222,7 @@ def private(head: Head, *shared_or_frozen: str) -> Names:
 class Mixing:
     """Who learned from whom: client i received Σ_n weights[i, n] · what client neighbours[i, n] sent.
 
-    A server record that holds one gets it written to the run folder after each round.
+    A field `Annotated[Mixing, MixingMatrix()]` of the server's record is written to the run folder after each round.
 
     Raises:
         ValueError: if shapes disagree.

@@ -1,39 +1,65 @@
 """The client's side of a round: `answer` takes an instruction, reads and leaves private state, and gives the reply."""
 
 from celora.core.algorithm import AnyAlgorithm, Trained
-from celora.core.learner import ClientUpdate, Fitted, Gradient, GradientResult, Learner, Metrics, Score
-from celora.core.messages import ClientStore, Instruction, KeptModel, Moment, Notes, Reply, unpacked
+from celora.core.channel import NOTHING_KEPT, Channel, ChannelState, encode, receive, wire
+from celora.core.client_state import (
+    NOTES,
+    ClientStore,
+    KeptModel,
+    Moment,
+    Notes,
+    StateKey,
+    channel_states,
+    kept_models,
+    notes_in,
+    private_states,
+    unpacked,
+)
+from celora.core.learner import Learner, Metrics
+from celora.core.messages import Instruction, Reply
+from celora.core.problems import ClientUpdate, Gradient, Score
 from celora.core.screen import not_finite
+from celora.core.training import Fitted, GradientResult
 from celora.errors import WireError
 from celora.tensors import Tensors
 from celora.wire import Schema, pack, unpack
 
-PRIVATE = "private@"
-MODELS = ("received@", "personal@")
+REPORTED = ("rows", "score", "loss")
+"""What is reported of a model in each round; on test, once, all metrics of the task are."""
 
 
 def answer(
-    algorithm: AnyAlgorithm, learner: Learner, instruction: Instruction, store: ClientStore, schema: Schema
+    algorithm: AnyAlgorithm,
+    learner: Learner,
+    instruction: Instruction,
+    store: ClientStore,
+    schema: Schema,
+    channel: Channel = (),
 ) -> ClientUpdate[Reply]:
-    """A client's whole turn, from instruction to reply; what it keeps is read from and left in `store`, unpacked."""
+    """A client's whole turn, from instruction to reply; what it keeps is read from and left in `store`, unpacked.
+
+    Raises:
+        PolicyError: if a stage of the channel refuses what came down or what is to be sent.
+    """
     tested: dict[str, Metrics] = {}
     if instruction.task == "test":
         for name in [name for name in instruction.keep if name in store]:
-            tested[name] = yield Score(unpacked(KeptModel, store[name], schema).weights, "test")
+            tested[name] = yield from Score(unpacked(KeptModel, store[name], schema).weights, "test")
         return Reply(b"", tested, None)
-    for name in [name for name in store if name.startswith(MODELS) and name not in instruction.keep]:
-        del store[name]
-    down: object = unpack(algorithm.info.down, instruction.frame, schema)
+    for model in kept_models(store):
+        if model.name not in instruction.keep:
+            del store[model.name]
+    received: object = unpack(algorithm.info.down, instruction.frame, schema)
+    down = receive(channel, received)
     base = _base(store, instruction.round)
-    local: object = (
-        algorithm.client_init(learner) if base is None else unpacked(algorithm.info.local, store[base], schema)
-    )
+    local: object = unpacked(algorithm.info.local, store[base.name], schema) if base else algorithm.client_init(learner)
     scores: dict[str, Metrics] = {}
 
     def evaluate(moment: Moment, round: int, weights: Tensors) -> ClientUpdate[None]:
         complete = {**learner.initial, **weights}
-        scores[moment] = yield Score(complete, "validation")
-        store[f"{moment}@{round}"] = KeptModel(complete)
+        metrics = yield from Score(complete, "validation")
+        scores[moment] = {name: metrics[name] for name in REPORTED if name in metrics}
+        store[StateKey(moment, round).name] = KeptModel(complete)
 
     if instruction.evaluate:
         yield from evaluate("received", instruction.round - 1, algorithm.model(local, down))
@@ -46,29 +72,38 @@ def answer(
         yield from evaluate("personal", instruction.round, trained.model)
     if instruction.task == "evaluate":
         return Reply(b"", scores, None)
-    for name in [name for name in store if name.startswith(PRIVATE) and name != base]:
-        del store[name]
-    store[f"{PRIVATE}{instruction.round}"] = trained.local
+    before = channel_state(store, base.round if base else 0, schema)
+    up, state = encode(channel, trained.up, received, learner.initial, before)
+    for key in (*private_states(store), *channel_states(store)):
+        if base is None or key.round != base.round:
+            del store[key.name]
+    if state is not NOTHING_KEPT:  # before the private state, so that one that is whole has its other half
+        store[StateKey("channel", instruction.round).name] = state
+    store[StateKey("private", instruction.round).name] = trained.local
     if trained.notes:
-        told = unpacked(Notes, store.get("notes", Notes(())), schema).lines
-        store["notes"] = Notes(tuple(dict.fromkeys([*told, *trained.notes])))
-    return Reply(pack(trained.up, schema), scores, None)
+        store[NOTES] = Notes(tuple(dict.fromkeys([*notes_in(store, schema), *trained.notes])))
+    return Reply(pack(up, wire(channel, schema)), scores, None)
 
 
-def _base(store: ClientStore, round: int) -> str | None:
-    """The name of the private state to start a round from: the last one of an earlier round.
+def channel_state(store: ClientStore, round: int, schema: Schema) -> ChannelState:
+    """What the stages of the channel left at the client in a round."""
+    return unpacked(ChannelState, store.get(StateKey("channel", round).name, NOTHING_KEPT), schema)
 
-    A round may be asked for twice (its quorum was missed, the server fell over): what the first attempt left is then
+
+def _base(store: ClientStore, round: int) -> StateKey | None:
+    """The private state that a round starts from: the last one of an earlier round; None before the first.
+
+    A round may be asked for twice (its quorum was missed, or the server fell over). What the first attempt left is then
     passed over, so that nobody trains twice.
 
     Raises:
         WireError: if all that is kept is of later rounds: the server has gone back further than one.
     """
-    rounds = [int(name.removeprefix(PRIVATE)) for name in store if name.startswith(PRIVATE)]
-    earlier = [kept for kept in rounds if kept < round]
-    if len(rounds) > 1 and not earlier:
+    states = private_states(store)
+    earlier = [state for state in states if state.round < round]
+    if len(states) > 1 and not earlier:
         raise WireError(f"the private state here is newer than round {round}: resume from a later checkpoint")
-    return f"{PRIVATE}{max(earlier)}" if earlier else None
+    return earlier[-1] if earlier else None
 
 
 def _metered(turn: ClientUpdate[Trained[object, object]]) -> ClientUpdate[tuple[Trained[object, object], Metrics]]:

@@ -1,28 +1,18 @@
-"""What server and clients say to each other, what each remembers, and the plan they follow."""
+"""What server and clients send each other, what the server remembers, and the plan that they follow.
 
-from collections.abc import Callable, Mapping, MutableMapping
+What a client keeps is in `celora.core.client_state`.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, cast
+from typing import Literal
 
 from celora.core.algorithm import ClientId
 from celora.core.learner import Metrics
 from celora.fields import Count, Positive, setting, settings
-from celora.tensors import Tensors
-from celora.wire import Schema, pack, record, unpack
+from celora.wire import record
 
-T = TypeVar("T")
-
-Moment = Literal["received", "personal"]
 Task = Literal["train", "evaluate", "close", "test"]
-ClientStore = MutableMapping[str, object]
-"""What a client keeps at its site, each a record or, as it comes from disk, its frame (`unpacked`, `frame_of`):
-
-    private@3                 its private state after round 3; of the last two rounds in which it trained
-    received@2, personal@3    its `KeptModel` at the moments worth keeping
-    notes                     `Notes`
-
-Nothing on a store is ever changed: a new value takes the place of the old one.
-"""
 
 
 @settings
@@ -47,7 +37,7 @@ class Instruction:
             "close": only receive the last aggregate; "test": score kept models on the test split.
         frame: the downlink record, packed; empty for "test".
         evaluate: whether both moments are scored on the validation split.
-        keep: names of the models to keep (or to test), such as "personal@7"; others may be forgotten.
+        keep: names (`StateKey.name`) of the models to keep or to test, such as "personal@7"; others may be forgotten.
         deadline: seconds.
     """
 
@@ -69,34 +59,6 @@ class Reply:
 
 
 Exchange = Callable[[Mapping[ClientId, Instruction]], Mapping[ClientId, Reply]]
-
-
-@record
-class KeptModel:
-    """All weights a client predicts with at one moment; stays on the client's store."""
-
-    weights: Tensors
-
-
-@record
-class Notes:
-    """What the client was told, never sent."""
-
-    lines: tuple[str, ...]
-
-
-def unpacked(kind: type[T], kept: object, schema: Schema) -> T:
-    """The record that is kept, whether it is kept as a record or as its frame.
-
-    Raises:
-        WireError: if it is a frame that cannot be read.
-    """
-    return unpack(kind, kept, schema) if isinstance(kept, bytes) else cast(T, kept)
-
-
-def frame_of(kept: object, schema: Schema) -> bytes:
-    """The frame of what is kept, for whoever needs bytes: the disk."""
-    return kept if isinstance(kept, bytes) else pack(kept, schema)
 
 
 @record

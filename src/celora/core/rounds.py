@@ -10,18 +10,22 @@ from them dropped out. In process, on a network, or with a fault in between: to 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
+from celora.core.aggregation import Heard, MeanStage
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.channel import Channel
+from celora.core.client_state import MOMENTS, StateKey
+from celora.core.intake import Intake, downlink
 from celora.core.learner import Metrics
-from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Reply, Round, Task, Traffic
-from celora.core.screen import odd_score, screen
-from celora.errors import QuorumError, WireError
+from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Round, Task, Traffic
+from celora.core.metrics import ACCURACY, Metric
+from celora.core.screen import odd_score
+from celora.errors import QuorumError
 from celora.rng import generator
 from celora.tensors import Tensors
-from celora.wire import Schema, contents, pack, unpack
+from celora.wire import Schema, pack, unpack
 
 
 def run_rounds(
@@ -31,16 +35,28 @@ def run_rounds(
     clients: Sequence[ClientId],
     initial: Tensors,
     checkpoint: Checkpoint | None = None,
+    headline: Metric = ACCURACY,
+    channel: Channel = (),
+    mean_stage: MeanStage | None = None,
 ) -> Iterator[Round]:
     """Train, round by round, from the start or from a checkpoint; the caller owns the loop.
 
     Args:
         initial: every weight at round 0, as the clients' `Learner.initial` (private bases excepted).
+        headline: what the clients' scores are of; the best round is chosen by it.
+        channel: the stages that what the clients send has gone through.
+        mean_stage: what every mean over clients passes before the algorithm uses it.
 
     Raises:
+        ValueError: before round 1, if there is a stage and the algorithm reads each reply, which no stage covers.
         QuorumError: when a round brings fewer usable replies than `plan.quorum`. The state is that of the round
             before; running again from its checkpoint repeats the round.
     """
+    if mean_stage is not None and algorithm.info.aggregation != "mean":
+        raise ValueError(
+            f"found a stage for the means of {type(algorithm).__name__}, whose server reads each reply, which no stage "
+            'covers; leave the stage out, or take an algorithm whose info says aggregation = "mean"'
+        )
     schema = Schema.of(initial)
     if checkpoint is None:
         server, best, done = algorithm.server_init(initial, clients), dict[str, Best](), 0
@@ -52,9 +68,8 @@ def run_rounds(
         closing = index > plan.rounds
         evaluate = closing or index % plan.evaluate_every == 0 or index == plan.rounds
         drawn = [] if closing else _draw(plan, clients, index)
-        keep = tuple(f"{moment}@{b.round}" for moment, b in best.items()) + (
-            (f"personal@{plan.rounds}",) if closing else ()
-        )
+        kept = [StateKey(moment, best[moment].round) for moment in MOMENTS if moment in best]
+        keep = tuple(key.name for key in [*kept, *([StateKey("personal", plan.rounds)] if closing else [])])
         instructions: dict[ClientId, Instruction] = {}
         traffic: dict[ClientId, Traffic] = {}
         frames: dict[bytes, bytes] = {}
@@ -64,37 +79,19 @@ def run_rounds(
             frame = pack(down, schema)
             frame = frames.setdefault(frame, frame)  # what is sent to all is in memory once
             instructions[client] = Instruction(index, task, frame, evaluate, keep, plan.deadline)
-            traffic[client] = _downlink(frame, down)
+            traffic[client] = downlink(frame, down)
         replies = exchange(instructions)
-        heard: list[ClientId] = []
-        excluded: dict[ClientId, str] = {}
-        scores: dict[ClientId, Mapping[str, Metrics]] = {}
-        for client in sorted(instructions):  # one reply at a time: of a thousand, no two need be in memory
-            reply = replies.get(client)
-            up, problem = _hear(algorithm, schema, instructions[client], reply, plan)
-            if problem is not None:
-                excluded[client] = problem
-            elif instructions[client].task == "train":
-                heard.append(client)
-            if reply is not None:
-                traffic[client] = _uplink(traffic[client], reply, up)
-                if reply.scores and not odd_score(reply.scores):
-                    scores[client] = reply.scores
-        if len(heard) < (0 if closing else plan.quorum):
-            reasons = "; ".join(f"{client}: {why}" for client, why in excluded.items())
-            raise QuorumError(
-                f"round {index}: {len(heard)} usable replies, the quorum is {plan.quorum} ({reasons}). "
-                "Nothing of this round was kept; mend the clients and resume the run."
-            )
-        if heard:
-            server = algorithm.aggregate(server, _Heard(algorithm.info.up, replies, heard, schema))
-        best = improved(best, index, scores)
+        intake = Intake(algorithm, initial, channel, plan, headline, index, instructions, replies, traffic)
+        if not closing:
+            server = algorithm.aggregate(server, Heard(intake, algorithm.info.aggregation, mean_stage))
+        heard = tuple(intake)  # what `aggregate` has not read is screened now
+        best = improved(best, index, intake.scores, headline)
         yield Round(
             index=index,
-            heard=tuple(heard),
-            excluded=excluded,
-            scores=scores,
-            traffic=traffic,
+            heard=heard,
+            excluded=intake.excluded,
+            scores=intake.scores,
+            traffic=intake.traffic,
             seconds=time.monotonic() - began,
             server=server,
             checkpoint=Checkpoint(index, pack(server, schema), best),
@@ -108,41 +105,12 @@ def _draw(plan: Plan, clients: Sequence[ClientId], index: int) -> list[ClientId]
     return sorted(clients[position] for position in order[:count])
 
 
-def _hear(
-    algorithm: AnyAlgorithm, schema: Schema, instruction: Instruction, reply: Reply | None, plan: Plan
-) -> tuple[object, str | None]:
-    """What a client sent, if it can be read, and why it cannot be aggregated."""
-    if reply is None:
-        return None, "no reply" + (f" within {plan.deadline:g} s" if plan.deadline else "")
-    if (problem := reply.error or odd_score(reply.scores)) is not None or instruction.task != "train":
-        return None, problem
-    try:
-        up: object = unpack(algorithm.info.up, reply.frame, schema)
-    except WireError as error:
-        return None, str(error)
-    info = algorithm.info
-    return up, screen(up, schema, algorithm.shares, mixed_ranks=info.mixed_ranks, partial=info.partial)
-
-
-class _Heard(Mapping[ClientId, object]):
-    """What the clients sent, unpacked when it is asked for: an average needs one of them at a time."""
-
-    def __init__(self, kind: type, replies: Mapping[ClientId, Reply], clients: Sequence[ClientId], schema: Schema):
-        self._kind, self._replies, self._clients, self._schema = kind, replies, dict.fromkeys(clients), schema
-
-    def __getitem__(self, client: ClientId) -> object:
-        if client not in self._clients:
-            raise KeyError(client)
-        return unpack(self._kind, self._replies[client].frame, self._schema)
-
-    def __iter__(self) -> Iterator[ClientId]:
-        return iter(self._clients)
-
-    def __len__(self) -> int:
-        return len(self._clients)
-
-
-def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Mapping[str, Metrics]]) -> dict[str, Best]:
+def improved(
+    best: Mapping[str, Best],
+    index: int,
+    scores: Mapping[ClientId, Mapping[str, Metrics]],
+    headline: Metric = ACCURACY,
+) -> dict[str, Best]:
     """The standings after a round: per moment, the round with the best mean validation score.
 
     A mean over more clients goes before a mean over fewer, so that a round in which weak clients dropped out cannot
@@ -156,40 +124,21 @@ def improved(best: Mapping[str, Best], index: int, scores: Mapping[ClientId, Map
             continue
         candidate = Best(of_round, sum(values) / len(values), len(values))
         held = best.get(moment)
-        if held is None or (candidate.clients, candidate.score) > (held.clients, held.score):
+        if held is None or _standing(candidate, headline) > _standing(held, headline):
             now[moment] = candidate
     return now
 
 
-def _downlink(frame: bytes, down: object) -> Traffic:
-    size = _payload(down)
-    return Traffic(down_payload=size["adapter"], down_frame=len(frame), head_down=size["head"])
+def _standing(of: Best, headline: Metric) -> tuple[int, float]:
+    return of.clients, headline.goodness(of.score)
 
 
-def _uplink(traffic: Traffic, reply: Reply, up: object) -> Traffic:
-    """With what came back; of a frame that could not be read its length is known, and not what is in it."""
-    size = _payload(up)
-    return replace(
-        traffic,
-        up_payload=size["adapter"],
-        up_frame=len(reply.frame),
-        head_up=size["head"],
-        summary=size["summary"],
-        report=len(pack(Reply(b"", reply.scores, reply.error))),
-    )
-
-
-def _payload(value: object) -> dict[str, int]:
-    """Tensor bytes in a record by what they are of: a field called `summary`, a tensor called `head.*`, the adapter."""
-    total = {"adapter": 0, "head": 0, "summary": 0}
-    for path, size in contents(value):
-        of_head = any(step.startswith("head.") for step in path)
-        total["summary" if path[0] == "summary" else "head" if of_head else "adapter"] += size
-    return total
-
-
-def test(
-    exchange: Exchange, plan: Plan, clients: Sequence[ClientId], names: Sequence[str]
+def score_on_test(
+    exchange: Exchange,
+    plan: Plan,
+    clients: Sequence[ClientId],
+    names: Sequence[str],
+    headline: Metric = ACCURACY,
 ) -> dict[ClientId, Mapping[str, Metrics]]:
     """Score kept models (`names`, such as "personal@7") on each client's test split: once, after all choices.
 
@@ -202,7 +151,7 @@ def test(
     instruction = Instruction(plan.rounds + 2, "test", b"", evaluate=False, keep=tuple(names), deadline=None)
     replies = exchange(dict.fromkeys(clients, instruction))
     found = {client: replies[client] for client in clients if client in replies}
-    problems = {client: reply.error or odd_score(reply.scores) for client, reply in found.items()}
+    problems = {client: reply.error or odd_score(reply.scores, headline) for client, reply in found.items()}
     scores = {client: reply.scores for client, reply in found.items() if problems[client] is None}
     if len(scores) < min(plan.quorum, len(clients)):
         why = "; ".join(f"{client}: {problems.get(client) or 'no reply'}" for client in clients if client not in scores)

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from celora.core.metrics import ACCURACY, Metric
+from celora.marks import Bounded, marked_values
 from celora.tensors import Names, Tensors
 from celora.wire import Schema
-
-MOST_EXAMPLES = 10**9
-"""Rows a client may claim: an absurd weight would be the whole average."""
 
 
 def screen(
@@ -19,18 +18,19 @@ def screen(
 
     Args:
         up: the uplink record. A `Tensors` field must hold exactly the shared names, each with its dtype and shape; all
-            floating-point content must be finite; a field `examples` must be from 1 to 10⁹.
+            floating-point content must be finite; a number that is marked `Bounded` must be within its bounds.
         schema: the weights everybody starts from.
         shares: the names that travel.
         mixed_ranks: whether an A may have fewer rows, and its B as many fewer columns, than the schema says.
         partial: whether a reply may lack some of the shared names, though not all.
     """
+    for path, value, bounds in marked_values(up, Bounded):
+        if value is not None and not bounds.least <= value <= bounds.most:
+            found = str(value) if abs(value) < 10**12 else f"a number of {value.bit_length()} bits"
+            return f"{'.'.join(path)}: found {found}, expected {bounds.least} to {bounds.most}"
     expected = {name for name in schema.entries if shares(name)}
     for field in dataclasses.fields(up):  # type: ignore[arg-type]  # every record is a dataclass
         value = getattr(up, field.name)
-        if field.name == "examples" and not 1 <= value <= MOST_EXAMPLES:
-            found = str(value) if abs(value) < 10**12 else f"a number of {value.bit_length()} bits"
-            return f"examples: found {found}, expected 1 to {MOST_EXAMPLES}"
         if isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values()):
             if (missing := sorted(expected - set(value))) and not (partial and value):
                 return f"{field.name}: {len(missing)} of {len(expected)} tensors are missing (first: {missing[0]})"
@@ -75,9 +75,12 @@ def not_finite(value: object, where: str) -> str | None:
     return next((found for name, item in items.items() if (found := not_finite(item, name))), None)
 
 
-def odd_score(scores: Mapping[str, Mapping[str, float]]) -> str | None:
-    """Which score is none, or None: the best round is chosen by them, so one site must not choose it for all."""
+def odd_score(scores: Mapping[str, Mapping[str, float]], headline: Metric = ACCURACY) -> str | None:
+    """Name of the first score that the headline cannot have, or None.
+
+    The best round is chosen by scores, so one site must not choose it for all.
+    """
     for moment, metrics in scores.items():
-        if not 0 <= metrics.get("score", 0.0) <= 1:
-            return f"scores[{moment}]: found {metrics['score']:g}, expected 0 to 1"
+        if "score" in metrics and not headline.admits(metrics["score"]):
+            return f"scores[{moment}]: found {metrics['score']:g}, expected {headline.range}"
     return None

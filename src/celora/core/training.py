@@ -1,7 +1,8 @@
 """Local training and gradients, of one client or of many in one pass through the frozen backbone.
 
     active prefix      clients sorted by their number of steps; at step s those that still have a batch, a prefix
-    piece              a mini-batch, or each of its rows where they are of unlike length: a share of its mean loss
+    piece              a mini-batch, or each of its rows where they are of unlike length; its mean loss has a share in
+                       the batch's, by what counts in it: rows, or target tokens
     pass               pieces of like length of any of the active clients, up to the backbone's capacity
     stack              (m, n): a client's trained weights are a row; gradient, clipping and AdamW are per row
 
@@ -12,16 +13,16 @@ thousand where AdamW divides a tiny gradient by its own size.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from celora.core.learner import Batch, Fit, Fitted, Gradient, GradientResult, Learner
+from celora.core.learner import Batch, Learner, Losses, Metrics
 from celora.core.optim import AdamW, unflatten
 from celora.tensors import Names, Tensors, common, flatten
 
@@ -42,45 +43,82 @@ def caught(work: Callable[[], T]) -> T | Exception:
         return error
 
 
-def fit(learner: Learner, problem: Fit) -> Fitted:
-    """Minimise the learner's loss over the trained weights, as the recipe says.
+@dataclass(frozen=True)
+class Fitted:
+    """A solved `Fit`: all weights on the CPU, the trained ones new and detached; `metrics` holds loss and steps."""
 
-    Raises:
-        ValueError: if nothing is to be trained.
+    weights: dict[str, Tensor]
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class GradientResult:
+    """A solved `Gradient`: the loss (before any clipping, penalty or decay), and the gradient on the CPU."""
+
+    loss: float
+    gradient: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A `Fit` or a `Gradient` made ready.
+
+    Attributes:
+        start: all weights, on the learner's device.
+        shapes: of those with respect to which the loss is differentiated.
+        batches: the mini-batches, one a step.
+        penalty, objective: of a `Fit`.
+        along: of a `Gradient`.
     """
-    return _minimise([_Task.of(learner, problem)], whole=True)[0]
+
+    learner: Learner
+    start: Mapping[str, Tensor]
+    shapes: Mapping[str, torch.Size]
+    batches: Sequence[Batch]
+    penalty: Callable[[Tensors], Tensor] | None
+    objective: Callable[[Losses, Tensors], Tensor] | None
+    along: Tensors | None
+
+    @staticmethod
+    def of(
+        learner: Learner,
+        weights: Tensors,
+        names: Names,
+        batches: Iterable[Batch],
+        *,
+        penalty: Callable[[Tensors], Tensor] | None = None,
+        objective: Callable[[Losses, Tensors], Tensor] | None = None,
+        along: Tensors | None = None,
+    ) -> "Task":
+        """Weights that are missing take the learner's `initial` value.
+
+        Raises:
+            ValueError: if no weight is in `names`.
+        """
+        start = {name: w.to(learner.device) for name, w in {**learner.initial, **weights}.items()}
+        shapes = {name: w.shape for name, w in start.items() if names(name)}
+        if not shapes:
+            raise ValueError(f"nothing to train among {', '.join(start)}")
+        return Task(learner, start, shapes, list(batches), penalty, objective, along)
+
+    @property
+    def kind(self) -> Hashable:
+        """Tasks of one kind, of learners that share a backbone, can be stacked."""
+        shapes = tuple((name, w.shape) for name, w in self.start.items())
+        along = None if self.along is None else tuple(self.along)
+        return self.learner.recipe, tuple(self.shapes), shapes, self.objective, along
 
 
-def fit_together(problems: Sequence[tuple[Learner, Fit]]) -> list[Fitted | Exception]:
-    """Solve `Fit`s of learners that share a backbone; in place of a solution stands the exception it ended in.
+def stacked(tasks: Sequence[Task | Exception], work: Callable[..., list[T]]) -> list[T | Exception]:
+    """What `work` makes of the tasks, those together that can be stacked.
 
-    Those that train the same names with the same recipe are stacked. If a stack fails, each of its clients starts
-    again alone with the same mini-batches, so that only the culprit fails.
+    If a stack fails, each of its tasks is worked on alone, so that only the culprit fails.
     """
-    return _stacked([caught(partial(_Task.of, *problem)) for problem in problems], _minimise)
-
-
-def gradient_at(learner: Learner, problem: Gradient) -> GradientResult:
-    """A `Gradient`'s answer.
-
-    Raises:
-        ValueError: if there is nothing to differentiate with respect to.
-    """
-    return _gradients_at([_Task.at(learner, problem)], whole=True)[0]
-
-
-def gradients_together(problems: Sequence[tuple[Learner, Gradient]]) -> list[GradientResult | Exception]:
-    """Answer `Gradient`s of learners that share a backbone in as few passes as pay."""
-    return _stacked([caught(partial(_Task.at, *problem)) for problem in problems], _gradients_at)
-
-
-def _stacked(tasks: Sequence["_Task | Exception"], work: Callable[..., list[T]]) -> list[T | Exception]:
-    """What `work` makes of the tasks, those together that can be stacked."""
     done: dict[int, T | Exception] = {at: task for at, task in enumerate(tasks) if isinstance(task, Exception)}
     alike: dict[Hashable, list[int]] = {}
     for at, task in enumerate(tasks):
         if not isinstance(task, Exception):
-            alike.setdefault(task.kind if task.learner.shared else at, []).append(at)
+            alike.setdefault(task.kind, []).append(at)
     for group in alike.values():
         members = [task for at in group if not isinstance(task := tasks[at], Exception)]
         together = caught(partial(work, members))
@@ -91,52 +129,11 @@ def _stacked(tasks: Sequence["_Task | Exception"], work: Callable[..., list[T]])
     return [done[at] for at in range(len(tasks))]
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A problem made ready: where it is posed, with respect to which weights, and its mini-batches."""
-
-    learner: Learner
-    problem: Fit | Gradient
-    start: Mapping[str, Tensor]
-    shapes: Mapping[str, torch.Size]
-    batches: Sequence[Batch]
-
-    @staticmethod
-    def of(learner: Learner, problem: Fit) -> "_Task":
-        start, shapes = _posed(learner, problem.weights, problem.train)
-        return _Task(learner, problem, start, shapes, list(learner.batches()))
-
-    @staticmethod
-    def at(learner: Learner, problem: Gradient) -> "_Task":
-        start, shapes = _posed(learner, problem.weights, problem.names)
-        return _Task(learner, problem, start, shapes, [problem.batch])
-
-    @property
-    def objective(self) -> Callable[..., Tensor] | None:
-        return self.problem.objective if isinstance(self.problem, Fit) else None
-
-    @property
-    def kind(self) -> Hashable:
-        """Tasks of one kind can be stacked."""
-        shapes = tuple((name, w.shape) for name, w in self.start.items())
-        along = isinstance(self.problem, Gradient) and self.problem.along and tuple(self.problem.along)
-        return id(self.learner.shared), self.learner.recipe, tuple(self.shapes), shapes, self.objective, along
-
-
-def _posed(learner: Learner, given: Tensors, names: Names) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
-    """All weights on the device, and the shapes of those that are asked about."""
-    start = {name: w.to(learner.device) for name, w in {**learner.initial, **given}.items()}
-    shapes = {name: w.shape for name, w in start.items() if names(name)}
-    if not shapes:
-        raise ValueError(f"nothing to train among {', '.join(start)}")
-    return start, shapes
-
-
-def _only(work: Callable[..., list[T]], task: _Task) -> T:
+def _only(work: Callable[..., list[T]], task: Task) -> T:
     return work([task], whole=True)[0]
 
 
-def _minimise(tasks: Sequence[_Task], *, whole: bool = False) -> list[Fitted]:
+def minimise(tasks: Sequence[Task], *, whole: bool = False) -> list[Fitted]:
     """All tasks side by side, their mini-batches cut and joined, or `whole` and each in a pass of its own.
 
     A client's trained weights are one row, so clipping and AdamW are a handful of operations however many matrices are
@@ -176,12 +173,12 @@ class _Piece:
     """A part of a mini-batch, whose mean loss has this share in the batch's; `row` is its client's in the stack."""
 
     row: int
-    task: _Task
+    task: Task
     batch: Batch
     share: float
 
 
-def _passes(tasks: Sequence[_Task], step: int, whole: bool) -> Iterator[list[_Piece]]:
+def _passes(tasks: Sequence[Task], step: int, whole: bool) -> Iterator[list[_Piece]]:
     """The mini-batches of this step."""
     shared = tasks[0].learner.shared
     if shared is None or whole:
@@ -190,14 +187,20 @@ def _passes(tasks: Sequence[_Task], step: int, whole: bool) -> Iterator[list[_Pi
     pieces: list[_Piece] = []
     for row, task in enumerate(tasks):
         parts = shared.cut(task.batches[step])
-        rows = [shared.size(part)[0] for part in parts]
-        pieces += [_Piece(row, task, part, n / sum(rows)) for part, n in zip(parts, rows, strict=True)]
+        shares = _shares([shared.count(part) for part in parts])
+        pieces += [_Piece(row, task, part, share) for part, share in zip(parts, shares, strict=True)]
     sizes = [shared.size(piece.batch) for piece in pieces]
     for chosen in passes(sizes, shared.capacity):
         yield [pieces[at] for at in chosen]
 
 
-def _gradients_at(tasks: Sequence[_Task], *, whole: bool = False) -> list[GradientResult]:
+def _shares(counts: Sequence[int]) -> list[float]:
+    """Each piece's share of its batch; where nothing counts all losses are 0, and penalties are shared evenly."""
+    total = sum(counts)
+    return [count / total for count in counts] if total else [1 / len(counts)] * len(counts)
+
+
+def gradients(tasks: Sequence[Task], *, whole: bool = False) -> list[GradientResult]:
     """Each task's gradient at its start."""
     shapes = tasks[0].shapes
     stack = torch.stack([flatten({name: task.start[name] for name in shapes}) for task in tasks])
@@ -222,50 +225,38 @@ def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]
     batch = batches[0] if alone or shared is None else shared.join(batches)
     shares = torch.tensor([piece.share for piece in pieces]).to(start.device, non_blocking=True)
     shares = (shares[0] if alone else shares).to(start.dtype)
-    if isinstance(first.problem, Gradient):
-        loss, gradient = _gradient_at(
-            first.learner, weights, batch, shares, vector, [piece.task.problem for piece in pieces]
-        )
-        return loss.detach().reshape(-1), gradient.view_as(start)
     losses = partial(first.learner.losses, batch=batch)
+    if first.along is not None:
+        loss, gradient = _along(losses, weights, shares, vector, [piece.task.along or {} for piece in pieces])
+        return loss.detach().reshape(-1), gradient.view_as(start)
     loss = (losses(weights) if first.objective is None else first.objective(losses, weights)) * shares
     objective = loss.sum()
     for at, piece in enumerate(pieces):
-        if isinstance(piece.task.problem, Fit) and piece.task.problem.penalty is not None:
+        if piece.task.penalty is not None:
             start_of = piece.task.start
             own = {n: start_of[n] if n in frozen else w if alone else w[at] for n, w in weights.items()}
-            objective = objective + piece.share * piece.task.problem.penalty(own)
+            objective = objective + piece.share * piece.task.penalty(own)
     (gradient,) = torch.autograd.grad(objective, vector)
     return loss.detach().reshape(-1), gradient.view_as(start)
 
 
-def _gradient_at(
-    learner: Learner,
-    weights: dict[str, Tensor],
-    batch: Batch,
-    shares: Tensor,
-    vector: Tensor,
-    problems: Sequence[Any],
+def _along(
+    losses: Losses, weights: dict[str, Tensor], shares: Tensor, vector: Tensor, along: Sequence[Tensors]
 ) -> tuple[Tensor, Tensor]:
-    """∇ of the losses with respect to `vector`, or of ⟨∇ losses, along⟩; both add up over the pieces of a batch."""
-    many, along = len(problems) > 1, problems[0].along
-    if along is None:
-        loss = learner.losses(weights, batch) * shares
-        return loss, torch.autograd.grad(loss.sum(), vector)[0]
+    """Losses, and ∇ of ⟨∇ losses, along⟩ with respect to `vector`; both add up over the pieces of a batch."""
+    many = len(along) > 1
     leaves = {
         name: weights[name]
         if weights[name].requires_grad
-        else (
-            weights[name].expand(len(problems), *w.shape) if many and weights[name].dim() == w.dim() else weights[name]
-        )
+        else (weights[name].expand(len(along), *w.shape) if many and weights[name].dim() == w.dim() else weights[name])
         .detach()
         .requires_grad_(True)
-        for name, w in along.items()
+        for name, w in along[0].items()
     }
     with sdpa_kernel(SDPBackend.MATH):  # the fast attention kernels have no second derivative
-        loss = learner.losses({**weights, **leaves}, batch) * shares
+        loss = losses({**weights, **leaves}) * shares
         inner = torch.autograd.grad(loss.sum(), list(leaves.values()), create_graph=True)
-        vectors = [torch.stack([p.along[name] for p in problems]) if many else along[name] for name in along]
+        vectors = [torch.stack([one[name] for one in along]) if many else along[0][name] for name in leaves]
         product = torch.stack([(g * v.to(g.device)).sum() for g, v in zip(inner, vectors, strict=True)]).sum()
         (gradient,) = torch.autograd.grad(product, vector, allow_unused=True)
     return loss, torch.zeros_like(vector) if gradient is None else gradient

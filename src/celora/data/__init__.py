@@ -8,7 +8,7 @@ Bad input is a `DataError`; what is merely odd (an empty client, a client of one
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -40,13 +40,11 @@ class Data:
     text: str = setting("text", "column of the texts", min_length=1)
     image: str | None = setting(None, "column of images (bytes of JPEG or PNG files), instead of texts", min_length=1)
     label: str = setting("label", "column of the labels", min_length=1)
-    classes: tuple[str, ...] | None = setting(
-        None, "all labels there are; none: those that occur (sites then tell the server theirs)"
-    )
     client: str | None = setting(None, "column that names the client of a row (natural partition)", min_length=1)
     split: str | None = setting(None, "column that says train, validation or test of a row", min_length=1)
     partition: Literal["auto", "iid", "dirichlet", "classes", "quantity", "natural"] = setting(
-        "auto", "how rows are dealt; auto: natural with several files or a client column, else dirichlet"
+        "auto",
+        "how rows are dealt; auto: natural with several files or a client column, else dirichlet (no labels: iid)",
     )
     clients: Count = setting(8, "number of clients; a natural partition has one for each group instead")
     alpha: fields.Positive = setting(0.5, "dirichlet, quantity: concentration; smaller is more skewed", le=1e6)
@@ -74,7 +72,16 @@ class Data:
             raise ValueError("test and split both say which rows test; set one of them")
 
 
-def load(data: Data, base: Path, seed: int) -> FederatedDataset:
+Strata = Callable[[Table], Sequence[str] | None]
+"""What rows are dealt and split by: the stratum of each row; None: nothing (`celora.core.task.Task.strata`)."""
+
+
+def by_label(table: Table) -> Sequence[str]:
+    """Strata of a classifier."""
+    return table.labels
+
+
+def load(data: Data, base: Path, seed: int, strata: Strata = by_label) -> FederatedDataset:
     """Read the source, deal its rows to the clients, and split each client's rows.
 
     Args:
@@ -85,17 +92,19 @@ def load(data: Data, base: Path, seed: int) -> FederatedDataset:
         DataError: saying what was found, what was expected and what to do.
     """
     table = read(data, base)
-    by_default: partition.Kind = "dirichlet" if table.groups is None else "natural"
+    of_rows = strata(table)
+    drawn: partition.Kind = "iid" if of_rows is None else "dirichlet"
+    by_default: partition.Kind = drawn if table.groups is None else "natural"
     kind = by_default if data.partition == "auto" else data.partition
     hands = partition.partition_rows(
-        table, kind, clients=data.clients, alpha=data.alpha, classes_per_client=data.classes_per_client,
+        table, kind, strata=of_rows, clients=data.clients, alpha=data.alpha, classes_per_client=data.classes_per_client,
         clients_per_group=data.clients_per_group, seed=seed,
     )  # fmt: skip
     groups = table.empty if kind == "natural" else {}
-    return _carved(table, hands, data, seed, groups)
+    return _carved(table, of_rows, hands, data, seed, groups)
 
 
-def alone(data: Data, base: Path, client: str, seed: int) -> FederatedDataset:
+def alone(data: Data, base: Path, client: str, seed: int, strata: Strata = by_label) -> FederatedDataset:
     """One client with all rows of the source: a site. Its splits are those it has where all clients are read at once.
 
     Raises:
@@ -106,13 +115,19 @@ def alone(data: Data, base: Path, client: str, seed: int) -> FederatedDataset:
     hand = ClientRows(
         *([row for row, of in enumerate(splits) if of == split] for split in ("train", "validation", "test"))
     )
-    return _carved(table, {client: hand}, data, seed, {})
+    return _carved(table, strata(table), {client: hand}, data, seed, {})
 
 
 def _carved(
-    table: Table, hands: Mapping[str, ClientRows], data: Data, seed: int, empty: Mapping[str, str]
+    table: Table,
+    strata: Sequence[str] | None,
+    hands: Mapping[str, ClientRows],
+    data: Data,
+    seed: int,
+    empty: Mapping[str, str],
 ) -> FederatedDataset:
     """Each client's own training, validation and test rows."""
+    labels = [""] * len(table) if strata is None else strata
     fixed = set(table.splits or ())
     wanted = {
         "validation": 0.0 if "validation" in fixed else data.validation,
@@ -120,21 +135,16 @@ def _carved(
     }
     clients = {
         client: split_rows(
-            held, table.labels, client, validation=wanted["validation"], test=wanted["test"], rows=data.rows,
+            held, labels, client, validation=wanted["validation"], test=wanted["test"], rows=data.rows,
             max_validation=data.max_validation, max_test=data.max_test, seed=seed,
         )
         for client, held in hands.items() if held.train
     }  # fmt: skip
     excluded = {**{client: "has no training rows" for client, held in hands.items() if not held.train}, **empty}
-    found = sorted(set(table.labels))
-    if data.classes is not None and (foreign := [label for label in found if label not in data.classes]):
-        raise DataError(
-            f"found the label {foreign[0]!r}, which data.classes does not list; expected one of {listing(data.classes)}"
-        )
     expected = [name for name in ("validation", "test") if name in fixed or wanted[name] > 0]
     return FederatedDataset(
-        table=table, classes=sorted(data.classes or found), clients=clients, excluded=excluded,
-        notices=(*table.notices, *_oddities(table, clients, expected)),
+        table=table, clients=clients, excluded=excluded,
+        notices=(*table.notices, *(_oddities(strata, clients) if strata else ()), *_without(clients, expected)),
     )  # fmt: skip
 
 
@@ -161,22 +171,26 @@ def read(data: Data, base: Path) -> Table:
     return read_files(data.source, base, columns, data.test)
 
 
-def _oddities(table: Table, clients: dict[str, ClientRows], expected: list[str]) -> Iterable[str]:
-    """What the user should know about the clients before reading their scores."""
-    single = [client for client, share in clients.items() if len({table.labels[row] for row in share.train}) == 1]
-    if single:
-        yield f"{counted(len(single), 'client')} with training rows of one label only: {listing(single)}"
+def _without(clients: Mapping[str, ClientRows], expected: list[str]) -> Iterable[str]:
+    """Clients that lack a split."""
     for name in expected:
         without = [client for client, share in clients.items() if not getattr(share, name)]
         if without:
             yield f"{counted(len(without), 'client')} without {name} rows: {listing(without)}"
-    trained = {table.labels[row] for share in clients.values() for row in share.train}
-    asked = Counter(table.labels[row] for share in clients.values() for row in share.validation + share.test)
+
+
+def _oddities(labels: Sequence[str], clients: Mapping[str, ClientRows]) -> Iterable[str]:
+    """What the user should know about the clients' labels before reading their scores."""
+    single = [client for client, share in clients.items() if len({labels[row] for row in share.train}) == 1]
+    if single:
+        yield f"{counted(len(single), 'client')} with training rows of one label only: {listing(single)}"
+    trained = {labels[row] for share in clients.values() for row in share.train}
+    asked = Counter(labels[row] for share in clients.values() for row in share.validation + share.test)
     lost = sorted(set(asked) - trained)
     if lost:
         yield f"the cap `rows` left no training row of {listing(lost)}, which is still tested; raise `rows`"
-    if len(set(table.labels)) > len(table) / 2:
+    if len(set(labels)) > len(labels) / 2:
         yield (
-            f"{len(set(table.labels)):,} different labels in {len(table):,} rows: is `label` the right "
+            f"{len(set(labels)):,} different labels in {len(labels):,} rows: is `label` the right "
             "column? Most labels have a single row"
         )

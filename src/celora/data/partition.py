@@ -13,6 +13,9 @@ https://arxiv.org/abs/2102.02079. (T.-M. H. Hsu et al., https://arxiv.org/abs/19
 labels of each client instead, with equal sizes; here sizes differ too, and with a small alpha a client may
 come out empty.)
 
+What is called a label here is the stratum that the task puts a row into; without strata there are `iid`, `quantity`
+and `natural`.
+
 Rows that the source fixes as validation or test are dealt by the same rule: natural rows to their own group,
 else each label in the proportions in which the clients hold that label's training rows. A client's test mix
 is therefore its training mix whenever the two sets as wholes have the same mix, and every fixed row is dealt
@@ -37,12 +40,13 @@ Weights = NDArray[np.float64]
 
 
 def partition_rows(
-    table: Table, kind: Kind, *, clients: int = 8, alpha: float = 0.5, classes_per_client: int = 2,
-    clients_per_group: int = 1, seed: int = 0,
+    table: Table, kind: Kind, *, strata: Sequence[str] | None, clients: int = 8, alpha: float = 0.5,
+    classes_per_client: int = 2, clients_per_group: int = 1, seed: int = 0,
 ) -> dict[str, ClientRows]:  # fmt: skip
     """Deal every row of the table to exactly one client; only the test rows of an empty group go to nobody.
 
     Args:
+        strata: the label of each row; None: there are none.
         clients: how many clients ("client-00", …); a natural partition has as many as there are groups.
         alpha: concentration of the Dirichlet; small is skewed.
         classes_per_client: how many labels a client holds (`classes`).
@@ -56,16 +60,25 @@ def partition_rows(
         DataError: a label or group without training rows, fewer rows than clients, an impossible partition.
     """
     train = _rows(table, "train")
-    _check_labels(table, train)
+    if not train:
+        raise DataError("found no training row: every row is marked as validation or test. Mark some rows 'train'.")
+    if strata is not None:
+        _check_labels(table, strata, train)
+    elif kind in ("dirichlet", "classes"):
+        raise DataError(
+            f"partition = {kind!r} deals rows by their label, and the task puts none on them; expected 'iid', "
+            "'quantity' or 'natural'. Change partition in [data]."
+        )
+    labels = [""] * len(table) if strata is None else strata
     if kind == "natural":
         families = _natural(table, train, clients_per_group, seed)
     else:
-        families = {"": _drawn(table, train, kind, clients=clients, alpha=alpha, each=classes_per_client, seed=seed)}
+        families = {"": _drawn(labels, train, kind, clients=clients, alpha=alpha, each=classes_per_client, seed=seed)}
     fixed = {split: _by_group(table, _rows(table, split), kind) for split in ("validation", "test")}
     shares = {}
     for group, hands in families.items():  # a family shares the fixed rows of its group
         validation, test = (
-            _follow(table, rows.get(group, []), hands, seed, ("partition", kind, split, group))
+            _follow(labels, rows.get(group, []), hands, seed, ("partition", kind, split, group))
             for split, rows in fixed.items()
         )
         for client in hands:
@@ -85,21 +98,23 @@ def cut(rows: Sequence[int], weights: Weights, rng: np.random.Generator) -> list
     return [parts[place].tolist() for place in np.argsort(order)]
 
 
-def _drawn(table: Table, train: list[int], kind: Kind, *, clients: int, alpha: float, each: int, seed: int) -> Hands:
+def _drawn(
+    labels: Sequence[str], train: list[int], kind: Kind, *, clients: int, alpha: float, each: int, seed: int
+) -> Hands:
     if len(train) < clients:
         raise DataError(
             f"found {counted(len(train), 'training row')} for {clients} clients, expected at least one "
             f"for each. Set clients = {len(train)} or fewer in [data], or bring more rows."
         )
     rng = numpy_generator(seed, "partition", kind)
-    labels = _by_label(table, train)
+    by_label = _by_label(labels, train)
     if kind in ("iid", "quantity"):
         weights = np.ones(clients) if kind == "iid" else rng.dirichlet(np.full(clients, alpha))
         parts = cut(train, weights, rng)
     else:
-        holders = _holders(list(labels), clients, each, rng) if kind == "classes" else {}
+        holders = _holders(list(by_label), clients, each, rng) if kind == "classes" else {}
         parts = [[] for _ in range(clients)]
-        for label, rows in labels.items():
+        for label, rows in by_label.items():
             draw = numpy_generator(seed, "partition", kind, label)
             weights = holders[label] if kind == "classes" else draw.dirichlet(np.full(clients, alpha))
             for part, more in zip(parts, cut(rows, weights, draw), strict=True):
@@ -151,11 +166,11 @@ def _natural(table: Table, train: list[int], clients_per_group: int, seed: int) 
     return families
 
 
-def _follow(table: Table, fixed: list[int], hands: Hands, seed: int, address: tuple[Address, ...]) -> Hands:
+def _follow(labels: Sequence[str], fixed: list[int], hands: Hands, seed: int, address: tuple[Address, ...]) -> Hands:
     """Deal fixed rows to those who hold training rows of the same label, in proportion."""
-    counts = {client: Counter(table.labels[row] for row in held) for client, held in hands.items()}
+    counts = {client: Counter(labels[row] for row in held) for client, held in hands.items()}
     dealt: Hands = {client: [] for client in hands}
-    for label, rows in _by_label(table, fixed).items():
+    for label, rows in _by_label(labels, fixed).items():
         weights = np.array([count[label] for count in counts.values()], dtype=np.float64)
         if not weights.any():  # only other groups train on this label
             weights = np.array([len(held) for held in hands.values()], dtype=np.float64)
@@ -164,12 +179,10 @@ def _follow(table: Table, fixed: list[int], hands: Hands, seed: int, address: tu
     return dealt
 
 
-def _check_labels(table: Table, train: list[int]) -> None:
-    if not train:
-        raise DataError("found no training row: every row is marked as validation or test. Mark some rows 'train'.")
-    trained = {table.labels[row] for row in train}
+def _check_labels(table: Table, labels: Sequence[str], train: list[int]) -> None:
+    trained = {labels[row] for row in train}
     for split in ("validation", "test"):
-        for label, rows in _by_label(table, _rows(table, split)).items():
+        for label, rows in _by_label(labels, _rows(table, split)).items():
             if label not in trained:
                 raise DataError(
                     f"the label {label!r} is seen in {counted(len(rows), f'{split} row')} (first: "
@@ -198,9 +211,9 @@ def _by_group(table: Table, rows: Sequence[int], kind: Kind) -> dict[str, list[i
     return found
 
 
-def _by_label(table: Table, rows: Sequence[int]) -> dict[str, list[int]]:
+def _by_label(labels: Sequence[str], rows: Sequence[int]) -> dict[str, list[int]]:
     """Label -> its rows, labels sorted."""
     found: dict[str, list[int]] = {}
     for row in rows:
-        found.setdefault(table.labels[row], []).append(row)
+        found.setdefault(labels[row], []).append(row)
     return dict(sorted(found.items()))

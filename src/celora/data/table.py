@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from celora.data.inputs import Images, Texts, add_strings, encoded
 
 SPLITS = ("train", "validation", "test")
@@ -104,19 +101,12 @@ class FederatedDataset:
     """A table, dealt out."""
 
     table: Table
-    classes: list[str]
-    """Sorted label names; the id of a label is its position."""
     clients: dict[str, ClientRows]
     """Client id -> its rows, in natural order of the ids ("bank2" before "bank10")."""
     excluded: dict[str, str]
     """Client id -> why it takes no part ("has no training rows")."""
     notices: tuple[str, ...]
     """The table's notices, and what is odd about the clients: one class only, no test rows, …"""
-
-    def label_ids(self, rows: Iterable[int]) -> Tensor:
-        """The labels of these rows as ids, (len(rows),) int64."""
-        ids = {label: position for position, label in enumerate(self.classes)}
-        return torch.tensor([ids[self.table.labels[row]] for row in rows], dtype=torch.int64)
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

@@ -10,9 +10,12 @@ from dataclasses import replace
 import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
+from celora.core.channel import Channel
 from celora.core.client import answer
-from celora.core.learner import ClientUpdate, Learner
-from celora.core.messages import ClientStore, Instruction, Notes, Reply, unpacked
+from celora.core.client_state import ClientStore, notes_in
+from celora.core.learner import Learner
+from celora.core.messages import Instruction, Reply
+from celora.core.problems import ClientUpdate
 from celora.core.solve import Solve, solve, solve_together
 from celora.errors import RunFolderError
 from celora.fields import Count, Whole, setting, settings
@@ -29,7 +32,7 @@ _COHORT = {"cpu": 16, "cuda": 512}
 
 
 @settings
-class Engine:
+class EngineSettings:
     """How the work is done; the results are the same but for rounding."""
 
     group: Count | None = setting(None, "clients whose rows may share a pass; 1: one after another; by default many")
@@ -54,6 +57,7 @@ class Embedded:
 
     Args:
         stores: what each client keeps. A store that changed is assigned, so that whoever keeps it knows.
+        channel: the stages that what each client sends goes through.
 
     Attributes:
         notes: client -> what it was told at its site, of the clients that had a turn here.
@@ -67,6 +71,7 @@ class Embedded:
         schema: Schema,
         solve: Solve = solve,
         cohort: int = 1,
+        channel: Channel = (),
     ) -> None:
         self.algorithm, self.learners, self.stores, self.schema, self.solve = (
             algorithm,
@@ -75,7 +80,7 @@ class Embedded:
             schema,
             solve,
         )
-        self.cohort = cohort
+        self.cohort, self.channel = cohort, channel
         self.notes: dict[ClientId, tuple[str, ...]] = {}
 
     def __call__(self, instructions: Mapping[ClientId, Instruction]) -> "Replies":
@@ -105,14 +110,15 @@ class Embedded:
                 replies[client] = _failed(error)
                 continue
             stores[client] = dict(kept[client])
-            jobs[client] = learner, answer(self.algorithm, learner, instruction, stores[client], self.schema)
+            steps = answer(self.algorithm, learner, instruction, stores[client], self.schema, self.channel)
+            jobs[client] = learner, steps
         for client, value in zip(jobs, self.solve(list(jobs.values())), strict=True):
             if isinstance(value, Exception):
                 replies[client] = _failed(value)
                 continue
             replies[client] = value
-            if (notes := stores[client].get("notes")) is not None:
-                self.notes[client] = unpacked(Notes, notes, self.schema).lines
+            if notes := notes_in(stores[client], self.schema):
+                self.notes[client] = notes
             if stores[client] != kept[client]:
                 self.stores[client] = stores[client]
         return {client: replies[client] for client in instructions}

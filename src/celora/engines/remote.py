@@ -7,25 +7,24 @@
                                               ◄── one frame ──   Response(client, Reply)
     Request(job, "export", name)              ── one frame ──►   writes its adapter, at the site
 
-Clients are named by us; which node speaks for which client is learned by asking. A node that restarts, or comes back
-under another id, is asked again, and what it still owes is sent to it once more: a turn may be asked for twice and
-gives the same reply (`celora.core.client`). Nothing here knows what carries the bytes: see `celora.engines.flower`.
+The server names the clients, and learns by asking which node speaks for which of them. A node that restarts, or comes
+back under another id, is asked again, and what it still owes is sent to it once more: an update may be asked for twice
+and gives the same reply (`celora.core.client`). Nothing here knows what carries the bytes (`celora.engines.transport`).
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from celora.core.algorithm import ClientId
 from celora.core.messages import Instruction, Reply
+from celora.engines.transport import NodeId, Transport
 from celora.errors import QuorumError, WireError
 from celora.wire import pack, record, unpack
 
-NodeId = int
 DEADLINE = 3600.0
-"""Seconds a round waits where `plan.deadline` says nothing: no reply is waited for without end."""
+"""Seconds that a round waits where there is no `plan.deadline`: no reply is waited for without end."""
 
 FAILURES = 3
 """Times that a node may fail before it is left alone for the round."""
@@ -54,14 +53,14 @@ class JobStart:
         config: one algorithm with one seed, resolved, as TOML; data, folders and downloads are the node's to decide.
         label: an algorithm's name or the label of an override.
         backbone: SHA-256 of the server's backbone; the node's must be equal.
-        classes: the labels of all clients, sorted; empty as long as the clients are still being asked for theirs.
+        agreement: what the clients have agreed on, packed (`celora.core.task.Task`); empty as long as they are asked.
         clients: all clients of the job; empty as long as they are being asked.
     """
 
     config: str
     label: str
     backbone: str
-    classes: tuple[str, ...]
+    agreement: bytes
     clients: tuple[str, ...]
 
 
@@ -71,16 +70,16 @@ class ClientFacts:
 
     Attributes:
         rows: split -> number of rows; no training rows: the client cannot take part.
-        labels: those that occur in its rows; none where the experiment lists them (`data.classes`).
-        majority: test score of always answering the most frequent training label.
+        proposal: its part in what the clients must agree on, packed, such as the labels of its rows; may be empty.
+        baseline: test score of the best constant answer, such as its most frequent training label.
         data: SHA-256 over its rows.
         backbone: SHA-256 of its backbone.
         version: of celora.
     """
 
     rows: Mapping[str, int]
-    labels: tuple[str, ...]
-    majority: float | None
+    proposal: bytes
+    baseline: float | None
     data: str
     backbone: str
     version: str
@@ -103,22 +102,6 @@ class Response:
     socket: tuple[int, ...]
 
 
-class Transport(Protocol):
-    """What carries bytes to nodes and back."""
-
-    def nodes(self) -> Mapping[NodeId, str]:
-        """The nodes that are there -> since when; a node that went and came back has another since."""
-
-    def send(self, node: NodeId, frame: bytes, seconds: float) -> str:
-        """Send a frame that is of no use after so many seconds; the letter's name."""
-
-    def collect(self, requests: Sequence[str]) -> Mapping[str, bytes | str]:
-        """Of those letters that have come to an end: the response's frame, or why there is none."""
-
-    def forget(self, requests: Sequence[str]) -> None:
-        """Nobody waits for these any more."""
-
-
 @dataclass
 class _PendingRequest:
     node: NodeId
@@ -128,13 +111,13 @@ class _PendingRequest:
 
 @dataclass
 class Remote:
-    """The clients behind a `Transport`; lasts for a session of many jobs.
+    """The clients behind a `Transport`, for a session of many jobs.
 
     Args:
         names: node -> the client whose key it has; None where nodes are believed (`--insecure`, simulation).
         patience: seconds after which a client whose node has gone is given up for the round.
         poll: seconds between looks at the transport.
-        say: told what happened to a node, a line each.
+        log: takes a line for whatever happens to a node.
 
     Attributes:
         facts: client -> what its node told at the last `start_job`, or after.
@@ -150,14 +133,14 @@ class Remote:
     facts: dict[ClientId, ClientFacts] = field(default_factory=dict)
     refused: dict[ClientId, str] = field(default_factory=dict)
     sockets: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
-    _start: bytes = b""
     _job: str = ""
-    _met: dict[NodeId, tuple[str, bytes]] = field(default_factory=dict)
-    _home: dict[ClientId, NodeId] = field(default_factory=dict)
-    _gone: dict[ClientId, float] = field(default_factory=dict)
-    _counted: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
-    _failures: Counter[NodeId] = field(default_factory=Counter)  # of its carrier, in this round
-    _said: dict[ClientId, str] = field(default_factory=dict)
+    _start: bytes = b""  # the frame that begins the job
+    _begun: dict[NodeId, tuple[str, bytes]] = field(default_factory=dict)  # since when there, the job's frame
+    _nodes: dict[ClientId, NodeId] = field(default_factory=dict)
+    _gone: dict[ClientId, float] = field(default_factory=dict)  # since when
+    _counted: dict[ClientId, tuple[int, int]] = field(default_factory=dict)  # bytes on its sockets so far
+    _failures: Counter[NodeId] = field(default_factory=Counter)  # of its transport, in this round
+    _announced: dict[ClientId, str] = field(default_factory=dict)  # its row counts, as logged
 
     def start_job(self, job: str, start: JobStart, expected: Iterable[ClientId] | int, seconds: float) -> None:
         """Begin a job with every node that is there or comes in time; results are in `facts` and `refused`.
@@ -177,7 +160,7 @@ class Remote:
             come = self.facts.keys() | self.refused.keys()
             return len(come) >= wanted if isinstance(wanted, int) else wanted <= come
 
-        self._work({}, seconds, all_here)
+        self._bring({}, seconds, all_here)
         if not self.facts:
             if not self.refused:
                 raise QuorumError(f"no site has joined within {seconds:g} s. Start the sites, and resume the run")
@@ -187,76 +170,71 @@ class Remote:
     def __call__(self, instructions: Mapping[ClientId, Instruction]) -> dict[ClientId, Reply]:
         """Send each client its instruction and bring back the replies that come within the deadline."""
         seconds = min((instruction.deadline or DEADLINE for instruction in instructions.values()), default=0.0)
-        responses = self._work(
-            {c: Request(self._job, "instruction", pack(instruction)) for c, instruction in instructions.items()},
-            seconds,
-        )
+        requests = {c: Request(self._job, "instruction", pack(instruction)) for c, instruction in instructions.items()}
+        responses = self._bring(requests, seconds)
         return {client: _reply(response) for client, response in responses.items()}
 
     def export(self, clients: Iterable[ClientId], name: str, seconds: float = DEADLINE) -> dict[ClientId, str]:
         """Let every client write its kept model at its site; client -> what went wrong, where something did."""
-        wanted = Request(self._job, "export", name.encode())
-        responses = self._work(dict.fromkeys(clients, wanted), seconds)
+        responses = self._bring(dict.fromkeys(clients, Request(self._job, "export", name.encode())), seconds)
         problems = {c: found if isinstance(found, str) else found.error for c, found in responses.items()}
         return {client: problem for client, problem in problems.items() if problem is not None}
 
     def end(self, seconds: float = 10.0) -> None:
         """Tell the nodes that are there that nothing more will come."""
-        here = [client for client, node in self._home.items() if node in self.transport.nodes()]
-        self._work(dict.fromkeys(here, Request(self._job, "end", b"")), seconds)
+        here = [client for client, node in self._nodes.items() if node in self.transport.nodes()]
+        self._bring(dict.fromkeys(here, Request(self._job, "end", b"")), seconds)
 
-    def _work(
-        self, outgoing: Mapping[ClientId, Request], seconds: float, until: Callable[[], bool] = lambda: True
+    def _bring(
+        self, requests: Mapping[ClientId, Request], seconds: float, until: Callable[[], bool] = lambda: True
     ) -> dict[ClientId, "Response | str"]:
-        """Carry outgoing and bring back responses, or what happened instead, until all are here or the time is up."""
+        """Send requests and bring back responses, or what happened instead, until all are here or the time is up."""
         end, done = time.monotonic() + seconds, dict[ClientId, Response | str]()
-        frames = {client: pack(request) for client, request in outgoing.items()}
-        requests: dict[str, _PendingRequest] = {}
+        frames = {client: pack(request) for client, request in requests.items()}
+        pending: dict[str, _PendingRequest] = {}
         self.sockets.clear()
         self._failures.clear()
         while time.monotonic() < end:
             online = self.transport.nodes()
-            for name, found in self.transport.collect(
-                list(requests)
-            ).items():  # a node may have answered and gone since
-                self._take(requests.pop(name), found, done)
-            for name in [name for name, request in requests.items() if online.get(request.node) != request.since]:
+            for name, found in self.transport.collect(list(pending)).items():  # a node may have answered and gone since
+                self._receive(pending.pop(name), found, done)
+            for name in [name for name, request in pending.items() if online.get(request.node) != request.since]:
                 self.transport.forget([name])  # its node has gone, or has come back and knows nothing of it
-                del requests[name]
-            self._ask_who(online, requests, end)
+                del pending[name]
+            self._ask_who(online, pending, end)
             for client in [client for client in frames if client not in done]:
-                self._send(client, frames[client], online, requests, done, end)
+                self._send(client, frames[client], online, pending, done, end)
             if len(done) == len(frames) and until():
                 break
             time.sleep(self.poll)
-        self.transport.forget(list(requests))
+        self.transport.forget(list(pending))
         for client in frames:
             if client in self._gone and client not in done:
                 done[client] = f"its node has been gone for {time.monotonic() - self._gone[client]:.0f} s"
         return done
 
-    def _ask_who(self, online: Mapping[NodeId, str], requests: dict[str, _PendingRequest], end: float) -> None:
+    def _ask_who(self, online: Mapping[NodeId, str], pending: dict[str, _PendingRequest], end: float) -> None:
         """Begin the job with every node that has not begun it yet."""
-        asked = {request.node for request in requests.values() if request.client is None}
+        asked = {request.node for request in pending.values() if request.client is None}
         for node, since in online.items():
-            if self._met.get(node) != (since, self._start) and node not in asked:
+            if self._begun.get(node) != (since, self._start) and node not in asked:
                 name = self.transport.send(node, self._start, end - time.monotonic())
-                requests[name] = _PendingRequest(node, since, None)
+                pending[name] = _PendingRequest(node, since, None)
 
     def _send(
         self,
         client: ClientId,
         frame: bytes,
         online: Mapping[NodeId, str],
-        requests: dict[str, _PendingRequest],
+        pending: dict[str, _PendingRequest],
         done: dict[ClientId, "Response | str"],
         end: float,
     ) -> None:
-        """Send a client its call if its node is there and ready; give it up if its node stays away."""
+        """Send a client its request if its node is there and ready; give it up if its node stays away."""
         if client in self.refused:
             done[client] = self.refused[client]
             return
-        node = self._home.get(client)
+        node = self._nodes.get(client)
         if node is None or node not in online:
             since = self._gone.setdefault(client, time.monotonic())
             if time.monotonic() - since > self.patience:
@@ -264,19 +242,18 @@ class Remote:
             return
         if self._gone.pop(client, None) is not None:
             self.log(f"{client} is back")
-        ready = self._met.get(node) == (online[node], self._start)
-        if ready and all(request.client != client for request in requests.values()):
-            requests[self.transport.send(node, frame, end - time.monotonic())] = _PendingRequest(
-                node, online[node], client
-            )
+        ready = self._begun.get(node) == (online[node], self._start)
+        if ready and all(request.client != client for request in pending.values()):
+            name = self.transport.send(node, frame, end - time.monotonic())
+            pending[name] = _PendingRequest(node, online[node], client)
 
-    def _take(self, request: _PendingRequest, found: bytes | str, done: dict[ClientId, "Response | str"]) -> None:
-        """What came back for a letter."""
-        if isinstance(found, str):  # its carrier failed: the node is asked again, an instruction is not lost
+    def _receive(self, request: _PendingRequest, found: bytes | str, done: dict[ClientId, "Response | str"]) -> None:
+        """Take what has come back for a request."""
+        if isinstance(found, str):  # its transport failed: the node is asked again, so no instruction is lost
             self._failures[request.node] += 1
-            self._met.pop(request.node, None)
+            self._begun.pop(request.node, None)
             if self._failures[request.node] >= FAILURES:
-                self._met[request.node] = request.since, self._start
+                self._begun[request.node] = request.since, self._start
                 self.log(f"node {request.node} fails again and again: {found}")
                 if request.client is not None:
                     done[request.client] = f"its node failed {FAILURES} times: {found}"
@@ -285,40 +262,45 @@ class Remote:
             response = unpack(Response, found)
             facts = unpack(ClientFacts, response.body) if request.client is None and response.error is None else None
         except WireError as error:
-            if request.client is not None:
-                done[request.client] = str(error)
-            self._met[request.node] = request.since, self._start  # nothing to wait for from this one
-            self.log(f"node {request.node} sent what cannot be read: {error}")
+            self._ignore(request, f"node {request.node} sent what cannot be read: {error}", str(error), done)
             return
         expected = self.names(request.node) if self.names else response.client
         if response.client != expected or request.client not in (None, response.client):
-            self._met[request.node] = request.since, self._start
-            wrong = (
-                f"node {request.node} speaks for {response.client!r}, expected {request.client or expected!r}: ignored"
-            )
-            if request.client is not None:  # else it would be asked again and again
-                done[request.client] = wrong
-            self.log(wrong)
+            named = request.client or expected
+            wrong = f"node {request.node} speaks for {response.client!r}, expected {named!r}: ignored"
+            self._ignore(request, wrong, wrong, done)
             return
         self._count(response)
         if request.client is not None:
             done[request.client] = response
             return
-        self._met[request.node] = request.since, self._start
-        if (held := self._home.get(response.client)) not in (None, request.node) and held in self.transport.nodes():
-            self.log(f"node {request.node} speaks for {response.client}, as node {held} does already: ignored")
+        self._begun[request.node] = request.since, self._start
+        self._admit(request.node, response, facts)
+
+    def _ignore(self, request: _PendingRequest, line: str, why: str, done: dict[ClientId, "Response | str"]) -> None:
+        """There is nothing to wait for from this node, which would else be asked again and again."""
+        self._begun[request.node] = request.since, self._start
+        if request.client is not None:
+            done[request.client] = why
+        self.log(line)
+
+    def _admit(self, node: NodeId, response: Response, facts: ClientFacts | None) -> None:
+        """Take a node's word for which client it has; without facts it has said why it cannot take part."""
+        client = response.client
+        if (other := self._nodes.get(client)) not in (None, node) and other in self.transport.nodes():
+            self.log(f"node {node} speaks for {client}, as node {other} does already: ignored")
             return
-        self._home[response.client] = request.node
+        self._nodes[client] = node
         if facts is None:
-            self.refused[response.client] = response.error or ""
-            self.log(f"{response.client} cannot take part: {response.error}")
-        else:
-            self.refused.pop(response.client, None)
-            rows = ", ".join(f"{n} {split}" for split, n in facts.rows.items())
-            if self._said.get(response.client) != rows:  # it is asked anew for each job
-                self._said[response.client] = rows
-                self.log(f"{response.client} has joined: {rows}")
-            self.facts[response.client] = facts
+            self.refused[client] = response.error or ""
+            self.log(f"{client} cannot take part: {response.error}")
+            return
+        self.refused.pop(client, None)
+        self.facts[client] = facts
+        rows = ", ".join(f"{n} {split}" for split, n in facts.rows.items())
+        if self._announced.get(client) != rows:  # it is asked anew for each job
+            self._announced[client] = rows
+            self.log(f"{client} has joined: {rows}")
 
     def _count(self, response: Response) -> None:
         """Bytes on the node's sockets since its last response; a process that began anew counts from 0 again."""

@@ -1,6 +1,6 @@
-"""A site of a federation: how it takes part with its own rows, and what it looks at before.
+"""A site of a federation: how it takes part with its own rows, and what it checks before.
 
-The server's experiment says what is trained; which rows, which weights and which folder are the site's to say.
+The server's experiment says what is trained. The site says which rows, which weights and which folder are used.
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from celora import data
-from celora.algorithms import ALGORITHMS
+from celora.algorithms.lookup import lookup
 from celora.core.algorithm import ClientId
-from celora.engines.flower import NodeConnection, run_node
+from celora.engines.flower_site import NodeConnection, run_node
 from celora.engines.remote import JobStart
 from celora.errors import CeloraError, ConfigError, DataError, FederationError, RunFolderError
 from celora.experiment.config import Experiment, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.runtimes import JobContext, job_context
 from celora.experiment.server import loopback, parsed
+from celora.marks import SiteSecret, marked
 from celora.site.certificates import private_key
 from celora.site.check import Finding, backbone, certificate, clock, disk, key, passed, reach, versions
 from celora.site.ledger import Ledger
-from celora.site.policy import NO_FILE, read_policy
+from celora.site.policy import NO_FILE, Policy, read_policy
 from celora.site.site import Site
 from celora.track.disk import owners, put, sync, writing
 
@@ -54,30 +55,31 @@ class SiteData:
     secret: Path | None = None
 
 
-def enter(name: ClientId, site: "Join") -> Callable[[JobStart], JobContext]:
+def enter(name: ClientId, site: "Join", policy: Policy = NO_FILE) -> Callable[[JobStart], JobContext]:
     """What a site does when a job begins: read its rows and the backbone, and check that they fit the server's."""
     resources, rows = ResourceCache(), site.rows
 
-    def take(begin: JobStart) -> JobContext:
-        experiment = local(begin.config, rows)
-        if (found := resources.fingerprint(experiment)) != begin.backbone:
+    def enter_job(start: JobStart) -> JobContext:
+        experiment = local(start.config, rows, policy)
+        if (found := resources.fingerprint(experiment)) != start.backbone:
             raise FederationError(
                 f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
-                f"{begin.backbone[:16]}…: install the same weights at both ends"
+                f"{start.backbone[:16]}…: install the same weights at both ends"
             )
-        asked = not begin.classes and not experiment.data.classes
-        if begin.classes:
-            experiment = replace(experiment, data=replace(experiment.data, classes=begin.classes))
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        task = experiment.task
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, task.strata)
         if name not in federation.clients:
             raise DataError(f"{rows.source}: {name} {federation.excluded[name]}; a site needs rows to take part")
-        everyone = begin.clients or (name,)
+        proposal = task.propose(federation.table)
+        agreement, everyone = start.agreement, start.clients
+        if not start.clients:  # nobody has agreed yet: the server asks who is there
+            agreement, everyone = task.merge(b"", proposal), (name,)
         population = resources.populated(
-            experiment, federation, everyone=everyone, secret=lambda _: own_secret(site.state)
+            experiment, federation, agreement, everyone=everyone, secret=lambda _: own_secret(site.state)
         )
-        return job_context(population, name, labels=asked)
+        return job_context(population, name, b"" if start.clients else proposal)
 
-    return take
+    return enter_job
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Join:
         state: the site's folder.
         keys: a folder with site.key and ca.crt; None: plain HTTP on loopback, no keys.
         policy: the site's policy file.
-        name: the client's name where there are no keys; with keys the server knows it by its key.
+        name: the client's name where there are no keys; where there are, the server knows it by its key.
     """
 
     rows: SiteData
@@ -99,7 +101,7 @@ class Join:
     policy: Path | None
     name: str | None
 
-    def line(self) -> NodeConnection:
+    def connection(self) -> NodeConnection:
         """The connection to the server.
 
         Raises:
@@ -126,7 +128,7 @@ def join(site: Join, stop: threading.Event, log: Callable[[str], None], *, once:
     Raises:
         CeloraError: if the policy, the keys or the folder cannot be used, or the server refuses this site.
     """
-    policy, line = read_policy(site.policy) if site.policy else NO_FILE, site.line()
+    policy, connection = read_policy(site.policy) if site.policy else NO_FILE, site.connection()
     for text in policy.describe():
         log(text)
     with hold(site.state):
@@ -135,23 +137,23 @@ def join(site: Join, stop: threading.Event, log: Callable[[str], None], *, once:
         def handler(offer: Mapping[str, Any]) -> Callable[[bytes], bytes]:
             name: ClientId = offer["client"] or site.name or ""
             if name not in sites:
-                sites[name] = Site(name, site.state, policy, enter(name, site), ledger, line.socket, log)
-            answering = sites[name]
+                sites[name] = Site(name, site.state, policy, enter(name, site, policy), ledger, connection.socket, log)
+            answer = sites[name]
 
             def handle(frame: bytes) -> bytes:
-                found = answering(frame)
-                if answering.over and once:
+                response = answer(frame)
+                if answer.over and once:
                     stop.set()
-                return found
+                return response
 
             return handle
 
-        run_node(line, handler, stop, log)
+        run_node(connection, handler, stop, log)
 
 
 @contextmanager
 def hold(state: Path) -> Iterator[None]:
-    """The site's folder, for one process at a time and its owner alone.
+    """Hold the site's folder, which is for one process at a time and for its owner alone.
 
     Raises:
         FederationError: if another process has it.
@@ -167,7 +169,7 @@ def hold(state: Path) -> Iterator[None]:
 
 
 def check(site: Join) -> list[Finding]:
-    """What stands in the way of taking part; nothing is sent but the question what the server offers."""
+    """Find out what stands in the way of taking part; nothing is sent but a request for the server's offer."""
     findings = [disk(site.state, NEEDED)]
     root = site.keys / "ca.crt" if site.keys else None
     if site.keys is not None and root is not None:
@@ -182,7 +184,7 @@ def check(site: Join) -> list[Finding]:
     if not passed(findings):
         return findings
     try:
-        offer = site.line().offer()
+        offer = site.connection().offer()
     except (CeloraError, OSError, ValueError) as error:
         return [*findings, Finding("the server's offer", False, str(error), "mend that, and check again")]
     name: ClientId = offer["client"] or site.name or ""
@@ -195,8 +197,8 @@ def check(site: Join) -> list[Finding]:
     ]
     resources = ResourceCache()
     try:
-        experiment = local(offer["config"], site.rows)
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed)
+        experiment = local(offer["config"], site.rows, policy)
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, experiment.task.strata)
         share = federation.clients.get(name)
         train = len(share.train) if share else 0
         found = (
@@ -212,13 +214,16 @@ def check(site: Join) -> list[Finding]:
     return findings
 
 
-def local(config: str, rows: SiteData) -> Experiment:
+def local(config: str, rows: SiteData, policy: Policy = NO_FILE) -> Experiment:
     """The server's experiment with this site's own rows, weights and machine.
 
     Raises:
         ConfigError: if it is not one.
+        PolicyError: if the algorithm may not run here; nothing that the server names has been imported then.
     """
     tree = tomllib.loads(config)
+    algorithm: str = tree["algorithm"]["name"]
+    policy.permit(algorithm)
     if "test" in tree["data"] and rows.test is None:
         raise ConfigError(["--test: the experiment has separate test rows (data.test); give this site's with --test"])
     own = {"source": str(rows.source.resolve()), "partition": "natural", "clients_per_group": 1}
@@ -228,17 +233,17 @@ def local(config: str, rows: SiteData) -> Experiment:
     tree["model"]["allow_download"] = False
     if rows.backbone is not None:
         tree["model"]["backbone"] = rows.backbone
-    if "key" in {field.name for field in fields(ALGORITHMS[tree["algorithm"]["name"]])}:
+    for name in marked(lookup(algorithm), SiteSecret):
         if rows.secret is None:
-            raise ConfigError([f"--secret: {tree['algorithm']['name']} encrypts; give the file of the sites' key"])
-        tree["algorithm"]["key"] = str(rows.secret.resolve())
+            raise ConfigError([f"--secret: {algorithm} encrypts; give the file of the sites' key"])
+        tree["algorithm"][name] = str(rows.secret.resolve())
     for section in ("engine", "overrides"):  # an override would be put over all of this
         tree.pop(section, None)
     return resolve(tree, Path.cwd())
 
 
 def own_secret(state: Path) -> int:
-    """What this site draws secret bases from: made once, kept in its folder, told to nobody.
+    """What this site draws secret bases from; it is made once, kept in the site's folder and never transmitted.
 
     Raises:
         RunFolderError: if it cannot be written or read, or is damaged.

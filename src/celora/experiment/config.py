@@ -1,12 +1,14 @@
 """Configuration: a TOML file and `--set key=value` into one validated `Experiment`, and back.
 
     [data]       what the clients hold                celora.data.Data
+    [task]       name, and that task's fields         celora.tasks.TASKS
     [model]      the frozen backbone                  celora.models.Model
     [adapter]    rank, targets, initialisation        celora.models.Adapter
     [train]      local training                       celora.core.learner.Recipe
     [plan]       rounds, participation, seed          celora.core.messages.Plan
-    [engine]     clients in a pass, memory budgets    celora.engines.embedded.Engine
-    [algorithm]  name, and that algorithm's fields    celora.algorithms.ALGORITHMS
+    [engine]     clients in a pass, memory budgets    celora.engines.embedded.EngineSettings
+    [algorithm]  name, and that algorithm's fields    celora.algorithms.lookup
+    [[filters]]  name, and that filter's fields       celora.filters.FILTERS
     [overrides.LABEL.SECTION]                         what differs when LABEL is run by `compare`
 
 A label is an algorithm's name, or any name whose override says `algorithm.name`.
@@ -22,14 +24,19 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from celora.algorithms import ALGORITHMS
-from celora.core.algorithm import AnyAlgorithm
+from celora.algorithms.lookup import lookup
+from celora.core.algorithm import AlgorithmInfo, AnyAlgorithm
+from celora.core.channel import Channel
 from celora.core.learner import Recipe
 from celora.core.messages import Plan
+from celora.core.task import Task
 from celora.data import Data
-from celora.engines.embedded import Engine
+from celora.engines.embedded import EngineSettings
 from celora.errors import ConfigError
 from celora.fields import did_you_mean, error_lines, unknown
+from celora.filters import filter_tables, read_filters
 from celora.models import Adapter, Model
+from celora.tasks import TASKS
 
 Tree = dict[str, Any]
 SECTIONS: Mapping[str, type] = {
@@ -38,7 +45,7 @@ SECTIONS: Mapping[str, type] = {
     "adapter": Adapter,
     "train": Recipe,
     "plan": Plan,
-    "engine": Engine,
+    "engine": EngineSettings,
 }
 
 
@@ -49,19 +56,24 @@ class Experiment:
     Attributes:
         name: of the run folder.
         label: the algorithm's name, or the label of the override that defines it.
+        algorithm_name: as `celora.algorithms.lookup` knows it.
+        filters: what is done to what the clients send, in this order.
         base: the folder that relative paths in the file are relative to.
         tree: what was written, from which `variant` resolves the others.
     """
 
     name: str
     label: str
+    algorithm_name: str
     data: Data
+    task: Task
     model: Model
     adapter: Adapter
     train: Recipe
     plan: Plan
-    engine: Engine
+    engine: EngineSettings
     algorithm: AnyAlgorithm
+    filters: Channel
     base: Path
     tree: Tree
 
@@ -76,20 +88,29 @@ class Experiment:
     def settings(self) -> Tree:
         """Every value, defaults included, as written to `config.toml`; it resolves to this experiment again."""
         sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
-        names = {kind: name for name, kind in ALGORITHMS.items()}
-        algorithm = {"name": names[type(self.algorithm)], **asdict(self.algorithm)}  # type: ignore[call-overload]
-        tree = {"name": self.name, **sections, "algorithm": algorithm}
+        task = _task_tree(self.task)
+        algorithm = {"name": self.algorithm_name, **asdict(self.algorithm)}  # type: ignore[call-overload]
+        tree: Tree = {
+            "name": self.name, "data": sections.pop("data"), "task": task, **sections, "algorithm": algorithm
+        }  # fmt: skip
+        if self.filters:
+            tree["filters"] = filter_tables(self.filters)
         return {k: {n: v for n, v in s.items() if v is not None} if isinstance(s, dict) else s for k, s in tree.items()}
 
 
-def read(path: Path, sets: Sequence[str] = ()) -> Experiment:
+def read(source: Path | str, sets: Sequence[str] = ()) -> Experiment:
     """The experiment in a file, with `key=value` changes applied.
+
+    Args:
+        source: a path, or the TOML itself where a text has more than one line; paths in it are then relative to the
+            working folder.
 
     Raises:
         ConfigError: with every problem found.
     """
+    text, path = (source, Path("run.toml")) if isinstance(source, str) and "\n" in source else (None, Path(source))
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8") if text is None else text)
     except FileNotFoundError:
         raise ConfigError([f"{path}: there is no such file"]) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -124,8 +145,9 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     Raises:
         ConfigError: with every problem found.
     """
-    problems = unknown(tree, ("name", *SECTIONS, "algorithm", "overrides"), "")
-    tables = {name: tree.get(name, {}) for name in (*SECTIONS, "algorithm", "overrides")}
+    names = (*SECTIONS, "task", "algorithm", "overrides")
+    problems = unknown(tree, ("name", *names, "filters"), "")
+    tables = {name: tree.get(name, {}) for name in names}
     for name, table in tables.items():
         if not isinstance(table, dict):
             problems.append(f"{name}: found {table!r}, expected a table [{name}]")
@@ -134,28 +156,78 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
     own = tables["algorithm"].get("name", "ce-lora")
     label = label or own
     override = tables["overrides"].get(label, {})
-    if not isinstance(override, dict) or not all(isinstance(section, dict) for section in override.values()):
+    if not isinstance(override, dict) or not all(
+        isinstance(section, dict) for key, section in override.items() if key != "filters"
+    ):
         raise ConfigError([*problems, f"overrides.{label}: expected tables such as [overrides.{label}.train]"])
-    problems += unknown(override, (*SECTIONS, "algorithm"), f"overrides.{label}.")
+    problems += unknown(override, (*SECTIONS, "algorithm", "filters"), f"overrides.{label}.")
     name = override.get("algorithm", {}).get("name", label)
-    if name not in ALGORITHMS:
-        known = [*ALGORITHMS, *(key for key in tables["overrides"] if key not in ALGORITHMS)]
-        problems.append(f"algorithm.name: found {name!r}, expected one of {_or(known)}{did_you_mean(name, known)}")
-    values: dict[str, Any] = {}
+    algorithm: type[Any] | None = None
+    try:
+        algorithm = lookup(str(name), labels=tables["overrides"])
+    except ConfigError as error:
+        problems += [f"algorithm.name: {problem}" for problem in error.problems]
+    chosen = {section: {**tables[section], **override.get(section, {})} for section in SECTIONS}
+    listed = {"classes": chosen["data"].pop("classes")} if "classes" in chosen["data"] else {}
+    values: dict[str, Any] = {
+        "task": _task({**listed, **tables["task"]}, problems),
+        "filters": _filters(override.get("filters", tree.get("filters", [])), problems),
+    }
     for section, kind in SECTIONS.items():
-        values[section] = _validated(section, kind, {**tables[section], **override.get(section, {})}, problems)
-    if name in ALGORITHMS:
-        chosen = {**(tables["algorithm"] if own in (name, label) else {}), **override.get("algorithm", {})}
-        chosen.pop("name", None)
-        values["algorithm"] = _validated("algorithm", ALGORITHMS[name], chosen, problems)
+        values[section] = _validated(section, kind, chosen[section], problems)
+    if algorithm is not None:
+        fields_of = {**(tables["algorithm"] if own in (name, label) else {}), **override.get("algorithm", {})}
+        fields_of.pop("name", None)
+        values["algorithm"] = _validated("algorithm", algorithm, fields_of, problems)
         if None not in (values["algorithm"], values["adapter"], values["model"]):
             own = values["model"].own is not None
             problems += _conflicts(name, values["algorithm"], values["adapter"], own=own)
+        if None not in (values["model"], values["task"]):
+            problems += _unmet(name, algorithm.info, values["task"], own=values["model"].own is not None)
     if problems:
         raise ConfigError(problems)
     if seed is not None:
         values["plan"] = replace(values["plan"], seed=seed)
-    return Experiment(name=str(tree.get("name", "run")), label=label, base=base, tree=tree, **values)
+    called = str(tree.get("name", "run"))
+    return Experiment(name=called, label=label, algorithm_name=name, base=base, tree=tree, **values)
+
+
+def _task(table: Tree, problems: list[str]) -> Any:
+    """The task that a table names, a classifier by default. (`data.classes` is where `task.classes` once stood.)"""
+    name = table.pop("name", "classify")
+    if name not in TASKS:
+        problems.append(f"task.name: found {name!r}, expected one of {_or(TASKS)}{did_you_mean(name, TASKS)}")
+        return None
+    return _validated("task", TASKS[name], table, problems)
+
+
+def _unmet(name: str, info: AlgorithmInfo, task: Task, *, own: bool) -> list[str]:
+    """What an algorithm, or a client's own model, needs of a task that has it not."""
+    has = f"task.name: {_task_tree(task)['name']} has no"
+    able = ", ".join(repr(key) for key, kind in TASKS.items() if info.needs <= kind().traits)
+    missing = sorted(info.needs - task.traits)
+    found = [f"{has} {trait}, and {name} needs it; expected {able or 'another algorithm'}" for trait in missing]
+    if own and "head" not in task.traits:
+        found.append(f"{has} head, and with model.own the adapter stands beside it; remove model.own")
+    return found
+
+
+def _task_tree(task: Task) -> Tree:
+    """The fields of a task, after its name in the table."""
+    names = {kind: name for name, kind in TASKS.items()}
+    return {"name": names[type(task)], **asdict(task)}  # type: ignore[call-overload]
+
+
+def _filters(found: Any, problems: list[str]) -> Channel:
+    """The stages under `[[filters]]`; one that packs must be the last."""
+    channel = read_filters(found, problems)
+    problems += [
+        f"filters: found '{channel[at + 1].describe()}' after '{stage.describe()}', which changes what travels; "
+        f"expected '{stage.describe()}' at the end"
+        for at, stage in enumerate(channel[:-1])
+        if stage.packs
+    ]
+    return channel
 
 
 def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
@@ -171,8 +243,6 @@ def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: boo
     if own and not info.own_models:
         able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.own_models)
         found.append(f"model.own: {name} is for adapters in a frozen backbone; expected one of {able}")
-    if not own and getattr(algorithm, "mix", "loss") == "logit":
-        found.append("algorithm.mix: logits can be mixed where the adapter stands beside the head; set [model] own")
     if own and (adapter.init, adapter.bases) != ("kaiming", "shared"):
         found.append("model.own: needs adapter.init = 'kaiming' and adapter.bases = 'shared'")
     if adapter.ranks is not None and not info.mixed_ranks:
@@ -182,14 +252,7 @@ def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: boo
         )
     if adapter.ranks is not None and adapter.bases == "secret":
         found.append("adapter.ranks: with adapter.bases = 'secret' no two clients share a base; expected 'shared'")
-    if getattr(algorithm, "freeze_bases", False) and adapter.init != "orthonormal":
-        found.append(
-            f"algorithm.freeze_bases: with adapter.init = {adapter.init!r} B is 0 and no core could ever matter; "
-            "expected adapter.init = 'orthonormal'"
-        )
-    if getattr(algorithm, "cka_estimator", "linear") == "debiased" and adapter.rank < 4:
-        found.append(f"adapter.rank: found {adapter.rank}, but the debiased CKA needs at least 4")
-    return found
+    return [*found, *algorithm.conflicts(adapter, own)]
 
 
 def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> Any:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from celora.core.algorithm import ClientId
+from celora.core.client_state import MOMENTS, Moment, StateKey
 from celora.core.learner import Metrics
-from celora.core.messages import Best, Exchange, Moment, Round
-from celora.core.rounds import test as score_on_test
+from celora.core.messages import Best, Exchange, Round
+from celora.core.metrics import Metric
+from celora.core.rounds import score_on_test
 from celora.errors import DataError
 from celora.experiment.config import Experiment
 from celora.experiment.population import FederationInfo
@@ -19,13 +21,15 @@ from celora.track import scores
 from celora.track.folder import Event
 
 SOCKETS = ("up_socket", "down_socket")
-MOMENTS: tuple[Moment, ...] = ("received", "personal")
 
 
-def round_event(done: Round, twin: Mapping[str, Any] | None, sockets: Mapping[ClientId, tuple[int, int]]) -> Event:
+def round_event(
+    done: Round, headline: Metric, twin: Mapping[str, Any] | None, sockets: Mapping[ClientId, tuple[int, int]]
+) -> Event:
     """A round for the journal.
 
     Args:
+        headline: what the scores are of.
         twin: `validation` of the same round of the local-only twin.
         sockets: client -> bytes its sockets sent and received, where there are sockets and they count.
     """
@@ -34,11 +38,12 @@ def round_event(done: Round, twin: Mapping[str, Any] | None, sockets: Mapping[Cl
         return {c: m[moment]["score"] for c, m in done.scores.items() if "score" in m.get(moment, {})}
 
     validation = {
-        moment: {"mean": _mean(s), "worst": min(s.values())} if (s := over(moment)) else None for moment in MOMENTS
+        moment: {"mean": _mean(s), "worst": headline.worst(s.values())} if (s := over(moment)) else None
+        for moment in MOMENTS
     }
     lift = None
     if twin and validation["personal"] and twin["personal"]:
-        lift = validation["personal"]["mean"] - twin["personal"]["mean"]
+        lift = headline.gain(validation["personal"]["mean"], twin["personal"]["mean"])
     return {
         "event": "round",
         "index": done.index,
@@ -58,7 +63,7 @@ def round_event(done: Round, twin: Mapping[str, Any] | None, sockets: Mapping[Cl
 
 def build_summary(
     experiment: Experiment,
-    known: FederationInfo,
+    info: FederationInfo,
     exchange: Exchange,
     best: Mapping[str, Best],
     events: Sequence[Event],
@@ -77,35 +82,40 @@ def build_summary(
     rounds = experiment.plan.rounds
     if not best:
         raise DataError("no client has validation rows: no round can be chosen; raise data.validation")
-    moment = max(best, key=lambda name: (best[name].clients, best[name].score))
-    wanted = {f"{m}@{best[m].round}" for m in best} | {f"{m}@{rounds}" for m in MOMENTS}
-    tested = score_on_test(exchange, experiment.plan, known.clients, sorted(wanted))
+    metric = info.task.headline
+    ready = [m for m in MOMENTS if m in best]
+    moment = max(ready, key=lambda name: (best[name].clients, metric.goodness(best[name].score)))
+    chosen = {m: StateKey(m, best[m].round).name for m in ready}
+    last = {m: StateKey(m, rounds).name for m in MOMENTS}
+    wanted = sorted({*chosen.values(), *last.values()})
+    tested = score_on_test(exchange, experiment.plan, info.clients, wanted, metric)
 
     def at(name: str) -> dict[ClientId, float]:
         return {c: m[name]["score"] for c, m in tested.items() if "score" in m.get(name, {})}
 
-    test_rows = {client: known.rows[client]["test"] for client in known.clients}
+    test_rows = {client: info.rows[client]["test"] for client in info.clients}
 
-    headline = f"{moment}@{best[moment].round}"
+    headline = chosen[moment]
     alone = at(headline) if twin is None else twin
 
     def metrics(name: str) -> dict[str, float | None]:
-        return scores.metrics(at(name), test_rows, {c: s for c, s in alone.items() if s is not None})
+        return scores.metrics(at(name), test_rows, {c: s for c, s in alone.items() if s is not None}, metric)
 
     done = [e for e in events if e["event"] == "round"]
-    per_moment = {m: at(f"{m}@{best[m].round}") for m in best}
+    per_moment = {m: at(name) for m, name in chosen.items()}
     clients = {
         client: {
-            "train": known.rows[client]["train"],
+            "train": info.rows[client]["train"],
             "test": test_rows[client],
             "score": (score := at(headline).get(client)),
             "local_only": (by_itself := alone.get(client)),
-            "lift": None if score is None or by_itself is None else score - by_itself,
+            "lift": None if score is None or by_itself is None else metric.gain(score, by_itself),
             **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
-            "majority": known.majority[client],
+            "majority": info.baseline[client],
+            "test_metrics": _plain(tested.get(client, {}).get(headline, {})),
             **{name: _sum(done, client, name) for name in ("up_frame", *SOCKETS)},
         }
-        for client in known.clients
+        for client in info.clients
     }
     return {
         "schema": 1,
@@ -114,13 +124,16 @@ def build_summary(
         "rounds": rounds,
         "moment": moment,
         "round": best[moment].round,
+        "headline": {"metric": metric.name, "higher_is_better": metric.higher_is_better},
         "metrics": metrics(headline),
+        "test_metrics": _means(tested, headline),
         "moments": {
-            m: {"round": b.round, "validation": b.score, "metrics": metrics(f"{m}@{b.round}")} for m, b in best.items()
+            m: {"round": best[m].round, "validation": best[m].score, "metrics": metrics(name)}
+            for m, name in chosen.items()
         },
-        "last": {m: {"metrics": metrics(f"{m}@{rounds}")} for m in MOMENTS},
+        "last": {m: {"metrics": metrics(name)} for m, name in last.items()},
         "clients": clients,
-        "excluded": dict(known.excluded),
+        "excluded": dict(info.excluded),
         "excluded_replies": {str(e["index"]): e["excluded"] for e in done if e["excluded"]},
         "notices": [e["text"] for e in events if e["event"] == "notice"],
         "bytes": _bytes(done),
@@ -140,6 +153,14 @@ def _sum(events: Sequence[Event], client: ClientId, name: str) -> int | None:
 def _plain(metrics: Metrics) -> dict[str, float | None]:
     """For JSON, which knows no NaN: the loss of a model that diverged is null."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _means(tested: Mapping[ClientId, Mapping[str, Metrics]], name: str) -> dict[str, float]:
+    """The mean over clients of each metric of a model on test."""
+    found = [metrics for models in tested.values() if (metrics := models.get(name, {})).get("rows")]
+    names = dict.fromkeys(key for metrics in found for key in metrics if key not in ("rows", "score"))
+    values = {key: [m[key] for m in found if math.isfinite(m.get(key, math.nan))] for key in names}
+    return {key: sum(of) / len(of) for key, of in values.items() if of}
 
 
 def _bytes(events: Sequence[Event]) -> dict[str, Any]:

@@ -19,8 +19,7 @@ Statist. 2014). It is about 0 on average for independent cores, noisy at r = 8, 
 from math import sqrt
 from typing import Literal
 
-import torch
-from torch import Tensor
+from celora.lazy import Tensor, torch
 
 Estimator = Literal["linear", "debiased"]
 _CLIENTS = 512

@@ -9,8 +9,7 @@ The core is (min(k, R), min(d, R)): as large as the matrix only where R is as la
 in float64 and given in float64, but for `truncated_svd`, which gives what it was given.
 """
 
-import torch
-from torch import Tensor
+from celora.lazy import Tensor, torch
 
 
 def svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

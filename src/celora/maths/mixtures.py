@@ -14,19 +14,21 @@ diagonal covariances, 1e-5 added to every variance. What differs, on purpose:
 The floor rules out means of very few rows; it is not differential privacy.
 """
 
+from __future__ import annotations
+
 import warnings
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
-from torch import Tensor
-
+from celora.lazy import Lazy, Tensor, np, torch
 from celora.rng import numpy_generator
 from celora.wire import record
 
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+sklearn_exceptions, sklearn_mixture = Lazy("sklearn.exceptions"), Lazy("sklearn.mixture")
 
 
 @record
@@ -144,7 +146,7 @@ def _fit(rows: Floats, most: int, floor: int, seed: int, label: int) -> tuple[Fl
     centre = rows.mean(axis=0)  # EM on centred rows: variances are differences of squares
     for count in range(most, 0, -1):
         start = numpy_generator(seed, "mixture", label, count).integers(2**32)
-        model = GaussianMixture(
+        model = sklearn_mixture.GaussianMixture(
             count,
             covariance_type="diag",
             reg_covar=1e-5,
@@ -154,7 +156,7 @@ def _fit(rows: Floats, most: int, floor: int, seed: int, label: int) -> tuple[Fl
             random_state=int(start),
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # judged below, by its consequences
+            warnings.simplefilter("ignore", sklearn_exceptions.ConvergenceWarning)  # judged below, by its consequences
             owner = model.fit_predict(rows - centre)
         if model.converged_ and np.bincount(owner, minlength=count).min() >= floor:
             break  # always so with one component: its first step is its last

@@ -4,11 +4,9 @@ Similarity here is an inner product of two clients' points, of which CKA is one 
 distance becomes one when half of ‖y‖² is taken from it. Products are blocks of float32.
 """
 
-import numpy as np
-import torch
-from scipy.sparse import csr_array
-from torch import Tensor
+from celora.lazy import Lazy, Tensor, np, torch
 
+sparse = Lazy("scipy.sparse")
 ROWS = 1024
 """Clients whose similarity to all others is held at a time."""
 ELEMENTS = 2**23
@@ -68,5 +66,5 @@ def average(values: Tensor, weights: Tensor, neighbours: Tensor | None = None) -
         m, k = neighbours.shape
         ends = np.arange(0, m * k + 1, k, dtype=np.int64)
         entries = (weights.double().numpy().ravel(), neighbours.numpy().ravel().astype(np.int64), ends)
-        mixed = torch.from_numpy(csr_array(entries, shape=(m, len(values))) @ flat.numpy())
+        mixed = torch.from_numpy(sparse.csr_array(entries, shape=(m, len(values))) @ flat.numpy())
     return mixed.to(values.dtype).view_as(values)

@@ -21,23 +21,24 @@ glue the plans of D²), no coupling costs less than W2², and W2² is at least t
 marginals, each at least that of its mean and standard deviation (Gelbrich, Math. Nachr. 1990).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from ot.lp.emd_wrap import emd_c
-from torch import Tensor
-
+from celora.lazy import Lazy, Tensor, np, torch
 from celora.maths.mixtures import Mixture
 from celora.maths.neighbours import most_alike
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ROWS, COLUMNS = 16, 32
 """How many clients are compared with how many at a time, so that what is between them fits into a cache."""
 _OPTIMAL = 1
+pot = Lazy("ot.lp.emd_wrap")
 ROUNDING = 1e-14
 """Of a problem's largest cost: a least cost below that is 0."""
 
@@ -273,7 +274,7 @@ class _Atoms:
     class_starts: Tensor  # (n + 1,) where its classes do
 
     @staticmethod
-    def of(mixtures: Sequence[Mixture]) -> "_Atoms":
+    def of(mixtures: Sequence[Mixture]) -> _Atoms:
         _one_space(mixtures)
         sizes = torch.tensor([len(mixture.labels) for mixture in mixtures], dtype=torch.int64)
         owner = torch.repeat_interleave(sizes)
@@ -299,7 +300,7 @@ class _Atoms:
             _from(torch.bincount(owners[0], minlength=len(sizes))),
         )  # fmt: skip
 
-    def part(self, some: range) -> "_Atoms":
+    def part(self, some: range) -> _Atoms:
         """These mixtures, without copying."""
         start, end = some[0], some[-1] + 1
         (a, b), (c, d) = ((int(s[start]), int(s[end])) for s in (self.starts, self.class_starts))
@@ -309,7 +310,7 @@ class _Atoms:
             self.class_starts[start : end + 1] - c,
         )  # fmt: skip
 
-    def take(self, which: Tensor) -> "_Atoms":
+    def take(self, which: Tensor) -> _Atoms:
         """These mixtures, in this order."""
         atoms, starts, back = _ranges(self.starts, which)
         classes, class_starts, class_back = _ranges(self.class_starts, which)
@@ -435,7 +436,7 @@ def _least(a: NDArray[np.float64], b: NDArray[np.float64], cost: NDArray[np.floa
 
 def _simplex(a: Any, b: Any, cost: Any) -> tuple[NDArray[np.float64], float]:
     """POT's compiled solver, called without `ot.emd` around it, whose checks take half as long as a small problem."""
-    moved, least, _, _, code = emd_c(a, b, cost, 1_000_000, 1)
+    moved, least, _, _, code = pot.emd_c(a, b, cost, 1_000_000, 1)
     if code != _OPTIMAL:
         raise RuntimeError(f"POT found no transport plan of shape {cost.shape}: its network simplex ended with {code}")
     return moved, float(least)

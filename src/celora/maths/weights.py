@@ -12,9 +12,7 @@ once, and `own` (m, k), bool, says which of them is i itself, exactly one.
 
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+from celora.lazy import Tensor, np, torch
 
 Kernel = Literal["gaussian", "inverse", "linear"]
 Combination = Literal["mean", "product", "geometric"]

@@ -1,98 +1,37 @@
 """The frozen backbone: loaded once, adapted by stock PEFT, shared by every client of the process."""
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
 from celora.errors import ModelError
-from celora.fields import Count, Positive, setting, settings
-from celora.models import sources
+from celora.models import loading, targets
 from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.image_processor import ImageProcessor, image_processor
-from celora.models.inputs import DecodedImages, Images, Inputs, Texts, TokenisedTexts, collate, inputs_of
-from celora.models.slots import Update, bound, inject
+from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
+from celora.models.settings import Adapter, Model
+from celora.models.slots import Update, bound, inject, watched
 
 _ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
-LAYERS = r"^(all|last:[1-9][0-9]*)$"
-_REGISTER = 16
-"""Tokens that a prefix is padded to a multiple of: float32 numbers in the widest vector register."""
 _PASS = 1024 * 384
 """Numbers in one hidden state of a pass on a CPU: MiniLM, 384 wide, is fastest at 512 to 1024 tokens."""
 _LEAST = 512
 """Tokens in a pass, at least."""
-
-
-@settings
-class Model:
-    """The frozen backbone."""
-
-    backbone: str = setting("minilm", '"minilm" (embedded), "random-vit", a local folder, or a Hub id')
-    own: tuple[str, ...] | None = setting(
-        None,
-        'instead of one backbone, whole models of the clients\' own, dealt to them in turn: "cnn-1" … "cnn-5", '
-        'or "minilm:4" for the lowest layers of an encoder',
-        min_length=1,
-    )
-    allow_download: bool = setting(False, "may the Hub be asked? otherwise only its local cache is read")
-    pooling: Literal["mean", "cls", "last"] = setting("mean", "how a row's token vectors become one vector")
-    max_length: Count = setting(128, "tokens kept of a text")
-    dropout: bool = setting(False, "the backbone's own dropout while training")
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "of the frozen weights; adapters are float32")
-    device: str = setting("auto", '"auto": CUDA if there is one, else "cpu"; or a torch device')
-
-
-@settings
-class Adapter:
-    """The low-rank adapter at each adapted module, ΔW = s · B (C) A with s = alpha / rank, one s for all clients."""
-
-    rank: Count = setting(8, "r; where clients have ranks of their own, the largest of them")
-    ranks: Mapping[str, Count] | tuple[Count, ...] | None = setting(
-        None,
-        "{client = r, …}, others having `rank`; or tiers such as [2, 4, 8], each for as many clients; none: all `rank`",
-    )
-    alpha: Positive | None = setting(None, "s = alpha / rank; by default 2 · rank, as is common, so s = 2")
-    targets: tuple[str, ...] | str = setting(
-        ("query", "value"), 'PEFT\'s way: suffixes of module names, one regular expression, or "all-linear"'
-    )
-    layers: str = setting("all", 'which transformer layers: "all", or the topmost n as "last:n"', pattern=LAYERS)
-    init: Literal["kaiming", "normal", "orthonormal"] = setting(
-        "kaiming", "A as PEFT draws it; N(0, 1e-3²) as CE-LoRA's code; or A and B orthonormal with C = 0"
-    )
-    bases: Literal["shared", "secret"] = setting("shared", "A from the run's seed, or from each client's secret")
-
-    def __post_init__(self) -> None:
-        if self.ranks is not None and not self.ranks:
-            raise ValueError("ranks: found none, expected {client = r} or tiers such as [4, 8]")
-        given = self.ranks.values() if isinstance(self.ranks, Mapping) else self.ranks or ()
-        if over := [rank for rank in given if rank > self.rank]:
-            raise ValueError(f"ranks: found {max(over)}, expected at most rank = {self.rank}, the largest")
-
-    def rank_of(self, client: str, clients: Sequence[str]) -> int:
-        """The rank of a client among all: its own, or its tier's, the first tier going to the first clients."""
-        if self.ranks is None:
-            return self.rank
-        if isinstance(self.ranks, Mapping):
-            return self.ranks.get(client, self.rank)
-        return self.ranks[clients.index(client) * len(self.ranks) // len(clients)]
-
-    @property
-    def lora_alpha(self) -> float:
-        """`alpha`, or its default."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
-
-    @property
-    def scaling(self) -> float:
-        """s, the factor of ΔW."""
-        return self.lora_alpha / self.rank
+_SAMPLE = (
+    "The first of a few texts.",
+    "Another one, of about its length",
+    "And one more that is a good deal longer than they are: it goes on, and on, until it has more than 16 tokens.",
+    "The last?",
+)
 
 
 class Backbone:
@@ -105,39 +44,51 @@ class Backbone:
         device: where it runs.
         scaling: s, the factor of ΔW.
         fan_in_fan_out: whether the adapted modules store Wᵀ, as GPT-2's do; PEFT wants to know.
+        layers: its layers, from the input up.
         depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
+        longest: tokens that a text may have; None for images.
+        rows_first: whether the first axis of what the adapted modules read is that of rows, so that clients can share
+            a pass. It is not in XLNet and Longformer, where tokens come first, nor where DeBERTa projects positions.
         dropout: whether the backbone's own dropout is on while training.
         tokenizer: None for images.
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
+
+    Raises:
+        ModelError: if it cannot read texts of `max_length`, has no such targets or layers, or gives no vector for each
+            token.
     """
 
     kind: Literal["text", "image"]
 
     def __init__(self, transformer: nn.Module, tokenizer: Any, source: str, *, model: Model, adapter: Adapter) -> None:
-        config: Any = transformer.config
-        if tokenizer and model.max_length > (limit := sources.longest(transformer, tokenizer)):
-            raise ModelError(f"model.max_length = {model.max_length}, but {model.backbone} reads at most {limit}")
-        layers = sources.layers(transformer)
-        names = sources.matching(transformer, adapter.targets, model.backbone)
-        names = sources.topmost(names, layers, adapter.layers, model.backbone)
-        self._layers = inject(transformer, names, adapter.rank, adapter.lora_alpha)
-        self.kind = sources.kind(transformer)
-        self.width: int = config.hidden_size
+        self.kind = loading.kind(transformer)
+        self.longest = loading.longest(transformer, tokenizer) if self.kind == "text" else None
+        if self.longest is not None and model.max_length > self.longest:
+            found, expected = model.max_length, self.longest
+            raise ModelError(f"model.max_length = {found}, but {model.backbone} reads at most {expected}")
+        layers = targets.layers(transformer)
+        names = targets.matching(transformer, adapter.targets, model.backbone)
+        names = targets.topmost(names, layers, adapter.layers, model.backbone)
+        self._adapted = inject(transformer, names, adapter.rank, adapter.lora_alpha)
         self.targets: dict[str, tuple[int, int]] = {
-            name: (layer.out_features, layer.in_features) for name, layer in self._layers.items()
+            name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()
         }
-        self._stack = list(layers.values())
-        lowest = [at for at, path in enumerate(layers) if any(name.startswith(f"{path}.") for name in names)]
-        inside = all(any(name.startswith(f"{path}.") for path in layers) for name in names)
-        self.depth = lowest[0] if inside and not model.dropout else 0
-        self._answers_tuples = False
+        self.layers = tuple(layers.values())
+        self.depth = 0 if model.dropout else targets.below(names, layers)
         self.scaling = adapter.scaling
-        self.fan_in_fan_out = any(bool(layer.fan_in_fan_out) for layer in self._layers.values())
-        self.device = device_of(model.device)
+        self.fan_in_fan_out = any(bool(layer.fan_in_fan_out) for layer in self._adapted.values())
+        self.device = loading.device_of(model.device)
         self.dropout = model.dropout
         self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
-        self._model, self._config = model, config
+        self._model = model
+        self._config: Any = transformer.config
         self._transformer = transformer.requires_grad_(False).eval().to(self.device)
+        (_, one), (states, two) = self._tried(1), self._tried(2)
+        self.width = states.shape[-1]
+        # a call has rows on the first axis of what it reads if that is twice as long for two of them
+        calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
+        self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
+        self.rows_first = all(map(all, self._of_rows.values()))
 
     @cached_property
     def _digest(self) -> str:
@@ -163,10 +114,10 @@ class Backbone:
         if not texts:
             return []
         found = self.tokenizer(list(texts), truncation=True, max_length=self._model.max_length)["input_ids"]
-        return [list(ids) or [self._padding] for ids in found]
+        return [list(ids) or [self.padding] for ids in found]
 
     @property
-    def _padding(self) -> int:
+    def padding(self) -> int:
         """A token to pad with; which one does not matter, for padding is masked."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in candidates if token is not None), 0)
@@ -188,10 +139,11 @@ class Backbone:
         height, width = (side, side) if isinstance(side, int) else side
         return self._config.num_channels, height, width
 
-    def read(self, rows: Texts | Images, budget: int) -> Inputs:
+    def read(self, rows: Any, budget: int) -> Inputs:
         """The rows of a source as this backbone reads them, made when they are first needed.
 
         Args:
+            rows: n texts or images: `Texts`, `Images`, a list of texts, or a tensor (n, channels, height, width).
             budget: bytes of token ids or pixels in memory.
 
         Raises:
@@ -199,16 +151,17 @@ class Backbone:
             DataError: if images differ in size and the backbone brings no processor that makes them alike.
         """
         inputs: Inputs
-        if rows.kind == "text":
-            inputs = TokenisedTexts(self.tokenize, rows, budget)
+        source = source_of(rows)
+        if source.kind == "text":
+            inputs = TokenisedTexts(self.tokenize, source, budget)
         else:
             prepare: ImageProcessor | None = None
             notices: tuple[str, ...] = ()
             if self.kind == "image":
                 prepare = image_processor(self.source, self.image_shape[0])
-            if prepare is None and rows[0].dtype == torch.uint8:
+            if prepare is None and source[0].dtype == torch.uint8:
                 notices = (f"pixels are divided by 255: {self.name} brings no image processor ({PROCESSOR})",)
-            inputs = DecodedImages(rows, prepare, budget, notices)
+            inputs = DecodedImages(source, prepare, budget, notices)
         self.check(inputs)
         return inputs
 
@@ -234,22 +187,23 @@ class Backbone:
         if self.device.type != "cuda":
             return max(_LEAST, _PASS // self.width)
         free, _ = torch.cuda.mem_get_info(self.device)
-        config, width = self._config, 2 if self._model.dtype == "bfloat16" else 4
+        config, width = self._config.get_text_config(), 2 if self._model.dtype == "bfloat16" else 4
         longest = self._model.max_length if self.kind == "text" else self.image_tokens
-        inner = 34 * self.width + 5 * config.num_attention_heads * longest
+        heads = np.max(config.num_attention_heads)  # Swin has some for each stage
+        inner = 34 * config.hidden_size + 5 * heads * longest
         return max(_LEAST, int(free / 2 / (config.num_hidden_layers * inner * width / 2)))
 
     def batch(self, rows: Inputs | Sequence[Sequence[int]] | Tensor, chosen: Sequence[int]) -> dict[str, Tensor]:
         """Some of the rows as tensors on the CPU, as `collate` makes them."""
-        return collate(inputs_of(rows).fetch(chosen), self._padding if self.kind == "text" else 0)
+        return collate(inputs_of(rows).fetch(chosen), self.padding if self.kind == "text" else 0)
 
-    def encode(
-        self,
-        inputs: Batch,
-        updates: Mapping[str, Update],
-        dropout_seed: int | None = None,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
+    def sample(self) -> list[list[int]] | Tensor:
+        """A few unlike rows to try the backbone on; texts have an odd number of tokens."""
+        if self.kind == "text":
+            return [row[: (len(row) - 1) | 1] for row in self.tokenize(_SAMPLE)]
+        return torch.linspace(0, 1, 2 * math.prod(self.image_shape)).view(2, *self.image_shape)
+
+    def encode(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None) -> Tensor:
         """Pooled features (rows, d), float32.
 
         Args:
@@ -257,16 +211,11 @@ class Backbone:
             updates: module -> what is added to its output, over s; a missing module stays frozen, so `{}` gives the
                 features of the backbone itself.
             dropout_seed: given, the backbone's own dropout is on and draws from this seed.
-            hidden: (rows, t, d), what `prefix` gives for these rows, 0 where they are padded: the layers below
-                `depth` are then passed over.
         """
         accepted = self._moved(inputs)
-        with bound(self._layers, updates):
+        with bound(self._adapted, updates):
             if dropout_seed is not None:
                 states = self._with_dropout(accepted, dropout_seed)
-            elif hidden is not None and self.depth:
-                with self._from(hidden):
-                    states = self._transformer(**accepted).last_hidden_state
             else:
                 states = self._transformer(**accepted).last_hidden_state
         return self._pool(states.float(), accepted.get("attention_mask"))
@@ -279,77 +228,48 @@ class Backbone:
         return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in accepted.items()}
 
     @torch.no_grad()
-    def prefix(self, inputs: Batch) -> list[Tensor]:
-        """Hidden states (t, d) of each row where it enters the first adapted layer, on the CPU; no padding.
-
-        Texts are padded to a multiple of 16 tokens. Then every row's numbers fill whole vector registers, and on a CPU
-        its result has the same bits in whatever company (a test holds it to that).
-        """
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            limit = sources.longest(self._transformer, self.tokenizer)
-            more = (0, min(-(-mask.shape[1] // _REGISTER) * _REGISTER, limit) - mask.shape[1])
-            ids = F.pad(inputs["input_ids"], more, value=self._padding)
-            inputs = {"input_ids": ids, "attention_mask": F.pad(mask, more)}
-        below, first = self._stack[self.depth - 1], self._stack[self.depth]
-
-        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
-            raise _ReachedError(args[0] if args else kwargs["hidden_states"])
-
-        def look(module: nn.Module, args: Any, answer: Any) -> None:
-            self._answers_tuples = isinstance(answer, tuple)
-
-        hooks = below.register_forward_hook(look), first.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with bound(self._layers, {}):
-                self._transformer(**self._moved(inputs))
-        except _ReachedError as reached:
-            hidden = reached.hidden.cpu()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        lengths = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
-        return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
-
-    @torch.no_grad()
     def squares(self, inputs: Batch) -> dict[str, Tensor]:
-        """Adapted module -> the sum over all tokens of its squared inputs (d_in,), float64 on the CPU; no padding."""
+        """Adapted module -> the sum over all tokens of its squared inputs (d_in,), float64 on the CPU; no padding.
+
+        Raises:
+            ModelError: if rows are not on the first axis of what some module reads.
+        """
+        if absent := [name for name, calls in self._of_rows.items() if not any(calls)]:
+            raise ModelError(
+                f"{absent[0]} of {self.name} reads no tensor (rows, tokens, width), so its tokens cannot be told from "
+                "padding: choose other adapter.targets, or an algorithm that needs no input norms"
+            )
         accepted, found = self._moved(inputs), dict[str, Tensor]()
-        mask = accepted.get("attention_mask")
+        mask, of_rows = accepted.get("attention_mask"), {name: iter(calls) for name, calls in self._of_rows.items()}
 
-        def look(name: str, module: nn.Module, args: Any) -> None:
-            x = args[0].double().square()
-            x = x if mask is None else x * mask.unsqueeze(-1)
-            found[name] = x.flatten(0, -2).sum(0).cpu()
+        def look(name: str, x: Tensor) -> None:
+            if next(of_rows[name], False):
+                x = x.double().square()
+                x = x if mask is None else x.reshape(*mask.shape, -1) * mask.unsqueeze(-1)
+                found[name] = x.flatten(0, -2).sum(0).cpu() + found.get(name, 0)
 
-        hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in self._layers.items()]
-        try:
-            with bound(self._layers, {}):
-                self._transformer(**accepted)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with watched(self._adapted, look):
+            self._transformer(**accepted)
         return found
 
-    @contextmanager
-    def _from(self, hidden: Tensor) -> Iterator[None]:
-        """Within this context the layers below `depth` pass on what they get, the lowest of them `hidden`."""
-
-        def passing(at: int) -> Callable[..., Any]:
-            def forward(states: Tensor, *_: Any, **__: Any) -> Any:
-                states = hidden.to(states.device, states.dtype) if at == 0 else states
-                return (states,) if self._answers_tuples else states
-
-            return forward
-
-        below = self._stack[: self.depth]
-        for at, layer in enumerate(below):
-            layer.forward = passing(at)
+    @torch.no_grad()
+    def _tried(self, count: int) -> tuple[Tensor, dict[str, list[int]]]:
+        """Last hidden states of one row or two; and adapted module -> the length of what it reads in each call."""
+        lengths, what = dict[str, list[int]](), f"{self.name}, a {type(self._transformer).__name__},"
         try:
-            yield
-        finally:
-            for layer in below:
-                del layer.forward  # the class's own shows again
+            batch = self._moved(self.batch(self.sample(), [0, 1]))
+            accepted = {name: tensor[:count] for name, tensor in batch.items()}
+            with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
+                states: Tensor = self._transformer(**accepted).last_hidden_state
+        except Exception as error:
+            raise ModelError(f"{what} makes no features of {self.kind}s alone: {loading.reason(error)}") from error
+        tokens = accepted["input_ids"].shape[1:] if self.kind == "text" else states.shape[1:-1]
+        if states.dim() != 3 or states.shape[:-1] != (count, *tokens):
+            raise ModelError(
+                f"{what} gives a tensor {tuple(states.shape)} for {count} {self.kind}; expected (rows, tokens, width): "
+                "choose a transformer that keeps its tokens apart, such as BERT, Llama, ViT or Swin"
+            )
+        return states, lengths
 
     def _with_dropout(self, inputs: Batch, seed: int) -> Tensor:
         """One pass in training mode; it needs the global generator, which is put back afterwards."""
@@ -377,31 +297,6 @@ class Backbone:
                 return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
 
 
-class _ReachedError(Exception):
-    """The first adapted layer was reached; no more is to be computed."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-def device_of(name: str) -> torch.device:
-    """The torch device of `model.device`.
-
-    Raises:
-        ModelError: if there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f'model.device = "{name}" is unknown; expected "auto", "cpu" or "cuda"') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f'model.device = "{name}", but torch finds no CUDA device here: use "auto" or "cpu"')
-    return device
-
-
 def load(model: Model, adapter: Adapter, base: Path) -> Backbone:
     """Load and adapt the backbone; a relative folder is looked up from `base`.
 
@@ -411,5 +306,5 @@ def load(model: Model, adapter: Adapter, base: Path) -> Backbone:
     # oneDNN keeps a compiled kernel for each shape it has seen, 1,024 of them: 50 MB, and no faster than with a few
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    transformer, tokenizer, source = sources.fetch(model.backbone, base, model.allow_download, dtype)
+    transformer, tokenizer, source = loading.fetch(model.backbone, base, model.allow_download, dtype)
     return Backbone(transformer, tokenizer, source, model=model, adapter=adapter)

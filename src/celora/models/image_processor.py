@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from celora.errors import ModelError
-from celora.models import sources
+from celora.models import loading
 
 FILE = "preprocessor_config.json"
 """What `save_pretrained` of a processor writes beside a model."""
@@ -51,7 +51,7 @@ def image_processor(source: str, channels: int) -> ImageProcessor | None:
 
     loader: Any = AutoImageProcessor  # transformers does not type it
     try:
-        with sources.quiet():
+        with loading.quiet():
             processor = loader.from_pretrained(Path(found).parent, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{found} cannot be read as an image processor: {error}") from error

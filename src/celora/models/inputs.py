@@ -1,7 +1,7 @@
-"""The rows of a client as a model reads them: token ids and pixels, made when they are first needed.
+"""Rows as a model reads them: token ids and pixels, made when they are first needed.
 
 TokenisedTexts, DecodedImages    all rows of a table, in memory within a budget
-Inputs.take                      some of them: a view by positions, of which nothing is copied
+ReadyInputs                      rows that are in memory anyway
 collate                          rows -> the tensors of a batch
 """
 
@@ -79,10 +79,6 @@ class Inputs(ABC):
     @abstractmethod
     def lengths(self, rows: Sequence[int]) -> list[int]:
         """Tokens in each of these rows; 1 for an image."""
-
-    def take(self, rows: Sequence[int]) -> "Inputs":
-        """A view of these rows."""
-        return _Taken(self, rows)
 
 
 class TokenisedTexts(Inputs):
@@ -181,60 +177,6 @@ class ReadyInputs(Inputs):
         return [1 if self.kind == "image" else len(self._rows[row]) for row in rows]
 
 
-class JoinedInputs(Inputs):
-    """The rows of several, one after another."""
-
-    def __init__(self, parts: Sequence[Inputs]) -> None:
-        self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        first = next((part for part in parts if len(part)), parts[0])
-        self.kind, self.shape = first.kind, first.shape
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def fetch(self, rows: Sequence[int]) -> list[Row]:
-        """As each part gives them."""
-        return self._asked(rows, lambda part, own: part.fetch(own))
-
-    def lengths(self, rows: Sequence[int]) -> list[int]:
-        """As each part gives them."""
-        return self._asked(rows, lambda part, own: part.lengths(own))
-
-    def _asked(self, rows: Sequence[int], ask: Callable[[Inputs, Sequence[int]], Iterable[T]]) -> list[T]:
-        at = np.asarray(rows, dtype=np.int64)
-        owners = np.searchsorted(self._ends, at, side="right")
-        found: dict[int, T] = {}
-        for owner in np.unique(owners).tolist():
-            mine, part = np.flatnonzero(owners == owner), self._parts[owner]
-            own = at[mine] - (self._ends[owner] - len(part))
-            found |= zip(mine.tolist(), ask(part, own.tolist()), strict=True)
-        return [found[place] for place in range(len(at))]
-
-
-class _Taken(Inputs):
-    """Some rows of a source; see `Inputs.take`."""
-
-    def __init__(self, source: Inputs, rows: Sequence[int]) -> None:
-        self._source, self._rows = source, np.asarray(rows, dtype=np.int64)
-        self.kind, self.shape = source.kind, source.shape
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def fetch(self, rows: Sequence[int]) -> list[Row]:
-        return self._source.fetch(self._of(rows).tolist())
-
-    def lengths(self, rows: Sequence[int]) -> list[int]:
-        return self._source.lengths(self._of(rows).tolist())
-
-    def take(self, rows: Sequence[int]) -> Inputs:
-        return _Taken(self._source, self._of(rows).tolist())
-
-    def _of(self, rows: Sequence[int]) -> NDArray[np.int64]:
-        return self._rows[np.asarray(rows, dtype=np.int64)]
-
-
 class _Kept:
     """Rows by number, those used last, within a budget of bytes."""
 
@@ -261,6 +203,30 @@ class _Kept:
         while self._held > self._budget:
             _, oldest = self._rows.popitem(last=False)
             self._held -= oldest.nbytes + _OVERHEAD
+
+
+class _ListedTexts(list[str]):
+    kind: Literal["text"] = "text"
+
+
+class _StackedImages:
+    kind: Literal["image"] = "image"
+
+    def __init__(self, images: Tensor) -> None:
+        self._images, self.shape = images, tuple(images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self._images[row]
+
+
+def source_of(rows: Any) -> Texts | Images:
+    """Rows of a source; a list of texts and a tensor of images (n, channels, height, width) are taken as one."""
+    if isinstance(rows, Tensor):
+        return _StackedImages(rows)
+    return _ListedTexts(rows) if isinstance(rows, list | tuple) else rows
 
 
 def inputs_of(rows: Inputs | Sequence[Sequence[int]] | Tensor) -> Inputs:

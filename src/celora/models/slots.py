@@ -8,6 +8,7 @@ adapters (`celora.core.adapters`): a turn binds its functions, runs, and unbinds
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,3 +84,19 @@ def bound(layers: Layers, updates: Mapping[str, Update]) -> Iterator[None]:
     finally:  # a graph must not outlive its step, nor one client's weights their turn
         for name in updates:
             layers[name].lora_B[_ADAPTER].update = None
+
+
+@contextmanager
+def watched(layers: Layers, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within this context no layer adapts, and `look` is called with each one's name and what it reads."""
+
+    def show(name: str, module: nn.Module, args: Any) -> None:
+        look(name, args[0])
+
+    hooks = [layer.register_forward_pre_hook(partial(show, name)) for name, layer in layers.items()]
+    try:
+        with bound(layers, {}):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()

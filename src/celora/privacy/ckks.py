@@ -7,7 +7,7 @@
     product with a plain number. (The published SHE-LoRA code has a scale of 2²⁴, of which one product leaves little.)
 
 Encryption is symmetric: all clients hold one secret, and whoever only adds and weighs needs no key at all. `encrypt`
-and `decrypt` take the secret; `weighted_sum` has none to take, and nothing of it is in a ciphertext.
+and `decrypt` take the secret; `WeightedSum` has none to take, and nothing of it is in a ciphertext.
 
 Nothing is left to chance: the noise of a ciphertext is drawn by the secret and by what is encrypted, so runs are equal
 to the bit. Equal contents then make equal ciphertexts, which tells a server that they are equal, and no more.
@@ -15,15 +15,13 @@ to the bit. Equal contents then make equal ciphertexts, which tells a server tha
 
 import struct
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from celora.lazy import Tensor, torch
 from celora.privacy.keys import derived
 
 SLOTS = 4096
@@ -68,31 +66,37 @@ def decrypt(secret: bytes, frames: Sequence[bytes]) -> Tensor:
     return torch.cat(pieces)
 
 
-def weighted_sum(weighted: Iterable[tuple[Sequence[bytes], float]]) -> tuple[bytes, ...]:
-    """Σ_i w_i x_i of encrypted vectors, ciphertext by ciphertext, with no key: 132 KiB a ciphertext.
-
-    Args:
-        weighted: ciphertexts of `encrypt`, and a weight that is not 0. Where one vector has fewer ciphertexts than
-            another, the missing ones count as 0.
+class WeightedSum:
+    """Σ_i w_i x_i of encrypted vectors, ciphertext by ciphertext, with no key.
 
     Raises:
         ImportError: without the extra `he`.
-        ValueError: if a frame is no ciphertext.
     """
-    seal, sums = _seal(), list[Any]()
-    evaluator = seal.Evaluator(_public())
-    for frames, weight in weighted:
+
+    def __init__(self) -> None:
+        self._seal = _seal()
+        self._evaluator, self._sums = self._seal.Evaluator(_public()), list[Any]()
+
+    def add(self, frames: Sequence[bytes], weight: float) -> None:
+        """One more vector's ciphertexts, with a weight that is not 0; those that are missing at the end count as 0.
+
+        Raises:
+            ValueError: if a frame is no ciphertext of `encrypt`.
+        """
         for at, frame in enumerate(frames):
-            ciphertext, factor = _loaded(frame), seal.Plaintext()
+            ciphertext, factor = _loaded(frame), self._seal.Plaintext()
             _encoder().encode(weight, ciphertext.parms_id(), _SCALE, factor)
-            evaluator.multiply_plain_inplace(ciphertext, factor)
-            if at < len(sums):
-                evaluator.add_inplace(sums[at], ciphertext)
+            self._evaluator.multiply_plain_inplace(ciphertext, factor)
+            if at < len(self._sums):
+                self._evaluator.add_inplace(self._sums[at], ciphertext)
             else:
-                sums.append(ciphertext)
-    for total in sums:
-        evaluator.rescale_to_next_inplace(total)
-    return tuple(map(_saved, sums))
+                self._sums.append(ciphertext)
+
+    def result(self) -> tuple[bytes, ...]:
+        """The sum's ciphertexts, 132 KiB each; nothing can be added afterwards."""
+        for total in self._sums:
+            self._evaluator.rescale_to_next_inplace(total)
+        return tuple(map(_saved, self._sums))
 
 
 def readable(frames: Sequence[bytes]) -> bool:

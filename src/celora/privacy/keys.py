@@ -1,8 +1,8 @@
 """One secret of 32 bytes that all clients hold and the server does not; everything else is derived from it.
 
-The sites agree on it without the server: one makes it, `python -c "from celora.privacy.keys import make; make('key')"`,
-and carries it to the others by a way they trust. There is no other channel between clients here, and one that leads
-through the server would have to keep it from the server.
+The sites agree on it without the server: one makes it by `celora keys secret FILE` and carries it to the others by a
+way that they trust. There is no other channel between clients here, and one that leads through the server would have to
+keep it from the server.
 """
 
 import hashlib
@@ -11,6 +11,8 @@ import json
 import os
 import secrets
 from pathlib import Path
+
+from celora.errors import RunFolderError
 
 SIZE = 32
 SIMULATED = hashlib.sha256(b"celora: everybody can read this key, so it protects nobody").digest()
@@ -21,10 +23,16 @@ def make(path: str | Path) -> None:
     """Write a new secret to a new file, 64 hexadecimal digits, readable by its owner only.
 
     Raises:
-        FileExistsError: if there is a file: what was encrypted with the secret in it would be lost.
+        RunFolderError: if the file cannot be written, or is there already: what was encrypted with the secret in it
+            would be lost.
     """
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(SIZE) + "\n")
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(SIZE) + "\n")
+    except FileExistsError:
+        raise RunFolderError(f"{path} is there already: keys are never overwritten. Choose another file") from None
+    except OSError as error:
+        raise RunFolderError(f"cannot write {path} ({error.strerror}): choose another folder, or make it") from error
 
 
 def read(path: str | Path) -> bytes:
@@ -33,7 +41,7 @@ def read(path: str | Path) -> bytes:
     Raises:
         ValueError: if there is no such file, or no secret in it.
     """
-    hint = "expected 64 hexadecimal digits, as celora.privacy.keys.make writes them; all clients need the same file"
+    hint = "expected 64 hexadecimal digits, as `celora keys secret` writes them; all clients need the same file"
     try:
         secret = bytes.fromhex(Path(path).read_text(encoding="ascii"))
     except OSError as error:

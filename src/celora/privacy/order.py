@@ -8,10 +8,7 @@ x / size, the closer the more numbers there are (a test in tests/facts measures 
 
 import hashlib
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from celora.lazy import Tensor, np, torch
 from celora.privacy.keys import derived
 
 

@@ -5,7 +5,7 @@
     [leaves]                                  # without this section: whatever the algorithm declares
     "ce_lora.Up" = ["core", "examples"]       # so the data summary stays
     "messages.Reply" = ["frame", "scores", "error"]
-    "remote.ClientFacts" = ["rows", "labels", "majority", "data", "backbone", "version"]
+    "remote.ClientFacts" = ["rows", "proposal", "baseline", "data", "backbone", "version"]
 
     [budget]
     round_bytes = 1_000_000
@@ -14,9 +14,15 @@
     [disclosure]
     floor = 10
 
+    [algorithms]                              # without this section: those of celora's own table
+    allow = ["fedit", "ce-lora"]              # others by name, or as "package.module:Class": their code runs here
+
     [[filters]]
     name = "clip"
     norm = 1.0
+
+A filter that the policy names is required (`celora.filters`). The experiment may name it, at least as strong; if it
+does not, the site applies the filter itself, or takes no part if the server would have to undo it.
 
 What a policy refuses is a `PolicyError`. Its text may travel to the server in place of what was refused, so it tells of
 names, types and limits, and never of content.
@@ -24,26 +30,31 @@ names, types and limits, and never of content.
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import InstanceOf, ValidationError
 
 from celora.algorithms import ALGORITHMS
+from celora.algorithms.lookup import lookup
 from celora.core.algorithm import AnyAlgorithm
+from celora.core.channel import Channel, Stage
 from celora.core.messages import Reply
 from celora.engines.remote import ClientFacts
 from celora.errors import ConfigError, PolicyError
 from celora.fields import Count, did_you_mean, error_lines, setting, settings, unknown
-from celora.site.filters import Clip, clip, is_empty
+from celora.filters import read_filters
+from celora.marks import DisclosureFloor, marked
 from celora.site.ledger import Ledger
-from celora.tensors import Tensors
 from celora.wire.records import name_of
 
-SECTIONS: Mapping[str, tuple[str, ...]] = {"budget": ("round_bytes", "total_bytes"), "disclosure": ("floor",)}
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "budget": ("round_bytes", "total_bytes"),
+    "disclosure": ("floor",),
+    "algorithms": ("allow",),
+}
 """Section of the file -> the policy's fields in it."""
-Filter = Clip  # any filter there is
 
 
 @settings
@@ -54,7 +65,22 @@ class Policy:
     round_bytes: Count | None = setting(None, "bytes of frames that may leave in a round of a federation", strict=True)
     total_bytes: Count | None = setting(None, "bytes of frames that may leave in all", strict=True)
     floor: Count = setting(10, "fewest training rows behind anything that leaves", strict=True)
-    filters: tuple[Filter, ...] = setting((), "what the site does to what it sends, in this order")
+    allow: tuple[str, ...] | None = setting(None, "algorithms that may run here; None: those of celora's own table")
+    filters: tuple[InstanceOf[Stage], ...] = setting((), "what must be done to what the site sends, in this order")
+
+    def permit(self, name: str) -> None:
+        """May this algorithm run here? Asked before a module that the name may speak of is imported.
+
+        Raises:
+            PolicyError: if it is not among those that the policy lists.
+        """
+        if name in (ALGORITHMS if self.allow is None else self.allow):
+            return
+        own = "an algorithm of celora's own table" if self.allow is None else ", ".join(self.allow) or "none"
+        raise PolicyError(
+            f"this site does not take part: found algorithm.name = {name!r}, expected {own}; choose another algorithm, "
+            "or change the policy at the site ([algorithms] allow)"
+        )
 
     def accept(self, algorithm: AnyAlgorithm, rows: int) -> None:
         """May this site take part? Asked before anything is told or trained.
@@ -71,29 +97,33 @@ class Policy:
                 "this site does not take part: found fewer training rows than its policy's disclosure.floor, expected "
                 f"at least {self.floor}; add rows, or change the policy at the site"
             )
-        chosen: dict[str, Any] = {field.name: getattr(algorithm, field.name) for field in _fields(algorithm)}
-        if chosen.get("min_rows", self.floor) < self.floor:
-            raise PolicyError(
-                f"this site does not take part: found algorithm.min_rows = {chosen['min_rows']}, expected at least "
-                f"{self.floor}, its policy's disclosure.floor; raise min_rows in the experiment, or change the policy "
-                "at the site"
-            )
+        for name in marked(type(algorithm), DisclosureFloor):
+            if (least := getattr(algorithm, name)) < self.floor:
+                raise PolicyError(
+                    f"this site does not take part: found algorithm.{name} = {least}, expected at least {self.floor}, "
+                    f"its policy's disclosure.floor; raise {name} in the experiment, or change the policy at the site"
+                )
         if _fields(algorithm.info.up):
             self._allowed(name_of(algorithm.info.up))
 
-    def filtered(self, up: Any, down: object, initial: Tensors) -> tuple[Any, tuple[str, ...]]:
-        """The uplink record after all filters, and a note of each, which is for the site alone.
+    def channel(self, declared: Channel) -> Channel:
+        """The stages of a job at this site: the experiment's, and those the policy requires that are not among them.
+
+        The site's own come after the experiment's, but before one that packs, which ends the channel.
 
         Raises:
-            PolicyError: if one of them cannot be applied: nothing may be sent.
+            PolicyError: if the experiment lacks a required stage that only both ends can have.
         """
-        notes = list[str]()
-        for required in self.filters:
-            done = clip(up, down, initial, required.norm)
-            up = done.record
-            if done.tensors != (0, 0):
-                notes.append(done.note)
-        return up, tuple(notes)
+        own = [required for required in self.filters if not any(stage.meets(required) for stage in declared)]
+        for required in own:
+            if required.packs:
+                found = ", ".join(stage.describe() for stage in declared) or "none"
+                raise PolicyError(
+                    f"this site does not take part: its policy requires the filter '{required.describe()}', found "
+                    f"{found}; name it in the experiment ([[filters]]), or change the policy at the site"
+                )
+        first = [stage for stage in declared if not stage.packs]
+        return (*first, *own, *(stage for stage in declared if stage.packs))
 
     def admit(self, kind: str, value: object) -> None:
         """May this record leave? Asked before it is packed. A record that has no fields may.
@@ -157,11 +187,13 @@ class Policy:
             leaves = "; ".join([*named, "nothing else"]) if named else "nothing"
         budgets = ((self.round_bytes, "a round"), (self.total_bytes, "in all"))
         limits = [f"at most {limit:,} {when}" for limit, when in budgets if limit is not None]
-        filters = [f"{required.name} to norm {required.norm:g}" for required in self.filters]
+        algorithms = [] if self.allow is None else [f"algorithms: {', '.join(self.allow) or 'none'}"]
+        filters = [required.describe() for required in self.filters]
         return [
             f"may leave: {leaves}",
             f"bytes: {', '.join(limits) or 'any number'}",
             floor,
+            *algorithms,
             f"filters: {', '.join(filters) or 'none'}",
         ]
 
@@ -193,22 +225,29 @@ def read_policy(path: Path) -> Policy:
         chosen = {name: table[name] for name in names if name in table}
         if _valid(section, Policy, chosen, problems) is not None:
             values |= chosen
+    ups = [algorithm.info.up for algorithm in (*ALGORITHMS.values(), *_allowed(values.get("allow", ()), problems))]
     if "leaves" in tree:
-        values["leaves"] = _leaves(_table("leaves", tree["leaves"], problems), problems)
-    filters = tree.get("filters", [])
-    if not isinstance(filters, list):
-        problems.append(f"filters: found {filters!r}, expected tables under [[filters]]")
-    else:
-        places = {f"filters.{number}": table for number, table in enumerate(filters, 1)}
-        values["filters"] = [_valid(at, Filter, _table(at, table, problems), problems) for at, table in places.items()]
+        values["leaves"] = _leaves(_table("leaves", tree["leaves"], problems), ups, problems)
+    values["filters"] = read_filters(tree.get("filters", []), problems)
     if problems:
         raise ConfigError([f"{path.name}: {problem}" for problem in problems])
     return Policy(**values)
 
 
-def _leaves(table: dict[str, Any], problems: list[str]) -> dict[str, tuple[str, ...]]:
+def _allowed(names: Iterable[str], problems: list[str]) -> list[type[Any]]:
+    """The algorithms in the section [algorithms] that there are at this site."""
+    found = list[type[Any]]()
+    for name in names:
+        try:
+            found.append(lookup(name))
+        except ConfigError as error:
+            problems += [f"algorithms.allow: {problem}" for problem in error.problems]
+    return found
+
+
+def _leaves(table: dict[str, Any], ups: Iterable[type], problems: list[str]) -> dict[str, tuple[str, ...]]:
     """The section [leaves]; without quotes `fedit.Up = …` is a table in a table, and means the same."""
-    records = {name_of(kind): kind for kind in (*(a.info.up for a in ALGORITHMS.values()), Reply, ClientFacts)}
+    records = {name_of(kind): kind for kind in (*ups, Reply, ClientFacts)}
     flat, leaves = list[tuple[str, Any]](), dict[str, tuple[str, ...]]()
     for key, value in table.items():
         nested = isinstance(value, dict)
@@ -230,6 +269,11 @@ def _leaves(table: dict[str, Any], problems: list[str]) -> dict[str, tuple[str, 
             ]
             leaves[kind] = tuple(names)
     return leaves
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field holds nothing that could leave: None, or a text, bytes, tuple or mapping without content."""
+    return value is None or (isinstance(value, str | bytes | tuple | Mapping) and not value)
 
 
 def _table(section: str, found: Any, problems: list[str]) -> dict[str, Any]:

@@ -13,14 +13,16 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
-from celora.core.client import answer
+from celora.core.channel import Channel, wire
+from celora.core.client import answer, channel_state
+from celora.core.client_state import KeptModel, notes_in, unpacked
 from celora.core.learner import Learner
-from celora.core.messages import Instruction, KeptModel, Notes, Reply, unpacked
+from celora.core.messages import Instruction, Reply
 from celora.core.solve import solve
 from celora.engines.remote import ClientFacts, JobStart, Request, Response
 from celora.errors import CeloraError, FederationError, PolicyError, RunFolderError, WireError
@@ -49,6 +51,10 @@ class JobContext(Protocol):
     @property
     def algorithm(self) -> AnyAlgorithm:
         """What is run."""
+
+    @property
+    def channel(self) -> Channel:
+        """The stages that the experiment names."""
 
     @property
     def initial(self) -> Tensors:
@@ -145,7 +151,7 @@ class Site:
         start = unpack(JobStart, body)
         job_context = self._entered(start)
         self.policy.admit(name_of(ClientFacts), job_context.facts)
-        if start.classes:  # else this was only a question
+        if start.clients:  # else this was only a question
             folder = self._folder(job)
             with writing(folder):
                 for place in (folder.parent.parent, folder.parent, folder):
@@ -160,6 +166,7 @@ class Site:
         """The rows and the backbone for a job that the policy accepts, as it is now."""
         job_context = self.enter(start)
         self.policy.accept(job_context.algorithm, job_context.facts.rows.get("train", 0))
+        self.policy.channel(job_context.channel)
         return job_context
 
     def _context(self, job: str) -> JobContext:
@@ -178,22 +185,20 @@ class Site:
         """A turn: train, keep, and only then let something leave."""
         job_context = self._context(job)
         schema, learner = Schema.of(job_context.initial), job_context.learner(instruction.round)
+        channel = self.policy.channel(job_context.channel)
         with self._store(job, job_context) as kept:
             store = dict[str, object](kept)
-            [reply] = solve([(learner, answer(job_context.algorithm, learner, instruction, store, schema))])
+            [reply] = solve([(learner, answer(job_context.algorithm, learner, instruction, store, schema, channel))])
             if isinstance(reply, Exception):
                 raise reply
             kept.keep(store)
-        self._tell(unpacked(Notes, store.get("notes", Notes(())), schema).lines)
+        self._tell(notes_in(store, schema))
+        self._tell(channel_state(store, instruction.round, schema).notes)
         kind = name_of(Reply)
         if reply.frame:
             info = job_context.algorithm.info
             kind = name_of(info.up)
-            up: Any = unpack(info.up, reply.frame, schema)
-            if self.policy.filters:
-                up, notes = self.policy.filtered(up, unpack(info.down, instruction.frame, schema), job_context.initial)
-                reply = replace(reply, frame=pack(up, schema))
-                self._tell(notes)
+            up: Any = unpack(info.up, reply.frame, wire(channel, schema))
             self.policy.admit(kind, up)
         self.policy.admit(name_of(Reply), reply)
         score = reply.scores.get("personal", {}).get("score")

@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 
 from filelock import FileLock, Timeout
 
-from celora.core.messages import frame_of
+from celora.core.client_state import frame_of
 from celora.errors import FederationError, WireError
 from celora.track.disk import owners, put, sync, writing
 from celora.wire import Schema
@@ -19,10 +19,10 @@ SUFFIX, TEMPORARY = ".bin", ".tmp"
 
 
 class SiteStore(MutableMapping[str, object]):
-    """A `celora.core.messages.ClientStore` in a folder that is for its owner alone: `private@3.bin` and so on.
+    """A `celora.core.client_state.ClientStore` in a folder that is for its owner alone: `private@3.bin` and so on.
 
     A value is written to a temporary name, flushed and renamed; `keep` writes none that has not changed. Read, it is
-    its frame (`celora.core.messages.opened`). The folder is held until `close`, or the end of the process.
+    its frame (`celora.core.client_state.unpacked`). The folder is held until `close`, or the end of the process.
 
     Args:
         folder: made if it is missing; mode 0700, its files 0600, whatever they were.

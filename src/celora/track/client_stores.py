@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from celora.core.algorithm import ClientId
-from celora.core.messages import ClientStore, frame_of
+from celora.core.client_state import ClientStore, frame_of
 from celora.errors import WireError
 from celora.track.disk import sync, writing
 from celora.wire import Schema, contents, pack, record, unpack

@@ -1,18 +1,21 @@
 """The figures of a report; each is a matplotlib `Figure` of its own, without pyplot and its global state."""
 
+from __future__ import annotations
+
 import base64
 import io
 import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from celora.lazy import Lazy, np
 from celora.track.text import printable
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+matplotlib_figure, matplotlib_ticker = Lazy("matplotlib.figure"), Lazy("matplotlib.ticker")
 NAMED = 40
 """Heat-maps of more clients than this have no names along their sides."""
 CELLS = 400
@@ -26,7 +29,7 @@ def curves(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> F
         for e in events
         if e["event"] == "round" and (e["algorithm"], e["seed"]) == (summary["algorithm"], summary["seed"])
     }
-    figure = Figure(figsize=(7.5, 3.4), dpi=144, layout="constrained")
+    figure: Figure = matplotlib_figure.Figure(figsize=(7.5, 3.4), dpi=144, layout="constrained")
     axes = figure.add_subplot()
     for moment, colour, shift in (("personal", "#0969da", 0), ("received", "#bf5700", 1)):
         points = [(i - shift, v) for i, e in sorted(rounds.items()) if (v := e["validation"].get(moment))]
@@ -36,7 +39,7 @@ def curves(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> F
         axes.plot(at, worst, color=colour, linestyle=":", label=f"{moment}, worst client")
     axes.axvline(summary["round"], color="#57606a", linewidth=0.8, linestyle="--", label="chosen round")
     axes.set(xlabel="round", ylabel="validation score")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(matplotlib_ticker.MaxNLocator(integer=True))
     axes.grid(visible=True, linewidth=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
@@ -46,7 +49,7 @@ def heat_map(similarity: np.ndarray[Any, Any], clients: Sequence[str]) -> Figure
     """The averaging weights: row i is what client i receives."""
     m = len(clients)
     side = min(8.0, 2.5 + 0.3 * m)
-    figure = Figure(figsize=(side + 0.8, side), dpi=144, layout="constrained")
+    figure: Figure = matplotlib_figure.Figure(figsize=(side + 0.8, side), dpi=144, layout="constrained")
     axes = figure.add_subplot()
     first = np.arange(0, m, -(-m // CELLS))
     size = np.diff(first, append=m)

@@ -21,13 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from filelock import FileLock, Timeout
 
 from celora.core.algorithm import ClientId, Mixing
 from celora.core.messages import Checkpoint
 from celora.errors import RunFolderError, WireError
+from celora.lazy import np, torch
+from celora.marks import MixingMatrix, marked_values
 from celora.track.client_stores import ClientStores, sweep, verify_files
 from celora.track.disk import put, sync, writing
 from celora.wire import pack, unpack
@@ -220,8 +220,8 @@ class RunFolder:
 
     def mixing(self, server: object, index: int) -> None:
         """Write who learned from whom after a round, if the server's state says so."""
-        for value in vars(server).values():
-            if isinstance(value, Mixing) and value.clients:
+        for _, value, _ in marked_values(server, MixingMatrix):
+            if value.clients:
                 target = self.path / "similarity" / f"round_{index:04d}"
                 with writing(target):
                     target.parent.mkdir(exist_ok=True)

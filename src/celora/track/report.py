@@ -9,7 +9,7 @@ from typing import Any
 
 from celora.core.algorithm import Mixing
 from celora.track.figures import curves, heat_map, inline
-from celora.track.tables import headline
+from celora.track.tables import headline, metric
 from celora.track.text import HARMED, MISSING, duration, lift, printable, score, share, size
 
 Event = Mapping[str, Any]
@@ -116,7 +116,7 @@ def sentences(mixing: Mixing) -> list[str]:
 
 def _headline(summary: Mapping[str, Any]) -> str:
     m = summary["metrics"]
-    numbers = f'<span class="number">{score(m["mean"])}</span> mean test score'
+    numbers = f'<span class="number">{score(m["mean"])}</span> mean test score{_text(metric(summary))}'
     if m["lift_mean"] is not None:
         numbers += f', <span class="number">{lift(m["lift_mean"])}</span> over training alone'
     gains = [row["lift"] for row in summary["clients"].values() if row["lift"] is not None]

@@ -28,7 +28,8 @@ def plain(*parts: RenderableType) -> str:
 
 def client_table(summary: Summary) -> Table:
     """A row for each client: its test score alone and federated, and what it gained; losses are marked."""
-    table = _table(f"{summary['algorithm']}, seed {summary['seed']}: test scores of {headline(summary)}")
+    of = f"test scores{metric(summary)} of {headline(summary)}"
+    table = _table(f"{summary['algorithm']}, seed {summary['seed']}: {of}")
     clients: Mapping[str, Mapping[str, Any]] = summary["clients"]
     majority = any(row.get("majority") is not None for row in clients.values())
     table.add_column("client", overflow="fold", min_width=8)
@@ -60,6 +61,18 @@ def client_table(summary: Summary) -> Table:
 def headline(summary: Summary) -> str:
     """Which model the scores are of, and how it was chosen."""
     return f"the {summary['moment']} models of round {summary['round']}, the best on validation"
+
+
+def metric(summary: Summary) -> str:
+    """What the scores are of, after the word "scores"; accuracy goes without saying.
+
+    >>> metric({}), metric({"headline": {"metric": "loss", "higher_is_better": False}})
+    ('', ' (loss, lower is better)')
+    """
+    of = summary.get("headline", {"metric": "accuracy", "higher_is_better": True})
+    if of["metric"] == "accuracy":
+        return ""
+    return f" ({of['metric']})" if of["higher_is_better"] else f" ({of['metric']}, lower is better)"
 
 
 def client_lines(summary: Summary) -> list[Text]:
@@ -104,7 +117,8 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
     for summary in summaries:
         groups.setdefault(summary["algorithm"], []).append(summary)
     seeds = max((len(group) for group in groups.values()), default=0)
-    table = _table("test scores" + (f", mean ± std over {seeds} seeds" if seeds > 1 else ""))
+    which = metric(summaries[0]) if summaries else ""
+    table = _table(f"test scores{which}" + (f", mean ± std over {seeds} seeds" if seeds > 1 else ""))
     table.add_column("algorithm", overflow="fold", min_width=10)
     matched = any(summary.get("uplink", {}).get("match") == "floats" for summary in summaries)
     scores = ("mean", "worst\ndecile", "harmed", "lift", "of the\nmodels", "received", "personal")
@@ -193,6 +207,7 @@ __all__ = [
     "client_table",
     "compare_table",
     "headline",
+    "metric",
     "next_lines",
     "plain",
 ]

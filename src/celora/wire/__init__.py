@@ -25,6 +25,6 @@ celora.errors.WireError: the frame is truncated: found 277 bytes, expected 286
 """
 
 from celora.wire.frames import pack, unpack
-from celora.wire.records import NOTHING, Schema, contents, name_of, record
+from celora.wire.records import NOTHING, Schema, contents, leaves, name_of, record
 
-__all__ = ["NOTHING", "Schema", "contents", "name_of", "pack", "record", "unpack"]
+__all__ = ["NOTHING", "Schema", "contents", "leaves", "name_of", "pack", "record", "unpack"]

@@ -1,5 +1,7 @@
 """Frames: `pack` and `unpack`, a writer that checks what it is given and a reader that trusts nothing."""
 
+from __future__ import annotations
+
 import functools
 import math
 import struct
@@ -8,11 +10,8 @@ import typing
 import zlib
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from celora.errors import WireError
+from celora.lazy import Tensor, np, torch
 from celora.tensors import Tensors
 from celora.wire.records import NOTHING, Form, Schema, fingerprint, form_of, name_of
 
@@ -22,11 +21,6 @@ _MAGIC = b"celo"
 _VERSION = 1
 _LONGEST = 1 << 15
 """Bits of a number, at most."""
-_DTYPES = (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
-)  # fmt: skip
-_CODE_OF = {dtype: code for code, dtype in enumerate(_DTYPES)}  # a code never changes: append only
 
 
 def pack(value: object, schema: Schema = NOTHING) -> bytes:
@@ -64,7 +58,8 @@ def unpack(kind: type[T], frame: bytes, schema: Schema = NOTHING) -> T:
     if (mark := reader.take(8, "the fingerprint")) != fingerprint(kind, schema):
         raise WireError(
             f"found a {found} for another layout (fingerprint {mark.hex()}), expected "
-            f"{fingerprint(kind, schema).hex()}: both sides need the same celora, backbone, targets, rank and classes"
+            f"{fingerprint(kind, schema).hex()}: both sides need the same celora, backbone, targets, rank, classes and "
+            "filters"
         )
     size = reader.size("the length")
     expected = reader.at + size + 4
@@ -160,10 +155,20 @@ def _utf8(text: str, where: str) -> bytes:
         raise WireError(f"{where}: found text that is not Unicode ({error.reason}), expected text") from error
 
 
+@functools.cache
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """A dtype's code is its position; a code never changes: append only."""
+    return (
+        torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
+        torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+        torch.bool,
+    )  # fmt: skip
+
+
 def _write_tensor(out: list[bytes], tensor: Tensor, where: str) -> None:
-    if tensor.dtype not in _CODE_OF:
-        raise WireError(f"{where}: found dtype {tensor.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-    out.append(bytes([_CODE_OF[tensor.dtype], tensor.dim()]) + b"".join(map(_varint, tensor.shape)))
+    if tensor.dtype not in _dtypes():
+        raise WireError(f"{where}: found dtype {tensor.dtype}, expected one of {', '.join(map(str, _dtypes()))}")
+    out.append(bytes([_dtypes().index(tensor.dtype), tensor.dim()]) + b"".join(map(_varint, tensor.shape)))
     out.append(_raw(tensor))
 
 
@@ -283,6 +288,6 @@ def _read_tensors(reader: _Reader, schema: Schema, where: str) -> dict[str, Tens
 
 def _read_tensor(reader: _Reader, where: str) -> Tensor:
     code, dims = reader.take(2, where)
-    if code >= len(_DTYPES):
-        raise WireError(f"{where}: found dtype code {code}, expected below {len(_DTYPES)}")
-    return reader.tensor(_DTYPES[code], tuple(reader.size(where) for _ in range(dims)), where)
+    if code >= len(_dtypes()):
+        raise WireError(f"{where}: found dtype code {code}, expected below {len(_dtypes())}")
+    return reader.tensor(_dtypes()[code], tuple(reader.size(where) for _ in range(dims)), where)

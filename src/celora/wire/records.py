@@ -1,5 +1,7 @@
 """What can be packed: the `record` decorator, the form of its fields, and the `Schema` both ends know."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import types
@@ -9,10 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar, dataclass_transform
 
-import torch
-from torch import Tensor
-
 from celora.errors import WireError
+from celora.lazy import Tensor, torch
 from celora.tensors import Tensors
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Schema:
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
     @staticmethod
-    def of(tensors: Tensors) -> "Schema":
+    def of(tensors: Tensors) -> Schema:
         """The schema of these tensors."""
         return Schema({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
 
@@ -75,20 +75,24 @@ def contents(value: object) -> Iterator[tuple[tuple[str, ...], int]]:
     >>> list(contents(Down({"layer.C": torch.eye(8)}, introduce=True)))
     [(('core', 'layer.C'), 256)]
     """
-    if isinstance(value, Tensor):
-        yield (), value.numel() * value.element_size()
-    elif isinstance(value, bytes):
-        yield (), len(value)
+    for path, leaf in leaves(value):
+        yield path, leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else len(leaf)
+
+
+def leaves(value: object) -> Iterator[tuple[tuple[str, ...], Tensor | bytes]]:
+    """(path, content) of every tensor and byte string in a record."""
+    if isinstance(value, Tensor | bytes):
+        yield (), value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from (((key, *path), size) for path, size in contents(item))
+            yield from (((key, *path), leaf) for path, leaf in leaves(item))
     elif isinstance(value, tuple):
         for position, item in enumerate(value):
-            yield from (((str(position), *path), size) for path, size in contents(item))
+            yield from (((str(position), *path), leaf) for path, leaf in leaves(item))
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            inner = contents(getattr(value, field.name))
-            yield from (((field.name, *path), size) for path, size in inner)
+            inner = leaves(getattr(value, field.name))
+            yield from (((field.name, *path), leaf) for path, leaf in inner)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Form:
 
     kind: str
     type: Any
-    inner: tuple["Form", ...] = ()
+    inner: tuple[Form, ...] = ()
     names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -121,18 +125,21 @@ def form_of(hint: Any) -> Form:
         return Form("tensor", Tensor)
     if hint in (int, float, bool, str, bytes):
         return Form(hint.__name__, hint)
-    if hint == Tensors:
-        return Form("tensors", Mapping)
     if origin in (typing.Union, types.UnionType) and len(args) == 2 and args[1] is type(None):
         return Form("maybe", object, (form_of(args[0]),))
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
         return Form("tuple", tuple, (form_of(args[0]),))
     if isinstance(origin, type) and issubclass(origin, Mapping) and args[0] is str:
-        return Form("mapping", Mapping, (form_of(args[1]),))
+        inner = form_of(args[1])
+        if origin is Mapping and inner.kind == "tensor":
+            return Form("tensors", Mapping)
+        return Form("mapping", Mapping, (inner,))
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         names = tuple(field.name for field in dataclasses.fields(hint))
         return Form("record", typing.cast(type, hint), tuple(form_of(hints[name]) for name in names), names)
+    if hint is torch.Tensor:  # where somebody else's record names the class that `Tensor` stands for
+        return form_of(Tensor)
     raise WireError(f"a record cannot hold {hint!r}; see celora.wire.record for what it can")
 
 

@@ -1,62 +1,34 @@
-"""What all commands share: options, and following a session's events to its end.
+"""What commands print: a session's events to its end, tables, lines.
 
 Results go to stdout, progress and errors to stderr; with --json stdout is exactly one JSON value.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from celora import experiment
-from celora.exits import CODES, SessionState, explained
+from celora.cli.later import all_is_loaded
+from celora.exits import SessionState, explained
+from celora.site.ledger import Entry
 from celora.track import tables
 from celora.track.folder import stamped
 from celora.track.progress import live_progress
+from celora.track.text import printable
 
 Event = dict[str, Any]
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The experiment.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as train.lr=0.002; repeatable."),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="FOLDER", help="The run folder, a new one.", show_default="runs/<name>"),
-]
-Group = Annotated[
-    int | None,
-    typer.Option(
-        "--group",
-        metavar="K",
-        help="Clients whose rows may share a pass, as engine.group; 1: one after another.",
-        show_default="many",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout, and no progress.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print the path of the run folder, and nothing else.")]
+Log = Callable[[str], None]
 
 
-def examples(*lines: str) -> str:
-    """The end of a command's help."""
-    return "\n\n".join(["Examples:", *(f"  [bold]{line}[/bold]" for line in lines), CODES])
-
-
-def read(config: Path, sets: list[str] | None, group: int | None = None) -> experiment.Experiment:
-    """The experiment in a file, with the changes of the command line."""
-    return experiment.read(config, [*(sets or []), *([] if group is None else [f"engine.group={group}"])])
-
-
-def follow(start: Callable[[experiment.Log], Iterator[Event]], as_json: bool, quiet: bool) -> None:
+def follow(start: Callable[[Log], Iterator[Event]], as_json: bool, quiet: bool) -> None:
     """Show a session's events as they come, then what came of it.
 
     Args:
@@ -69,6 +41,7 @@ def follow(start: Callable[[experiment.Log], Iterator[Event]], as_json: bool, qu
         closing(_events(start(lambda text: show(stamped({"event": "said", "text": text}))))) as events,
     ):
         for event in events:
+            all_is_loaded()
             session.note(event)
             show(event)
             if event["event"] == "session":
@@ -83,11 +56,11 @@ def follow(start: Callable[[experiment.Log], Iterator[Event]], as_json: bool, qu
     elif kind == "compare":
         adapters = [f"adapters     {summary['adapters']}/<client>" for summary in summaries]
         lines = ["", *tables.next_lines(end["folder"]), f"comparison   {end['compare']}", *adapters]
-        show_all(tables.compare_table(summaries), *map(Text, lines))
+        show_all(tables.compare_table(summaries), *lines)
     else:
         last = summaries[-1]
         lines = ["", *tables.next_lines(end["folder"], last)]
-        show_all(tables.client_table(last), *tables.client_lines(last), *map(Text, lines))
+        show_all(tables.client_table(last), *tables.client_lines(last), *lines)
 
 
 def _events(source: Iterator[Event]) -> Generator[Event, None, None]:
@@ -108,4 +81,21 @@ def show_all(*parts: RenderableType, wrap: bool = False) -> None:
     width = max(tables.WIDTH, shutil.get_terminal_size().columns, *needed)
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
-        console.print(part, soft_wrap=isinstance(part, Text))  # a path must stay in one piece
+        console.print(part, soft_wrap=isinstance(part, str | Text))  # a path must stay in one piece
+
+
+def ledger_table(entries: Sequence[Entry]) -> Table:
+    """A row for each frame that left, and what they come to."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_footer=True)
+    total = f"{sum(entry.bytes for entry in entries):,}"
+    table.add_column("time", footer=f"{len(entries)} frames")
+    for name in ("federation", "job", "client"):
+        table.add_column(name, overflow="fold")
+    table.add_column("round", justify="right")
+    table.add_column("kind", overflow="fold")
+    table.add_column("bytes", justify="right", footer=total)
+    table.add_column("SHA-256")
+    for e in entries:
+        cells = (e.time, e.federation, e.job, e.client, str(e.round), e.kind, f"{e.bytes:,}", e.sha256[:16])
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table

@@ -1,9 +1,7 @@
-"""Where a backbone comes from, and which of its modules can be adapted."""
+"""Where a backbone comes from: the package, a folder, the Hub's cache; and on which device it runs."""
 
-import difflib
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +11,6 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as _logging
 
 from celora.errors import ModelError
@@ -54,7 +51,7 @@ def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tu
             texts = kind(transformer) == "text"
             tokenizer = AutoTokenizer.from_pretrained(folder, **options) if texts else None
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{folder} cannot be loaded: found {contents}; {_reason(error)}") from error
+        raise ModelError(f"{folder} cannot be loaded: found {contents}; {reason(error)}") from error
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
     if missing:
         raise ModelError(f"{folder} is incomplete: it lacks {len(missing)} weights, such as {sorted(missing)[0]}")
@@ -62,8 +59,9 @@ def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tu
         raise ModelError(f"{name} is an encoder-decoder; expected an encoder (BERT) or a decoder (Llama)")
     if isinstance(getattr(transformer, "pooler", None), nn.Module):
         transformer.pooler = None  # features come from the last hidden states: to adapt it would be in vain
-    if hasattr(transformer.config, "use_cache"):
-        transformer.config.use_cache = False
+    config = transformer.config.get_text_config()
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
     return transformer, tokenizer, source
 
 
@@ -86,7 +84,7 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
         )
     except (OSError, ValueError) as error:
         if allow_download:
-            raise ModelError(f'model.backbone = "{name}" could not be had from the Hub: {_reason(error)}') from error
+            raise ModelError(f'model.backbone = "{name}" could not be had from the Hub: {reason(error)}') from error
         raise ModelError(
             f'model.backbone = "{name}": no folder {folder.resolve()}, and no such model in the local Hub cache; '
             'expected "minilm", "random-vit" or a folder; to ask the Hub, set model.allow_download = true'
@@ -94,7 +92,7 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
     return Path(found)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of what another library says, for its advice is not about celora."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
@@ -131,10 +129,18 @@ def kind(transformer: nn.Module) -> Literal["text", "image"]:
 
 
 def longest(transformer: Any, tokenizer: Any) -> int:
-    """Tokens a text may have; very many where neither the model (ALiBi) nor the tokenizer sets a limit."""
-    positions: int | None = transformer.config.to_dict().get("max_position_embeddings")
+    """Tokens a text may have; very many where neither the model (relative positions) nor the tokenizer sets a limit.
+
+    RoBERTa and its kin have a table of positions that starts with rows for padding, up to `padding_idx`.
+    """
+    config = transformer.config.get_text_config()
     limit: int = tokenizer.model_max_length
-    return limit if positions is None else min(limit, positions)
+    if hasattr(config, "max_position_embeddings") and (config.max_position_embeddings or 0) > 0:  # XLNet says -1
+        limit = min(limit, config.max_position_embeddings)
+    for path, table in transformer.named_modules():
+        if isinstance(table, nn.Embedding) and "position" in path and table.padding_idx is not None:
+            limit = min(limit, table.num_embeddings - table.padding_idx - 1)
+    return limit
 
 
 def random_vit() -> ViTModel:
@@ -160,77 +166,18 @@ def random_vit() -> ViTModel:
     return model
 
 
-def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) -> list[str]:
-    """The linear modules `targets` names as PEFT does: suffixes, one regular expression, or "all-linear".
+def device_of(name: str) -> torch.device:
+    """The torch device of `model.device`.
 
     Raises:
-        ModelError: if a target matches nothing, or a module that is not linear.
+        ModelError: if there is no such device here.
     """
-    modules = dict(transformer.named_modules())
-    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
-    if isinstance(targets, str):
-        if targets.lower() == "all-linear":
-            return linear
-        found = [path for path in modules if _fullmatch(targets, path)]
-        unmatched = [] if found else [targets]
-    else:
-        found = [path for path in modules if any(_suffix(target, path) for target in targets)]
-        unmatched = [target for target in targets if not any(_suffix(target, path) for path in modules)]
-    counts = Counter(path.rpartition(".")[2] for path in linear)
-    known = ", ".join(f"{suffix} ({count})" for suffix, count in counts.items())
-    if unmatched or not found:
-        close = [match for target in unmatched for match in difflib.get_close_matches(target, counts, n=1)]
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
-        what = unmatched if isinstance(targets, tuple) else f'"{targets}"'
-        raise ModelError(
-            f"adapter.targets {what} matches 0 modules in {name}.{hint} Linear modules that can be adapted: {known}."
-        )
-    for path in found:
-        if path not in linear:
-            kind_found = type(modules[path]).__name__
-            raise ModelError(
-                f"adapter.targets matches {path} in {name}, a {kind_found}; expected linear modules: {known}."
-            )
-    return found
-
-
-def layers(transformer: nn.Module) -> dict[str, nn.Module]:
-    """Path -> transformer layer, from the input up: the list of modules that holds most of the weights."""
-    lists = {path: module for path, module in transformer.named_modules() if isinstance(module, nn.ModuleList)}
-    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
-    if not sizes:
-        return {}
-    chosen = max(sizes, key=sizes.__getitem__)
-    return {f"{chosen}.{at}": layer for at, layer in lists[chosen].named_children()}
-
-
-def topmost(names: list[str], layers: Mapping[str, nn.Module], which: str, name: str) -> list[str]:
-    """Those of the modules `names` that lie in the layers that `which` ("all", "last:n") means.
-
-    Raises:
-        ModelError: if there are fewer layers, or none of the modules lies in them.
-    """
-    if which == "all":
-        return names
-    count = int(which.removeprefix("last:"))
-    if count > len(layers):
-        raise ModelError(f'adapter.layers = "{which}": {name} has {len(layers)} layers')
-    chosen = tuple(f"{path}." for path in list(layers)[-count:])
-    found = [path for path in names if path.startswith(chosen)]
-    if not found:
-        raise ModelError(
-            f'adapter.layers = "{which}": none of the {len(names)} modules that adapter.targets matches in {name} '
-            f"(first: {names[0]}) lies in layers {chosen[0].rstrip('.')} and above"
-        )
-    return found
-
-
-def _suffix(target: str, path: str) -> bool:
-    return path == target or path.endswith(f".{target}")
-
-
-def _fullmatch(pattern: str, path: str) -> bool:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        raise ModelError(f'adapter.targets = "{pattern}" is no regular expression: {error}') from error
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f'model.device = "{name}" is unknown; expected "auto", "cpu" or "cuda"') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f'model.device = "{name}", but torch finds no CUDA device here: use "auto" or "cpu"')
+    return device

@@ -1,0 +1,7 @@
+from trimmed_mean import TrimmedMean
+
+from celora.testing import AlgorithmContract
+
+
+class TestTrimmedMean(AlgorithmContract):
+    algorithm = TrimmedMean

@@ -1,0 +1,30 @@
+"""What commands do their work with; each is loaded when a command first needs it, so that --help waits for none."""
+
+import gc
+from typing import TYPE_CHECKING
+
+from celora.lazy import Lazy
+
+if TYPE_CHECKING:
+    from celora import catalog, experiment
+    from celora.cli import output
+    from celora.experiment import client, server
+    from celora.privacy import keys
+    from celora.site import certificates, check, ledger
+else:
+    catalog, experiment, output = Lazy("celora.catalog"), Lazy("celora.experiment"), Lazy("celora.cli.output")
+    client, certificates = Lazy("celora.experiment.client"), Lazy("celora.site.certificates")  # with extras
+    server, keys = Lazy("celora.experiment.server"), Lazy("celora.privacy.keys")
+    check, ledger = Lazy("celora.site.check"), Lazy("celora.site.ledger")
+
+
+def all_is_loaded() -> None:
+    """From here on the garbage collector, which `main` turned off, looks at what is made from now on."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
+__all__ = [
+    "all_is_loaded", "catalog", "certificates", "check", "client", "experiment", "keys", "ledger", "output", "server"
+]  # fmt: skip

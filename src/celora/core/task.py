@@ -1,0 +1,231 @@
+"""What clients learn: how a row becomes inputs and targets, which head is trained, and how good an answer is.
+
+    [task] ── propose(rows) ──► a record of each client ── merge ──► the agreement ── agreed ──► a task that trains
+    rows   ── read ──► Examples ── a batch ──► features ── outputs ──► losses (sum, count), or one outcome for each row
+    outcomes of all rows ── metrics ──► accuracy, loss, …
+
+A task is a frozen dataclass of settings; nothing of it depends on which network computes the features. Everything that
+knows what a label is stands behind this protocol: a new task is one file in `celora.tasks` and one line of its table.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self
+
+from torch import Tensor
+
+from celora.core.learner import Batch
+from celora.core.metrics import LOSS, Metric
+from celora.tensors import Tensors
+
+Trait = Literal["classes", "head"]
+"""What a task may have and an algorithm may need: rows that fall into classes; a trainable head, `head.*`."""
+
+
+class Columns(Protocol):
+    """The columns of a data set that a task reads (`celora.data.Table`)."""
+
+    @property
+    def inputs(self) -> Any:
+        """What the model reads of each row: texts, or images."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The label column of each row, as text."""
+
+
+class Inputs(Protocol):
+    """Rows as a network reads them; only the network that read them looks inside."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @property
+    def notices(self) -> Sequence[str]:
+        """What the user should know of how they are read."""
+
+
+class Reader(Protocol):
+    """A network, as far as a task needs it to read rows."""
+
+    def read(self, inputs: Any) -> Inputs:
+        """A column of texts or images as the network reads it."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A data set as a network reads it and a task scores it.
+
+    Attributes:
+        inputs: of all rows.
+        targets: positions of n rows -> what is to be predicted of them, each tensor (n, ...): the keys of
+            `Task.targets`.
+    """
+
+    inputs: Inputs
+    targets: Callable[[Sequence[int]], Tensors]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of targets in a batch.
+
+    Attributes:
+        filler: its value in rows, or at tokens, that only fill up a batch; losses must not count them.
+        along_tokens: whether its second axis is that of the tokens, so that it is padded and cut with them.
+    """
+
+    filler: float
+    along_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class HeadTensor:
+    """A trainable tensor of the head, and how it starts: uniform in ± `bound`."""
+
+    shape: tuple[int, ...]
+    bound: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader of an exported adapter needs to know of the task.
+
+    Attributes:
+        title: what the adapter is for, after "LoRA adapter for ".
+        code: Python lines that make predictions of pooled features (rows, d), for which the expression `{features}`
+            stands; `head` holds the head's tensors by name.
+        reading: a sentence that says what the predictions are.
+        facts: for `celora.json`.
+    """
+
+    title: str
+    code: str
+    reading: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A task. What has a body here is how it is for a task on which nothing need be agreed, without classes or head.
+
+    Attributes:
+        targets: name -> tensor of targets in a batch.
+    """
+
+    @property
+    def traits(self) -> frozenset[Trait]:
+        """What an algorithm can count on."""
+        return frozenset()
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that is the `score`: by it rounds are chosen and clients compared."""
+        return LOSS
+
+    # --- what the clients must agree on before they train
+
+    def propose(self, columns: Columns) -> bytes:
+        """A client's part in the agreement, from its rows: a packed record, or nothing.
+
+        Raises:
+            DataError: if the rows do not fit the task.
+        """
+        return b""
+
+    def merge(self, agreement: bytes, proposal: bytes) -> bytes:
+        """The agreement, at first empty, with one more client's proposal; the order of clients does not matter.
+
+        Raises:
+            WireError: if the proposal cannot be read.
+        """
+        return agreement
+
+    def agreed(self, agreement: bytes) -> Self:
+        """The task that all clients train.
+
+        Raises:
+            DataError: if something is left open.
+        """
+        return self
+
+    # --- rows
+
+    def strata(self, columns: Columns) -> Sequence[str] | None:
+        """The stratum of each row: rows are dealt to clients, and split, stratum by stratum; None: there are none."""
+        return None
+
+    def read(self, columns: Columns, reader: Reader) -> Examples:
+        """The rows of a data set.
+
+        Raises:
+            DataError, ModelError: if the task, or the network, cannot read them.
+        """
+        ...
+
+    @property
+    def targets(self) -> Mapping[str, Target]:
+        """Name -> tensor of targets in a batch."""
+        ...
+
+    # --- training
+
+    def head(self, width: int) -> Mapping[str, HeadTensor]:
+        """The head on features of this width, `head.*` by name; none while it cannot be known, before the agreement."""
+        return {}
+
+    def outputs(self, features: Tensor, weights: Tensors) -> Tensor:
+        """Outputs (rows, ...) of features (rows, d).
+
+        Args:
+            weights: the head's, each with or without a leading client axis K; rows are then client-major.
+        """
+        ...
+
+    def count(self, batch: Batch) -> int:
+        """What counts in one client's mini-batch: rows, or target tokens. Pieces of a batch are weighted by it."""
+        ...
+
+    def losses(self, outputs: Tensor, batch: Batch, clients: int | None) -> tuple[Tensor, Tensor]:
+        """The sum of losses, and the count of what it is over: each `()`, or `(clients,)` of client-major rows."""
+        ...
+
+    # --- evaluation
+
+    def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """What is to be known of each row, (rows, m) numbers: together `metrics` makes a split's metrics of them."""
+        ...
+
+    def metrics(self, outcomes: Tensor) -> dict[str, float]:
+        """Measures of n > 0 rows by name, "loss" and the headline's among them.
+
+        Args:
+            outcomes: (n, m), in the order of the rows, whatever passes they were computed in.
+        """
+        ...
+
+    def baseline(self, train: Tensors, test: Tensors) -> float | None:
+        """The headline on test of the best constant answer; None where there is no such thing.
+
+        Args:
+            train, test: targets of the client's rows.
+        """
+        return None
+
+    def classes_of(self, targets: Tensors) -> Tensor | None:
+        """Class ids (n,) of rows with these targets; None where there are no classes."""
+        return None
+
+    def answers(self, outputs: Tensor) -> Sequence[Any]:
+        """What the outputs (n, ...) answer for each row, for people: the name of a class, a number, a text."""
+        ...
+
+    # --- what is left of it
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the clients have agreed on, for the manifest."""
+        return {}
+
+    def card(self) -> Card:
+        """What an exported adapter says of the task."""
+        ...

@@ -1,0 +1,134 @@
+"""What a run has trained, to predict with: `load("runs/demo")["site-a"].predict(["a text"])`."""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from celora.core.adapters import Lora
+from celora.core.algorithm import ClientId
+from celora.core.task import Task
+from celora.errors import RunFolderError
+from celora.experiment.config import Experiment, resolve
+from celora.experiment.job import SUMMARY
+from celora.experiment.session import FILE
+from celora.models import ClientModels, ModelLoader, load_export
+from celora.track.disk import folder_name
+from celora.track.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ClientModel:
+    """One client's model, as the run chose it on validation.
+
+    Attributes:
+        score: on the client's test rows; None where it has none.
+        folder: its adapter's.
+    """
+
+    client: ClientId
+    score: float | None
+    folder: Path
+    _run: "TrainedRun"
+
+    def outputs(self, inputs: Any) -> Tensor:
+        """The task's outputs (n, ...): of a classifier its logits (n, classes).
+
+        Args:
+            inputs: n texts, or images (n, channels, height, width).
+
+        Raises:
+            RunFolderError: if the adapter is missing or damaged.
+            ModelError: if the backbone cannot be loaded, or reads something else.
+        """
+        weights, plain = load_export(self.folder)
+        return self._run.models(plain=plain).predict(self.client, weights, inputs)
+
+    def predict(self, inputs: Any) -> Sequence[Any]:
+        """What the model answers for each row: of a classifier the name of a class."""
+        return self._run.task.answers(self.outputs(inputs)) if len(inputs) else []
+
+
+@dataclass(frozen=True)
+class TrainedRun(Mapping[ClientId, ClientModel]):
+    """The clients' models of one finished run, by client.
+
+    Attributes:
+        folder: of one algorithm with one seed.
+        summary: as in summary.json.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+    def __getitem__(self, client: ClientId) -> ClientModel:
+        row = self.summary["clients"][client]
+        return ClientModel(client, row["score"], self.folder / "adapters" / folder_name(client), self)
+
+    def __iter__(self) -> Iterator[ClientId]:
+        return iter(self.summary["clients"])
+
+    def __len__(self) -> int:
+        return len(self.summary["clients"])
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """What was run."""
+        tree = tomllib.loads((self.folder / "config.toml").read_text(encoding="utf-8"))
+        top = next((path for path in (self.folder, *self.folder.parents) if (path / FILE).exists()), self.folder)
+        session = RunFolder(top).read_json(FILE) or {}
+        return resolve(tree, Path(session.get("base", ".")))
+
+    @cached_property
+    def task(self) -> Task:
+        """As the clients agreed on it."""
+        agreement = bytes.fromhex(RunFolder(self.folder).read_json("manifest.json")["agreement"])
+        return self.experiment.task.agreed(agreement)
+
+    def models(self, *, plain: bool) -> ClientModels:
+        """What predicts.
+
+        Args:
+            plain: whether the adapters are plain LoRA, whatever family they were trained in.
+        """
+        if plain not in self._loaded:
+            of = self.experiment
+            self._loaded[plain] = self._loader(
+                of.model, self.task, adapter=of.adapter, family=Lora() if plain else of.algorithm.family,
+                seed=of.plan.seed, base=of.base, clients=list(self),
+            )  # fmt: skip
+        return self._loaded[plain]
+
+    @cached_property
+    def _loader(self) -> ModelLoader:
+        return ModelLoader()
+
+    @cached_property
+    def _loaded(self) -> dict[bool, ClientModels]:
+        return {}
+
+
+def load(run: Path | str) -> TrainedRun:
+    """The models of a finished run.
+
+    Args:
+        run: the folder of one algorithm with one seed, such as `runs/demo/ce-lora` of a comparison.
+
+    Raises:
+        RunFolderError: if there is no finished run, or its adapters are at the sites.
+    """
+    folder = Path(run)
+    summary = RunFolder(folder).read_json(SUMMARY)
+    if summary is None:
+        inner = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("**/" + SUMMARY))
+        expected = f"one of its folders {', '.join(inner)}" if inner else "the folder of a run that has finished"
+        raise RunFolderError(f"{folder}: found no {SUMMARY}, expected {expected}")
+    if summary["adapters"] is None:
+        raise RunFolderError(f"{folder}: each site has written its own adapter; load it there")
+    if "agreement" not in (RunFolder(folder).read_json("manifest.json") or {}):
+        raise RunFolderError(f"{folder} was written by an older celora, which did not keep what its clients agreed on")
+    return TrainedRun(folder, summary)

@@ -1,0 +1,115 @@
+"""The two protocols of this package: a `Network` turns a batch into features; `ClientModels` are what clients train.
+
+Network         the frozen backbone with adapters handed in, or a client's own whole network
+ClientModels    one backbone for all clients, or a network for each
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from celora.core.learner import Batch, Learner, Recipe, Split
+from celora.core.task import Inputs, Task
+from celora.models.rows import Rows
+from celora.tensors import Tensors
+
+
+class Network(Protocol):
+    """A model without its head, run with the weights of whoever asks.
+
+    Attributes:
+        width: length d of a feature vector.
+        capacity: tokens of the largest pass that is worth it, or fits into memory.
+        dropout: whether it drops out while training; a client then draws masks for its own rows.
+        joins: whether rows of several clients, with weights of each, may share a pass.
+    """
+
+    width: int
+    device: torch.device
+    dropout: bool
+    joins: bool
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the largest pass that is worth it, or fits into memory."""
+
+    def lengths(self, inputs: Inputs, rows: Sequence[int]) -> list[int]:
+        """Tokens of these rows; images are all alike."""
+
+    def length(self, batch: Batch) -> int:
+        """Tokens that every row of a batch has, filled up."""
+
+    def pieces(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Which rows are evaluated together, each in one piece."""
+
+    def batch(self, inputs: Inputs, rows: Sequence[int]) -> dict[str, Tensor]:
+        """These rows on the CPU, filled up to one length."""
+
+    def features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+        """Pooled features (rows, d) under these weights; without any, those of the network before any training."""
+
+    def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+        """The task's outputs (rows, ...) of those features."""
+
+    def squares(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Adapted module -> sum over all tokens of its squared inputs (d_in,), float64 on the CPU; nothing adapted."""
+
+
+class ClientModels(Protocol):
+    """What the clients of one experiment train, and with them one task."""
+
+    @property
+    def name(self) -> str:
+        """As it was asked for."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def notices(self) -> Sequence[str]:
+        """What the user should know, so far."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights before training, adapters and head excepted."""
+
+    @property
+    def modules(self) -> Sequence[tuple[int, int]]:
+        """(d_out, d_in) of every adapted module."""
+
+    def read(self, inputs: Any) -> Inputs:
+        """A column of texts or images, as `celora.core.task.Reader`.
+
+        Raises:
+            ModelError: if the models read something else.
+        """
+
+    @property
+    def initial(self) -> Tensors:
+        """Every weight at round 0 as the server knows it: adapters and head, without any secret."""
+
+    def start(self, client: str, secret: Callable[[], int]) -> Tensors:
+        """Every weight of a client at round 0.
+
+        Args:
+            secret: what its own bases are drawn from, where these are secret.
+        """
+
+    def learner(self, client: str, round: int, splits: Mapping[Split, Rows], start: Tensors, recipe: Recipe) -> Learner:
+        """A client in a round."""
+
+    def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
+        """The task's outputs (n, ...) under a client's weights, on the CPU.
+
+        Args:
+            inputs: n texts, or images (n, channels, height, width).
+
+        Raises:
+            ModelError: if the models read something else.
+        """
+
+    def export(self, folder: Path, client: str, weights: Tensors) -> None:
+        """Write a client's weights so that others can load them."""

@@ -1,0 +1,185 @@
+"""One frozen backbone for all clients, each with adapters of its own (`celora.models.protocol`)."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from celora.core.adapters import Family, modules, truncated
+from celora.core.learner import Batch, Recipe, Split
+from celora.core.task import Task
+from celora.models.activation_cache import ActivationCache
+from celora.models.backbone import Backbone
+from celora.models.batching import BatchedForward, predict
+from celora.models.export import export_peft
+from celora.models.families import initial
+from celora.models.inputs import Inputs, inputs_of
+from celora.models.learner import ModelLearner
+from celora.models.rows import Rows, unlabelled, well_filled
+from celora.models.settings import Adapter, Model
+from celora.tensors import Tensors
+
+
+class AdaptedBackbone:
+    """The frozen backbone with whatever adapters are handed in (a `Network`).
+
+    Args:
+        family: of the adapters.
+        activations: those below the first adapted layer, by row; None where there are none to keep, because the lowest
+            layer is adapted, or rows are of several data sets.
+        budget: bytes of token ids or pixels in memory.
+    """
+
+    def __init__(
+        self, backbone: Backbone, family: Family, activations: ActivationCache | None = None, budget: int = 0
+    ) -> None:
+        self.backbone, self.family, self.activations = backbone, family, activations
+        self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout
+        self.joins, self._budget = backbone.rows_first, budget
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the largest pass that is worth it (CPU) or fits into memory (CUDA)."""
+        return self.backbone.capacity
+
+    def read(self, inputs: Any) -> Inputs:
+        """As `Backbone.read`."""
+        return self.backbone.read(inputs, self._budget)
+
+    def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
+        """Tokens of these rows; images are all alike."""
+        if self.backbone.kind == "image":
+            return [self.backbone.image_tokens] * len(rows)
+        return inputs_of(inputs).lengths(rows)
+
+    def length(self, batch: Batch) -> int:
+        """Tokens of the longest row; images are all alike."""
+        mask = batch.get("attention_mask")
+        return self.backbone.image_tokens if mask is None else mask.shape[1]
+
+    def pieces(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Rows of like length, up to the capacity; others one by one, as filling them up costs more than passes do."""
+        return well_filled(lengths, self.capacity)
+
+    def batch(self, inputs: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+        """What the backbone reads of these rows; their positions, where activations are kept by them."""
+        batch = self.backbone.batch(inputs, rows)
+        return batch if self.activations is None else {**batch, "row": torch.as_tensor(rows)}
+
+    def features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+        """Pooled features (rows, d); of the frozen backbone where there are no weights."""
+        updates = {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
+        with self.activations.replayed(batch) if self.activations else nullcontext():
+            return self.backbone.encode(batch, updates, dropout_seed)
+
+    def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+        """The task's outputs of those features."""
+        return task.outputs(self.features(weights, batch, dropout_seed), weights)
+
+    def squares(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Adapted module -> sum over all tokens of its squared inputs (d_in,), padding and adapters aside."""
+        return self.backbone.squares(batch)
+
+
+class SharedBackbone:
+    """One backbone for all clients (`ClientModels`).
+
+    Args:
+        model, adapter: the settings that the backbone was loaded with, but for rank and bases.
+        family: of the adapters.
+        clients: all clients of the experiment, which tiers of ranks are dealt to; none where only the server's side is
+            asked for.
+        activations: those below the first adapted layer, of the rows of one data set.
+        budget: bytes of token ids or pixels in memory.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        *,
+        model: Model,
+        adapter: Adapter,
+        family: Family,
+        seed: int,
+        clients: Sequence[str] = (),
+        activations: ActivationCache | None = None,
+        budget: int = 0,
+    ) -> None:
+        self._backbone, self._network = backbone, AdaptedBackbone(backbone, family, activations, budget)
+        self._forward = BatchedForward(self._network, task)
+        self._task, self._model, self._adapter, self._family = task, model, adapter, family
+        self._seed, self._clients, self._activations = seed, clients, activations
+
+    @property
+    def name(self) -> str:
+        """The backbone's, as it was asked for."""
+        return self._backbone.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone runs."""
+        return self._backbone.device
+
+    @property
+    def notices(self) -> Sequence[str]:
+        """What the user should know of the cache."""
+        return self._activations.notices if self._activations else []
+
+    def fingerprint(self) -> str:
+        """The backbone's."""
+        return self._backbone.fingerprint()
+
+    @property
+    def modules(self) -> Sequence[tuple[int, int]]:
+        """(d_out, d_in) of every adapted module."""
+        return list(self._backbone.targets.values())
+
+    def read(self, inputs: Any) -> Inputs:
+        """As `AdaptedBackbone.read`."""
+        return self._network.read(inputs)
+
+    @cached_property
+    def initial(self) -> Tensors:
+        """Every weight at round 0; of secret bases their shapes, and values that nobody uses."""
+        return self._drawn(replace(self._adapter, bases="shared"))
+
+    def start(self, client: str, secret: Callable[[], int]) -> Tensors:
+        """Every weight of a client at round 0: at its own rank, or with its own bases, where these are secret."""
+        if self._adapter.ranks is not None:
+            return truncated(self.initial, self._adapter.rank_of(client, self._clients))
+        if self._adapter.bases == "shared":
+            return self.initial
+        return self._drawn(self._adapter, secret())  # again each round: milliseconds, and no client costs memory
+
+    def _drawn(self, adapter: Adapter, secret: int | None = None) -> Tensors:
+        head = self._task.head(self._backbone.width)
+        return initial(self._backbone.targets, adapter, self._family, head, self._seed, secret)
+
+    def learner(
+        self, client: str, round: int, splits: Mapping[Split, Rows], start: Tensors, recipe: Recipe
+    ) -> ModelLearner:
+        """A client in a round; all share passes, unless the backbone drops out."""
+        return ModelLearner(self._forward, splits, start, recipe, seed=self._seed, client=client, round=round)
+
+    def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
+        """As `ClientModels.predict`; activations are not kept."""
+        network = AdaptedBackbone(self._backbone, self._family)
+        return predict(network, self._task, weights, unlabelled(self.read(inputs)))
+
+    def export(self, folder: Path, client: str, weights: Tensors) -> None:
+        """The client's adapter as plain PEFT LoRA."""
+        export_peft(
+            folder,
+            self._backbone,
+            weights,
+            family=self._family,
+            card=self._task.card(),
+            model=self._model,
+            adapter=self._adapter,
+        )

@@ -1,0 +1,11 @@
+"""One task, one file; `TASKS` is the table of all of them."""
+
+from collections.abc import Mapping
+
+from celora.core.task import Task
+from celora.tasks.classify import Classify
+
+TASKS: Mapping[str, type[Task]] = {
+    "classify": Classify,
+}
+"""Name in configuration files -> the task."""

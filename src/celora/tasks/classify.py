@@ -1,0 +1,205 @@
+"""Classification: one class for each text or image, by a linear head on its features.
+
+    logits = h Wᵀ + b        h (d,) the pooled features, W (classes, d), b (classes,)
+    loss     cross entropy, a mean over rows
+    score    accuracy, or another metric of the confusion matrix over a client's rows
+
+Macro-F1 is the mean over the classes that occur among labels or answers, F1 = 2 · hits / (rows + answers) of a class;
+balanced accuracy is the mean over the classes that occur among labels of hits / rows. Both are scikit-learn's.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from celora.core.adapters import linear
+from celora.core.learner import Batch
+from celora.core.metrics import ACCURACY, LOSS, Metric
+from celora.core.task import Card, Columns, Examples, HeadTensor, Reader, Target, Task, Trait
+from celora.errors import DataError
+from celora.fields import setting, settings
+from celora.tensors import Tensors
+from celora.wire import pack, record, unpack
+
+_ABSENT = -100
+"""The label of a row that only fills up a batch; cross entropy ignores it."""
+METRICS: Mapping[str, Metric] = {
+    "accuracy": ACCURACY,
+    "macro_f1": Metric("macro_f1"),
+    "balanced_accuracy": Metric("balanced_accuracy"),
+    "loss": LOSS,
+}
+
+
+@record
+class Classes:
+    """The names of classes, sorted; the id of a class is its position."""
+
+    names: tuple[str, ...]
+
+
+@settings
+class Classify(Task):
+    """One of several classes for each row."""
+
+    score: Literal["accuracy", "macro_f1", "balanced_accuracy", "loss"] = setting(
+        "accuracy", "the metric by which rounds are chosen and clients compared"
+    )
+    classes: tuple[str, ...] | None = setting(
+        None, "all labels there are; none: those that occur (sites then tell the server theirs)"
+    )
+
+    @property
+    def traits(self) -> frozenset[Trait]:
+        """Rows fall into classes, and there is a head."""
+        return frozenset({"classes", "head"})
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that `score` names."""
+        return METRICS[self.score]
+
+    def propose(self, columns: Columns) -> bytes:
+        """The labels that occur; nothing where the experiment lists them.
+
+        Raises:
+            DataError: if a label occurs that is not listed.
+        """
+        found = sorted(set(columns.labels))
+        if self.classes is None:
+            return pack(Classes(tuple(found)))
+        if foreign := [label for label in found if label not in self.classes]:
+            expected = ", ".join(repr(label) for label in self.classes[:8]) + (", …" if len(self.classes) > 8 else "")
+            raise DataError(
+                f"found the label {foreign[0]!r}, which task.classes does not list; expected one of {expected}"
+            )
+        return b""
+
+    def merge(self, agreement: bytes, proposal: bytes) -> bytes:
+        """All labels of both."""
+        if self.classes is not None or not proposal:
+            return agreement
+        known = unpack(Classes, agreement).names if agreement else ()
+        return pack(Classes(tuple(sorted({*known, *unpack(Classes, proposal).names}))))
+
+    def agreed(self, agreement: bytes) -> Self:
+        """With all classes, sorted.
+
+        Raises:
+            DataError: if nobody has told any label.
+        """
+        names = self.classes or (unpack(Classes, agreement).names if agreement else ())
+        if not names:
+            raise DataError(
+                "no site has told its labels, and task.classes lists none; list them, or allow the field 'proposal' of "
+                "'remote.ClientFacts' in the sites' policies"
+            )
+        return replace(self, classes=tuple(sorted(names)))
+
+    def strata(self, columns: Columns) -> Sequence[str]:
+        """The labels."""
+        return columns.labels
+
+    def read(self, columns: Columns, reader: Reader) -> Examples:
+        """The text or image of each row, and the id of its class.
+
+        Raises:
+            ModelError: if the network cannot read the rows.
+        """
+        ids = {name: number for number, name in enumerate(self.classes or ())}
+        labels = torch.tensor([ids[label] for label in columns.labels], dtype=torch.int64)
+        return Examples(
+            reader.read(columns.inputs), lambda rows: {"labels": labels[torch.as_tensor(rows, dtype=torch.int64)]}
+        )
+
+    @property
+    def targets(self) -> Mapping[str, Target]:
+        """Class ids (n,) int64."""
+        return {"labels": Target(filler=_ABSENT)}
+
+    def head(self, width: int) -> Mapping[str, HeadTensor]:
+        """`head.weight (classes, width)` and `head.bias (classes,)`, drawn as `torch.nn.Linear` does."""
+        if self.classes is None:
+            return {}
+        count, bound = len(self.classes), 1 / math.sqrt(width)
+        return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
+
+    def outputs(self, features: Tensor, weights: Tensors) -> Tensor:
+        """Logits (rows, classes)."""
+        return linear(features, weights["head.weight"], weights["head.bias"])
+
+    def count(self, batch: Batch) -> int:
+        """Rows."""
+        return len(batch["labels"])
+
+    def losses(self, outputs: Tensor, batch: Batch, clients: int | None) -> tuple[Tensor, Tensor]:
+        """Cross entropies, and rows."""
+        labels = batch["labels"].to(outputs.device, non_blocking=True)
+        counts = labels != _ABSENT
+        if clients is None:
+            return F.cross_entropy(outputs, labels, reduction="sum", ignore_index=_ABSENT), counts.sum()
+        each = F.cross_entropy(outputs, labels, reduction="none", ignore_index=_ABSENT)
+        return each.view(clients, -1).sum(1), counts.view(clients, -1).sum(1)
+
+    def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross entropy, answer and label of each row, (rows, 3)."""
+        labels = batch["labels"].to(outputs.device, non_blocking=True)
+        losses = F.cross_entropy(outputs, labels, reduction="none", ignore_index=_ABSENT)
+        return torch.stack([losses, outputs.argmax(1).to(losses.dtype), labels.to(losses.dtype)], dim=1)
+
+    def metrics(self, outcomes: Tensor) -> dict[str, float]:
+        """All of `METRICS`."""
+        losses, answers, labels = outcomes.unbind(1)
+        # nll_loss adds in the order of cross_entropy, so this is, to the bit, the loss of all rows in one batch
+        loss = F.nll_loss(-losses.unsqueeze(1), torch.zeros(len(losses), dtype=torch.int64))
+        return {**_of_answers(answers.long(), labels.long()), "loss": loss.item()}
+
+    def baseline(self, train: Tensors, test: Tensors) -> float | None:
+        """The headline on test of always answering the most frequent training class; a loss has none."""
+        train_labels, labels = train["labels"], test["labels"]
+        if not len(train_labels) or not len(labels):
+            return None
+        return _of_answers(train_labels.mode().values.expand_as(labels), labels).get(self.headline.name)
+
+    def classes_of(self, targets: Tensors) -> Tensor:
+        """Class ids (n,)."""
+        return targets["labels"]
+
+    def answers(self, outputs: Tensor) -> list[str]:
+        """The name of the likeliest class of each row."""
+        classes = self.classes or ()
+        return [classes[answer] for answer in outputs.argmax(1).tolist()]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The classes."""
+        return {"classes": list(self.classes or ())}
+
+    def card(self) -> Card:
+        """Logits by name of the class."""
+        return Card(
+            title=f"{len(self.classes or ())} classes",
+            code='logits = {features} @ head["head.weight"].T + head["head.bias"]\n',
+            reading="`logits[:, k]` scores class k of `celora.json`.",
+            facts=self.facts,
+        )
+
+
+def _of_answers(answers: Tensor, labels: Tensor) -> dict[str, float]:
+    """The metrics that depend on answers alone, of class ids (n,) with n > 0.
+
+    From the confusion matrix only its diagonal and its sums are needed.
+    """
+    count = int(torch.cat([answers, labels]).max()) + 1
+    hits, said, true = (torch.bincount(ids, minlength=count) for ids in (labels[answers == labels], answers, labels))
+    f1 = 2 * hits / (said + true)
+    return {
+        "accuracy": (answers == labels).float().mean().item(),
+        "macro_f1": f1[said + true > 0].mean().item(),
+        "balanced_accuracy": (hits / true)[true > 0].mean().item(),
+    }

@@ -1,0 +1,97 @@
+"""celora.experiment.trained: a finished run gives back each client's model, which answers as it did in the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import celora
+from celora import experiment
+from celora.errors import RunFolderError
+from celora.experiment.population import ResourceCache
+from celora.experiment.trained import load
+
+DIGITS = """
+[data]
+source = "digits"
+clients = 2
+rows = 16
+max_validation = 8
+max_test = 12
+[model]
+backbone = "random-vit"
+device = "cpu"
+[adapter]
+rank = 2
+targets = ["q_proj", "v_proj"]
+[train]
+lr = 1e-2
+[plan]
+rounds = 1
+[algorithm]
+name = "{name}"
+"""
+
+
+def trained(tmp_path: Path, name: str) -> Path:
+    list(experiment.run(experiment.read(DIGITS.format(name=name)), tmp_path / "run", twin=False))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["fedit", "ce-lora", "flora", "fedalt"])  # LoRA, a core, a merged rest, a gate
+def test_predictions_have_the_score_of_the_summary(name: str, tmp_path: Path) -> None:
+    run = load(str(trained(tmp_path, name)))
+    population = ResourceCache().population(run.experiment)
+    for client, model in run.items():
+        at = population.federation.clients[client].test
+        inputs: Any = torch.stack([population.federation.table.inputs[row] for row in at])
+        answers = model.predict(inputs)
+        right = [answer == population.federation.table.labels[row] for answer, row in zip(answers, at, strict=True)]
+        assert sum(right) / len(at) == pytest.approx(model.score)
+    assert sorted(run) == population.clients
+
+
+def test_the_package_offers_what_users_call(tmp_path: Path) -> None:
+    written = celora.read(DIGITS.format(name="fedit"))
+    events = list(celora.run(written, tmp_path / "run", twin=False))
+    assert events[-1]["event"] == "session_end"
+    assert list(celora.resume(tmp_path / "run"))[-1]["summaries"] == events[-1]["summaries"]
+    assert sorted(celora.load(tmp_path / "run")) == ["client-00", "client-01"]
+    assert {name for name in celora.__all__ if not hasattr(celora, name)} == set()
+
+
+def test_a_run_that_moved_still_predicts(tmp_path: Path) -> None:
+    folder = trained(tmp_path, "fedit")
+    before = load(folder)["client-00"].outputs(torch.ones(1, 1, 8, 8))
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert torch.equal(load(moved)["client-00"].outputs(torch.ones(1, 1, 8, 8)), before)
+
+
+def test_what_is_no_finished_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"found no summary.json, expected the folder of a run that has finished"):
+        load(tmp_path)
+    folder = trained(tmp_path, "fedit")
+    with pytest.raises(RunFolderError, match=r"found no summary.json, expected one of its folders run"):
+        load(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["agreement"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunFolderError, match="written by an older celora"):
+        load(folder)
+
+
+def test_a_damaged_adapter_is_named(tmp_path: Path) -> None:
+    folder = trained(tmp_path, "fedit")
+    (folder / "adapters" / "client-00" / "adapter_model.safetensors").write_bytes(b"none")
+    with pytest.raises(RunFolderError, match=r"adapter_model\.safetensors is damaged"):
+        load(folder)["client-00"].predict(torch.ones(1, 1, 8, 8))
+
+
+def test_outputs_are_those_of_the_head(tmp_path: Path) -> None:
+    run = load(trained(tmp_path, "fedit"))
+    outputs: Tensor = run["client-01"].outputs(torch.rand(3, 1, 8, 8))
+    assert outputs.shape == (3, 10)
+    assert run["client-01"].predict(torch.rand(0, 1, 8, 8)) == []
