@@ -205,7 +205,7 @@ def test_a_frame_that_cannot_be_decoded_costs_its_sender_the_round_and_nobody_el
         def exchange_tampered(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             replies = dict(exchange(orders))
             schema = wire(Q4, Schema.of(federation.population.initial))
-            if orders["c1"].task == "train":
+            if orders["c1"].action == "train":
                 up = unpack(fedit.Up, replies["c1"].frame, schema)
                 broken = {name: tensor for name, tensor in up.weights.items() if name != "layer.A:scale"}
                 replies["c1"] = Reply(pack(fedit.Up(broken, 3), schema), replies["c1"].scores, None)

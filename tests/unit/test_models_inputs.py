@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from celora.models.sources import quiet
 from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -22,7 +23,6 @@ from celora.data.inputs import ImageFiles, PixelArrays, Texts
 from celora.errors import DataError, ModelError
 from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, ModelZoo, Rows, initial, load
 from celora.models.inputs import DecodedImages, JoinedInputs, ReadyInputs, TokenisedTexts, collate
-from celora.models.sources import quiet
 from celora.tensors import but
 
 ROOM = 1 << 20

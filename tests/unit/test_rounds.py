@@ -42,7 +42,7 @@ def orders_of(plan: Plan, clients: int = 6) -> list[dict[str, Instruction]]:
 
 
 def drawn(orders: Mapping[str, Instruction]) -> list[str]:
-    return [client for client, order in orders.items() if order.task == "train"]
+    return [client for client, order in orders.items() if order.action == "train"]
 
 
 # --- who is drawn -------------------------------------------------------------------------------------------------
