@@ -217,7 +217,7 @@ def test_a_frame_that_cannot_be_decoded_costs_its_sender_the_round_and_nobody_el
     first = next(federation.run(Plan(rounds=1), tampered))
     assert first.heard == ("c0", "c2", "c3")
     assert first.excluded == {"c1": "layer.A:int4: found no scale for it, expected layer.A:scale, a float32 number"}
-    assert first.traffic["c1"].up_payload == 0 < first.traffic["c1"].up_frame
+    assert (first.traffic["c1"].up_payload, first.traffic["c1"].head_up) == (12 + 16 + 4, 8 + 1 + 2 * 4)  # as it came
 
 
 # --- what stages keep, and when

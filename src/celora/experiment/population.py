@@ -196,7 +196,7 @@ class Population:
         return self.models.learner(client, round, self.rows[client], self.start(client), self.experiment.train)
 
     @property
-    def known(self) -> FederationInfo:
+    def info(self) -> FederationInfo:
         """What the server knows of this population."""
         return FederationInfo(
             clients=self.clients,
@@ -222,7 +222,7 @@ class Population:
         self.models.export(folder, client, weights)
 
 
-def manifest(experiment: Experiment, known: FederationInfo) -> dict[str, Any]:
+def manifest(experiment: Experiment, info: FederationInfo) -> dict[str, Any]:
     """What a reader needs to repeat the run: versions, hashes of data and backbone, seed, hardware."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -236,11 +236,11 @@ def manifest(experiment: Experiment, known: FederationInfo) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "torch_threads": torch.get_num_threads(),
-        "device": known.device,
+        "device": info.device,
         "seed": experiment.plan.seed,
-        "data": dict(known.data),
-        "backbone": dict(known.backbone),
-        **known.task.facts,
-        "agreement": known.agreement.hex(),
-        "clients": {client: dict(rows) for client, rows in known.rows.items()},
+        "data": dict(info.data),
+        "backbone": dict(info.backbone),
+        **info.task.facts,
+        "agreement": info.agreement.hex(),
+        "clients": {client: dict(rows) for client, rows in info.rows.items()},
     }

@@ -63,7 +63,7 @@ def round_event(
 
 def build_summary(
     experiment: Experiment,
-    known: FederationInfo,
+    info: FederationInfo,
     exchange: Exchange,
     best: Mapping[str, Best],
     events: Sequence[Event],
@@ -82,18 +82,18 @@ def build_summary(
     rounds = experiment.plan.rounds
     if not best:
         raise DataError("no client has validation rows: no round can be chosen; raise data.validation")
-    metric = known.task.headline
+    metric = info.task.headline
     ready = [m for m in MOMENTS if m in best]
     moment = max(ready, key=lambda name: (best[name].clients, metric.goodness(best[name].score)))
     chosen = {m: StateKey(m, best[m].round).name for m in ready}
     last = {m: StateKey(m, rounds).name for m in MOMENTS}
     wanted = sorted({*chosen.values(), *last.values()})
-    tested = score_on_test(exchange, experiment.plan, known.clients, wanted, metric)
+    tested = score_on_test(exchange, experiment.plan, info.clients, wanted, metric)
 
     def at(name: str) -> dict[ClientId, float]:
         return {c: m[name]["score"] for c, m in tested.items() if "score" in m.get(name, {})}
 
-    test_rows = {client: known.rows[client]["test"] for client in known.clients}
+    test_rows = {client: info.rows[client]["test"] for client in info.clients}
 
     headline = chosen[moment]
     at_headline = {client: models[headline] for client, models in tested.items() if headline in models}
@@ -106,17 +106,17 @@ def build_summary(
     per_moment = {m: at(name) for m, name in chosen.items()}
     clients = {
         client: {
-            "train": known.rows[client]["train"],
+            "train": info.rows[client]["train"],
             "test": test_rows[client],
             "score": (score := at(headline).get(client)),
             "local_only": (by_itself := alone.get(client)),
             "lift": None if score is None or by_itself is None else metric.gain(score, by_itself),
             **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
-            "majority": known.baseline[client],
-            "test_metrics": {m.name: _measured(at_headline.get(client, {}), m) for m in known.task.metrics},
+            "majority": info.baseline[client],
+            "test_metrics": {m.name: _measured(at_headline.get(client, {}), m) for m in info.task.metrics},
             **{name: _sum(done, client, name) for name in ("up_frame", *SOCKETS)},
         }
-        for client in known.clients
+        for client in info.clients
     }
     return {
         "schema": 1,
@@ -127,14 +127,14 @@ def build_summary(
         "round": best[moment].round,
         "headline": {"metric": metric.name, "higher_is_better": metric.higher_is_better},
         "metrics": metrics(headline),
-        "test_metrics": _means(at_headline.values(), known.task.metrics),
+        "test_metrics": _means(at_headline.values(), info.task.metrics),
         "moments": {
             m: {"round": best[m].round, "validation": best[m].score, "metrics": metrics(name)}
             for m, name in chosen.items()
         },
         "last": {m: {"metrics": metrics(name)} for m, name in last.items()},
         "clients": clients,
-        "excluded": dict(known.excluded),
+        "excluded": dict(info.excluded),
         "excluded_replies": {str(e["index"]): e["excluded"] for e in done if e["excluded"]},
         "notices": [e["text"] for e in events if e["event"] == "notice"],
         "bytes": _bytes(done),

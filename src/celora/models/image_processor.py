@@ -43,9 +43,9 @@ def image_processor(source: str, channels: int) -> ImageProcessor | None:
     Raises:
         ModelError: if it cannot be loaded.
     """
-    local = Path(source, FILE)
-    found = local if local.is_file() else try_to_load_from_cache(source, FILE)
-    if not isinstance(found, str | Path):
+    folder = Path(source)
+    found = folder / FILE if folder.is_dir() else try_to_load_from_cache(source, FILE)
+    if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
     from transformers import AutoImageProcessor  # noqa: PLC0415  # its import costs what texts need not pay
 
