@@ -13,6 +13,7 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core import rounds as loop
 from celora.core.client_state import KeptModel, Notes, kept_models, unpacked
 from celora.core.messages import Best, Exchange, Instruction, Plan, Reply, Round
+from celora.core.metrics import LOSS
 from celora.core.rounds import improved, run_rounds, score_on_test
 from celora.errors import QuorumError
 from celora.wire import Schema, contents, pack, unpack
@@ -195,6 +196,13 @@ def test_a_better_mean_wins_and_a_worse_or_equal_one_does_not() -> None:
     assert standing(improved(best, 2, scores([0.4, 0.8])), "personal") == (2, pytest.approx(0.6), 2)
     assert standing(improved(best, 2, scores([0.4, 0.4])), "personal") == (1, 0.5, 2)
     assert standing(improved(best, 2, scores([0.25, 0.75])), "personal") == (1, 0.5, 2)
+
+
+def test_where_lower_is_better_the_lowest_mean_wins() -> None:
+    best = improved({}, 1, scores([2.5, 3.5]), LOSS)
+    assert standing(improved(best, 2, scores([2.0, 3.0]), LOSS), "personal") == (2, 2.5, 2)
+    assert standing(improved(best, 2, scores([3.0, 3.5]), LOSS), "personal") == (1, 3.0, 2)
+    assert standing(improved(best, 2, scores([0.1]), LOSS), "personal") == (1, 3.0, 2)  # a mean over fewer clients
 
 
 def test_each_moment_has_its_own_best() -> None:
