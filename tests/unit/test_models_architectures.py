@@ -16,8 +16,12 @@ from tokenizers.pre_tokenizers import Split
 from celora.core.adapters import Lora, modules
 from celora.core.learner import Recipe
 from celora.errors import ModelError
-from celora.models import ActivationCache, Adapter, Backbone, BatchedForward, Model, ModelLearner, load
+from celora.models.activation_cache import ActivationCache
+from celora.models.backbone import Backbone, load
+from celora.models.batching import BatchedForward
+from celora.models.learner import ModelLearner
 from celora.models.loading import quiet
+from celora.models.settings import Adapter, Model
 
 RANK, LENGTH = 2, 40
 VOCABULARY = ["[UNK]", "[PAD]", *"abcdefghijklmnopqrstuvwxyz .,:?"]

@@ -9,14 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from celora.data.table import SPLITS, Table, counted, did_you_mean, listing
 from celora.errors import DataError
+from celora.lazy import Lazy, Tensor, np, torch
 
+pillow = Lazy("PIL.Image")
 SPLIT_NAMES = {
     **{name: name for name in SPLITS},
     "valid": "validation",
@@ -179,7 +176,7 @@ def _image(value: object, column: str, where: str, others: Sequence[Tensor]) -> 
     if not isinstance(value, bytes):
         raise DataError(f"{where}: column {column!r} holds {_kind(value)}, expected the bytes of an image file.")
     try:
-        with Image.open(io.BytesIO(value)) as opened:
+        with pillow.open(io.BytesIO(value)) as opened:
             pixels = np.asarray(opened.convert("RGB"))
     except (OSError, ValueError) as error:  # UnidentifiedImageError is an OSError
         raise DataError(f"{where}: column {column!r} holds no readable image: {error}.") from error

@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from celora.data.columns import Columns, Sheet, gather
 from celora.data.table import Table, did_you_mean, listing, natural_key
 from celora.errors import DataError
+from celora.lazy import Lazy
 
+pyarrow, pyarrow_parquet = Lazy("pyarrow"), Lazy("pyarrow.parquet")
 Read = Callable[[Path, str, Columns], Sheet]
 
 
@@ -179,10 +178,10 @@ def _jsonl(path: Path, name: str, columns: Columns) -> Sheet:
 
 def _parquet(path: Path, name: str, columns: Columns) -> Sheet:
     try:
-        with pq.ParquetFile(path) as file:
+        with pyarrow_parquet.ParquetFile(path) as file:
             names = list(file.schema_arrow.names)
             content = file.read(columns=[one for one in columns.names() if one in names]).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{name} cannot be read as Parquet: {error}. Write the file again.") from error
     return Sheet(name, names, list(enumerate(content, start=1)), unit="row")
 

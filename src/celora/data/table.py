@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from celora.lazy import Tensor
 
 SPLITS = ("train", "validation", "test")
 
