@@ -103,7 +103,7 @@ def test_the_closing_round_downloads_scores_and_trains_nobody() -> None:
     rounds, tape = taped(federation, Plan(rounds=2))
     last = rounds[-1]
     assert (last.index, last.heard, dict(last.excluded)) == (3, (), {})
-    assert {order.task for index, _, order in tape.orders if index == 3} == {"close"}
+    assert {order.action for index, _, order in tape.orders if index == 3} == {"close"}
     assert {reply.frame for index, _, reply in tape.replies if index == 3} == {b""}
     assert image(last.server) == image(rounds[-2].server)
     assert last.checkpoint.round == 3
@@ -339,9 +339,9 @@ def test_a_caller_that_stops_leaves_the_clients_after_the_last_round_it_saw() ->
     }
 
 
-def test_orders_name_the_round_the_task_and_the_deadline() -> None:
+def test_orders_name_the_round_the_action_and_the_deadline() -> None:
     _, tape = taped(Federation(FedIT()), Plan(rounds=1, deadline=60.0))
-    assert [(i, order.task, order.deadline) for i, client, order in tape.orders if client == "c0"] == [
+    assert [(i, order.action, order.deadline) for i, client, order in tape.orders if client == "c0"] == [
         (1, "train", 60.0),
         (2, "close", 60.0),
     ]
