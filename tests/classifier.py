@@ -9,8 +9,14 @@ from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.task import Examples
-from celora.models import ActivationCache, AdaptedBackbone, Adapter, Backbone, BatchedForward, Rows, families
-from celora.models import predict as outputs_of
+from celora.models import families
+from celora.models.activation_cache import ActivationCache
+from celora.models.backbone import Backbone
+from celora.models.batching import BatchedForward
+from celora.models.batching import predict as outputs_of
+from celora.models.rows import Rows
+from celora.models.settings import Adapter
+from celora.models.shared_backbone import AdaptedBackbone
 from celora.tasks.classify import Classify
 from celora.tensors import Tensors
 

@@ -15,8 +15,11 @@ from tokenizers.pre_tokenizers import Split
 
 from celora.core.adapters import Lora, modules
 from celora.errors import ModelError
-from celora.models import ActivationCache, AdaptedBackbone, Adapter, Backbone, Model, load
+from celora.models.activation_cache import ActivationCache
+from celora.models.backbone import Backbone, load
 from celora.models.loading import quiet
+from celora.models.settings import Adapter, Model
+from celora.models.shared_backbone import AdaptedBackbone
 
 RANK, LENGTH = 2, 40
 VOCABULARY = ["[UNK]", "[PAD]", *"abcdefghijklmnopqrstuvwxyz .,:?"]

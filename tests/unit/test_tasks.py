@@ -28,7 +28,13 @@ from celora.experiment.client import Join, SiteData, enter
 from celora.experiment.config import dump, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.server import SiteRuntime
-from celora.models import AdaptedBackbone, Adapter, Backbone, BatchedForward, Model, ModelLearner, Rows, families, load
+from celora.models import families
+from celora.models.backbone import Backbone, load
+from celora.models.batching import BatchedForward
+from celora.models.learner import ModelLearner
+from celora.models.rows import Rows
+from celora.models.settings import Adapter, Model
+from celora.models.shared_backbone import AdaptedBackbone
 from celora.tasks import TASKS
 from celora.tasks.classify import Classes, Classify
 from celora.tensors import but, only

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
-from torch import Tensor
-
 from celora.core.learner import Batch, Learner, Losses, Metrics, Shared, Split
 from celora.core.training import Fitted, GradientResult, Prepared, caught, gradients, minimise, stacked
+from celora.lazy import Tensor
 from celora.tensors import Names, Tensors
 
 A = TypeVar("A")

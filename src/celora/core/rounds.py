@@ -11,8 +11,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
 from celora.core.aggregation import Heard, MeanStage
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.channel import Channel
@@ -23,6 +21,7 @@ from celora.core.messages import Action, Best, Checkpoint, Exchange, Instruction
 from celora.core.metrics import ACCURACY, Metric
 from celora.core.screen import odd_score
 from celora.errors import QuorumError
+from celora.lazy import torch
 from celora.rng import generator
 from celora.tensors import Tensors
 from celora.wire import Schema, pack, unpack

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
-from torch import Tensor
-
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
+from celora.lazy import Tensor
 from celora.tensors import Tensors
 
 Trait = Literal["classes", "head"]

@@ -12,18 +12,17 @@ decided by lengths alone, and nobody's numbers depend on it but for rounding: 1e
 thousand where AdamW divides a tiny gradient by its own size.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from celora.core.learner import Batch, Learner, Losses, Metrics
 from celora.core.optim import AdamW, unflatten
+from celora.lazy import Tensor, torch
 from celora.tensors import Names, Tensors, common, flatten
 
 T = TypeVar("T")
@@ -89,7 +88,7 @@ class Prepared:
         penalty: Callable[[Tensors], Tensor] | None = None,
         objective: Callable[[Losses, Tensors], Tensor] | None = None,
         along: Tensors | None = None,
-    ) -> "Prepared":
+    ) -> Prepared:
         """Weights that are missing take the learner's `initial` value.
 
         Raises:
@@ -257,7 +256,8 @@ def _along(
         .requires_grad_(True)
         for name, w in along[0].items()
     }
-    with sdpa_kernel(SDPBackend.MATH):  # the fast attention kernels have no second derivative
+    attention = torch.nn.attention
+    with attention.sdpa_kernel(attention.SDPBackend.MATH):  # the fast attention kernels have no second derivative
         loss = losses({**weights, **leaves}) * shares
         inner = torch.autograd.grad(loss.sum(), list(leaves.values()), create_graph=True)
         vectors = [torch.stack([one[name] for one in along]) if many else along[0][name] for name in leaves]

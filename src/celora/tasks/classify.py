@@ -13,16 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
 from celora.core.task import Card, Columns, Examples, HeadTensor, Reader, Target, Task, Trait
 from celora.errors import DataError
 from celora.fields import setting, settings
+from celora.lazy import F, Tensor, torch
 from celora.tensors import Tensors
 from celora.wire import pack, record, unpack
 
