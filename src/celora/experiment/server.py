@@ -4,7 +4,6 @@ The server has no rows. It asks the sites for what it must know: how many rows e
 must agree on, such as the labels, unless the experiment lists them.
 """
 
-from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -131,7 +130,7 @@ class Roster:
 
     Attributes:
         clients: name, in order -> its "rows" by split, "baseline" and "data", the SHA-256 of its rows.
-        agreement: what they have agreed on, in base64; facts: the same for a reader, such as all labels.
+        agreement: what they have agreed on, in hex; facts: the same for a reader, such as all labels.
         excluded: client -> why it was left out at the beginning.
     """
 
@@ -169,7 +168,7 @@ class SiteRuntime(Runtime):
         saved = folder.read_json(ROSTER) if folder.latest() else None
         roster = self._call_the_roll(experiment, job, start) if saved is None else Roster(**saved)
         folder.write_json(ROSTER, asdict(roster))
-        clients, agreement = list(roster.clients), b64decode(roster.agreement)
+        clients, agreement = list(roster.clients), bytes.fromhex(roster.agreement)
         task = experiment.task.agreed(agreement)
         waited_for = set(self.expected) if not isinstance(self.expected, int) else set(clients)
         start = replace(start, agreement=agreement, clients=tuple(clients))
@@ -222,7 +221,7 @@ class SiteRuntime(Runtime):
         check_quorum(experiment, len(clients))
         agreed = dict(experiment.task.agreed(agreement).facts)
         rows = {client: _row(facts[client], experiment.task.headline) for client in clients}
-        return Roster(rows, b64encode(agreement).decode(), agreed, excluded)
+        return Roster(rows, agreement.hex(), agreed, excluded)
 
 
 def _row(facts: ClientFacts, headline: Metric) -> dict[str, Any]:
@@ -240,10 +239,10 @@ def _settled(experiment: Experiment) -> Task:
     """
     try:
         return experiment.task.agreed(b"")
-    except DataError:
+    except DataError as error:
         if experiment.model.own is not None:
             raise ConfigError(
-                ["task.classes: with model.own the server must know all labels beforehand; list them"]
+                [f"model.own: the adapter is as large as the head, which the server must know beforehand; {error}"]
             ) from None
         return experiment.task
 

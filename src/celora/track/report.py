@@ -133,7 +133,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
 
 
 def _clients(summary: Mapping[str, Any]) -> str:
-    header = ("client", "train rows", "test rows", "majority class", "local-only", "federated", "lift")
+    header = ("client", "train rows", "test rows", "baseline", "local-only", "federated", "lift")
     rows, harmed = [], []
     for client, c in summary["clients"].items():
         alone = (c["train"], c["test"], score(c.get("majority")), score(c["local_only"]))

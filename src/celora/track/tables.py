@@ -31,12 +31,12 @@ def client_table(summary: Summary) -> Table:
     of = f"test scores{metric(summary)} of {headline(summary)}"
     table = _table(f"{summary['algorithm']}, seed {summary['seed']}: {of}")
     clients: Mapping[str, Mapping[str, Any]] = summary["clients"]
-    majority = any(row.get("majority") is not None for row in clients.values())
+    baseline = any(row.get("majority") is not None for row in clients.values())
     table.add_column("client", overflow="fold", min_width=8)
     columns = (
         "train\nrows",
         "test\nrows",
-        *(["majority\nclass"] if majority else []),
+        *(["baseline"] if baseline else []),
         "local-\nonly",
         "federated",
     )
@@ -47,7 +47,7 @@ def client_table(summary: Summary) -> Table:
         values = [
             str(row["train"]),
             str(row["test"]),
-            *([score(row.get("majority"))] if majority else []),
+            *([score(row.get("majority"))] if baseline else []),
             *(score(row[name]) for name in ("local_only", "score")),
             lift(row["lift"]),
             *(score(row[name]) for name in ("received", "personal")),
