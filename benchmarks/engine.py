@@ -46,7 +46,9 @@ from celora.core.solve import solve, solve_together
 from celora.core.task import Examples
 from celora.engines import embedded
 from celora.experiment.population import Population, ResourceCache
-from celora.models import ReadyInputs, Rows, loading
+from celora.models import loading
+from celora.models.inputs import ReadyInputs
+from celora.models.rows import Rows
 from celora.tasks.classify import Classify
 from celora.tensors import Tensors, but, mean, nbytes
 from celora.wire import Schema

@@ -38,9 +38,10 @@ class Lazy:
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    import torch.nn.functional as F
     from torch import Tensor
 else:
-    np, torch = Lazy("numpy"), Lazy("torch")
+    np, torch, F = Lazy("numpy"), Lazy("torch"), Lazy("torch.nn.functional")
 
     class _LikeTensor(type):
         """Its classes answer for `torch.Tensor`."""
@@ -55,4 +56,4 @@ else:
         """Stands for `torch.Tensor` in annotations, records and `isinstance`, before torch is imported."""
 
 
-__all__ = ["Lazy", "Tensor", "np", "torch"]
+__all__ = ["F", "Lazy", "Tensor", "np", "torch"]

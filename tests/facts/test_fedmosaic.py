@@ -11,7 +11,8 @@ from celora.algorithms.fedmosaic import FedMosaic, Up
 from celora.core.adapters import modules
 from celora.core.aggregation import Heard
 from celora.core.messages import Plan
-from celora.models import Adapter, Model, load
+from celora.models.backbone import load
+from celora.models.settings import Adapter, Model
 from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds
 from tests.toy import CLIENTS, Federation, Population, image

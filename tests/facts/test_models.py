@@ -15,8 +15,11 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
 from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Recipe
-from celora.models import Adapter, Backbone, Model, ModelLearner, export_peft, load
+from celora.models.backbone import Backbone, load
+from celora.models.export import export_peft
+from celora.models.learner import ModelLearner
 from celora.models.loading import embedded, quiet
+from celora.models.settings import Adapter, Model
 from celora.tasks.classify import Classify
 from celora.tensors import part
 from tests.classifier import forward, initial, predict

@@ -9,8 +9,10 @@ import torch
 from celora.algorithms.pfedlora import PFedLoRA
 from celora.core.learner import Recipe
 from celora.core.training import Fitted
-from celora.models import Adapter, Model, ModelLearner, ModelZoo, private_models
+from celora.models.learner import ModelLearner
+from celora.models.model_zoo import ModelZoo, private_models
 from celora.models.private_model import CNNS, PrivateModel, PrivateNetwork
+from celora.models.settings import Adapter, Model
 from celora.tensors import part
 from tests.classifier import rows as rows_of
 from tests.classifier import task

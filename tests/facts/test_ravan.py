@@ -11,7 +11,8 @@ from celora.core.adapters import modules
 from celora.core.aggregation import Heard
 from celora.core.problems import Gradient
 from celora.errors import ModelError
-from celora.models import Adapter, Model, load
+from celora.models.backbone import load
+from celora.models.settings import Adapter, Model
 from celora.tensors import only
 from tests.classifier import initial
 from tests.facts.payloads import DIM, HEAD, LAYERS, RANK, rounds

@@ -53,7 +53,7 @@ class Rogue(Site):
         answer = unpack(Response, found)
         if (
             call.kind != "instruction"
-            or (order := unpack(Instruction, call.body)).task != "train"
+            or (order := unpack(Instruction, call.body)).action != "train"
             or answer.error is not None
         ):
             return found

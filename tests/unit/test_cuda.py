@@ -10,7 +10,10 @@ import torch
 from celora.core.adapters import Lora
 from celora.core.learner import Recipe
 from celora.core.problems import Fit
-from celora.models import ActivationCache, Adapter, Backbone, Model, ModelLearner, load
+from celora.models.activation_cache import ActivationCache
+from celora.models.backbone import Backbone, load
+from celora.models.learner import ModelLearner
+from celora.models.settings import Adapter, Model
 from celora.tensors import but
 from tests.classifier import forward, initial
 from tests.classifier import rows as rows_of

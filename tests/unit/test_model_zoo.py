@@ -11,7 +11,10 @@ from celora.core.learner import Recipe
 from celora.core.problems import Fit, Score
 from celora.core.solve import solve_together
 from celora.errors import ModelError
-from celora.models import Adapter, Model, ModelLearner, ModelZoo, load, private_models
+from celora.models.backbone import load
+from celora.models.learner import ModelLearner
+from celora.models.model_zoo import ModelZoo, private_models
+from celora.models.settings import Adapter, Model
 from celora.tensors import but
 from tests.classifier import rows as rows_of
 from tests.classifier import task

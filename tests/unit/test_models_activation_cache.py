@@ -13,9 +13,12 @@ from celora.core.adapters import Lora
 from celora.core.learner import Recipe
 from celora.core.problems import Fit
 from celora.errors import ModelError
-from celora.models import ActivationCache, Adapter, Backbone, Model, ModelLearner, Rows, load
 from celora.models import activation_cache as module
-from celora.models.activation_cache import LowerLayers
+from celora.models.activation_cache import ActivationCache, LowerLayers
+from celora.models.backbone import Backbone, load
+from celora.models.learner import ModelLearner
+from celora.models.rows import Rows
+from celora.models.settings import Adapter, Model
 from celora.tensors import but
 from tests.classifier import forward, initial
 from tests.classifier import rows as rows_of

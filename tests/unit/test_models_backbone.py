@@ -10,8 +10,9 @@ import torch
 from transformers import BertConfig, BertModel
 
 from celora.errors import ModelError
-from celora.models import Adapter, Backbone, Model, load
+from celora.models.backbone import Backbone, load
 from celora.models.loading import embedded, quiet
+from celora.models.settings import Adapter, Model
 
 VIT = Adapter(targets=("q_proj", "v_proj"))
 TEXTS = ["a cat", "the quick brown fox jumps over the lazy dog", ""]

@@ -8,8 +8,11 @@ import torch
 
 from celora.core.adapters import Tri
 from celora.errors import RunFolderError
-from celora.models import Adapter, Model, export_peft, load, load_adapters, save_adapters
-from celora.models.export import replacing
+from celora.models.backbone import load
+from celora.models.export import export_peft, replacing
+from celora.models.export import load as load_adapters
+from celora.models.export import save as save_adapters
+from celora.models.settings import Adapter, Model
 from celora.tasks.classify import Classify
 from tests.classifier import initial
 

@@ -9,7 +9,8 @@ import torch
 
 from celora.core.adapters import Family, Lora, Tri, modules
 from celora.errors import ModelError
-from celora.models import Adapter, Backbone, Model, load
+from celora.models.backbone import Backbone, load
+from celora.models.settings import Adapter, Model
 from celora.tensors import only, part, select
 from tests.classifier import initial
 

@@ -14,8 +14,11 @@ from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Learner, Recipe
 from celora.core.problems import Fit
 from celora.errors import ModelError
-from celora.models import AdaptedBackbone, Adapter, Backbone, Model, ModelLearner, Rows, load
-from celora.models.rows import bucketed, budgeted
+from celora.models.backbone import Backbone, load
+from celora.models.learner import ModelLearner
+from celora.models.rows import Rows, bucketed, budgeted
+from celora.models.settings import Adapter, Model
+from celora.models.shared_backbone import AdaptedBackbone
 from celora.tensors import Tensors, but
 from tests.classifier import forward, initial, predict
 from tests.classifier import rows as rows_of

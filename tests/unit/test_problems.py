@@ -14,7 +14,8 @@ from celora.core.client import _metered
 from celora.core.learner import Batch, Learner, Losses
 from celora.core.problems import ClientUpdate, Fit, Gradient, InputNorms, Score
 from celora.core.solve import solve, solve_together
-from celora.models import Adapter, Model, load
+from celora.models.backbone import load
+from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, but, only, select
 from tests.toy import RECIPE, Population, image
 from tests.unit.test_solve import clients, close, vit

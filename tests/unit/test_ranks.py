@@ -13,7 +13,7 @@ from celora.core.adapters import truncated
 from celora.core.screen import screen
 from celora.errors import ConfigError
 from celora.experiment import resolve
-from celora.models import Adapter
+from celora.models.settings import Adapter
 from celora.tensors import Tensors, only
 from celora.track.disk import folder_name
 from celora.wire import Schema, pack, record, unpack

@@ -16,7 +16,10 @@ from celora.core.learner import Learner, Recipe
 from celora.core.problems import ClientUpdate, Features, Fit, Score
 from celora.core.solve import solve, solve_together
 from celora.core.training import FILLING, PASS, Fitted, passes
-from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, load
+from celora.models.backbone import Backbone, load
+from celora.models.batching import BatchedForward
+from celora.models.learner import ModelLearner
+from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, but, only
 from tests.classifier import forward, initial, parts
 from tests.classifier import rows as rows_of

@@ -48,3 +48,34 @@ def test_completion_imports_neither_pydantic_nor_anything_heavier() -> None:
 
 def test_keys_are_made_without_torch(tmp_path: Path) -> None:
     assert not imported("keys", "dev", "--out", str(tmp_path / "keys"), "--sites", "a,b") & HEAVY
+
+
+@pytest.mark.parametrize("words", [("list",), ("list", "ce-lora"), ("list", "--json")])
+def test_algorithms_are_listed_without_torch(words: tuple[str, ...]) -> None:
+    assert not imported(*words) & HEAVY
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "CONFIG", "--set", "adapter.rnak=4"),
+        ("run", "CONFIG", "--set", "adapter.ranks=[2, 4]", "--set", "algorithm.name=fedit"),
+        ("run", "CONFIG", "--engine", "flower-sin"),
+        ("compare", "CONFIG", "--algorithms", "fedti,ce-lora"),
+        ("compare", "CONFIG", "--algorithms", "fedit,ce-lora", "--match", "bytes"),
+    ],
+)
+def test_a_mistake_in_a_configuration_is_told_without_torch(words: tuple[str, ...], tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[plan]\nrounds = 1\n")
+    assert not imported(*(str(config) if word == "CONFIG" else word for word in words), code=2) & HEAVY
+
+
+def test_the_ledger_is_shown_without_torch(tmp_path: Path) -> None:
+    assert not imported("site", "ledger", "--state", str(tmp_path), code=2) & HEAVY
+
+
+def test_the_package_and_its_algorithms_are_imported_without_torch() -> None:
+    code = "import sys, celora; celora.ALGORITHMS, celora.Fit, celora.Recipe, celora.read; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(ended.stdout.split()) & HEAVY

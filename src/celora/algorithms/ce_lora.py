@@ -40,9 +40,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-import torch
-from torch import Tensor
-
 from celora.core.adapters import Family, Tri
 from celora.core.aggregation import Heard
 from celora.core.algorithm import (
@@ -60,6 +57,7 @@ from celora.core.algorithm import (
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, Fraction, NonNegative, Positive, setting, settings
+from celora.lazy import Tensor, torch
 from celora.marks import DisclosureFloor, MixingMatrix, RowCount, Summary
 from celora.maths.cka import Estimator, cka, points
 from celora.maths.mixtures import Mixture, fit_mixture

@@ -18,15 +18,13 @@ and v_i have a head each, neither travels, and the penalty is over what does.
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import NonNegative, setting, settings
+from celora.lazy import Tensor, torch
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, select
 from celora.wire import record

@@ -32,8 +32,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
@@ -41,6 +39,7 @@ from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Score
 from celora.errors import ModelError
 from celora.fields import Count, NonNegative, Positive, setting, settings
+from celora.lazy import Tensor, torch
 from celora.marks import RowCount, Sent
 from celora.tensors import Names, Tensors, select
 from celora.wire import record
@@ -179,7 +178,7 @@ class FDLoRA(Algorithm[Server, Local, Down, Up]):
         average = heard.mean(lambda up: up.weights, lambda up: up.examples)
         if not server.weights:
             return Server(average, {name: torch.zeros_like(w) for name, w in average.items()})
-        weights, velocity = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        weights, velocity = dict[str, Tensor](), dict[str, Tensor]()
         for name, w in server.weights.items():
             gradient = w - average[name]
             velocity[name] = self.momentum * server.velocity[name] + gradient
@@ -193,7 +192,7 @@ class FDLoRA(Algorithm[Server, Local, Down, Up]):
         return fused(local.fusion, {**local.personal, **local.mine, **down.weights}, local.personal)
 
 
-def fused(w: Sequence[float], common: Tensors, personal: Tensors) -> dict[str, torch.Tensor]:
+def fused(w: Sequence[float], common: Tensors, personal: Tensors) -> dict[str, Tensor]:
     """w_1 θ_s + w_2 θ_p of each tensor; (1, 0) is θ_s to the bit."""
     return {name: w[0] * theta + w[1] * personal[name] for name, theta in common.items()}
 

@@ -30,9 +30,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, islice
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
@@ -40,6 +38,7 @@ from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trai
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Whole, setting, settings
+from celora.lazy import Tensor, torch
 from celora.rng import generator
 from celora.tensors import Names, Tensors, but, part, select
 from celora.wire import record

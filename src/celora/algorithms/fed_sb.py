@@ -35,12 +35,11 @@ trains, at the frozen backbone. η is the authors' lr / (warm-up steps); s multi
 (adapter.alpha = rank).
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Annotated, ClassVar, Literal
-
-import torch
-from torch import Tensor
 
 from celora.core.adapters import Family, FixedBases, modules
 from celora.core.aggregation import Heard
@@ -48,6 +47,7 @@ from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trai
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Positive, Whole, setting, settings
+from celora.lazy import Tensor, torch
 from celora.marks import Received, RowCount, Summary
 from celora.rng import generator
 from celora.tensors import Names, Tensors, only, select

@@ -22,14 +22,13 @@ the authors' code, unless `by_rows`. Their LoRA dropout of 0.05 is left out. The
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
-from torch import Tensor
-
 from celora.core.adapters import Family, Gated
 from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.lazy import Tensor
 from celora.marks import RowCount, Sent
 from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record

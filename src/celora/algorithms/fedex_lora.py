@@ -22,8 +22,6 @@ not lose digits where clients are close to each other.
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
-
 from celora.core.adapters import Family, Residual, modules
 from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
@@ -31,6 +29,7 @@ from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, setting, settings
+from celora.lazy import torch
 from celora.marks import RowCount
 from celora.maths.lowrank import truncated_svd
 from celora.tensors import Names, Tensors, mean, select

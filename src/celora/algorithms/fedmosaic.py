@@ -30,13 +30,11 @@ a small proxy model and average cosines over its columns; here it is the head's,
 What could not be read: τ, the number of coordinates, the size of the noise and the pace of the moving average are ours.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Annotated, ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from celora.core.adapters import Family, Pair
 from celora.core.aggregation import Heard
@@ -44,6 +42,7 @@ from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Mixi
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, Fraction, NonNegative, Positive, Whole, setting, settings
+from celora.lazy import F, Tensor, torch
 from celora.marks import MixingMatrix, RowCount, Sent, Summary
 from celora.maths.neighbours import average
 from celora.maths.weights import row_weights

@@ -25,14 +25,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
-
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.lazy import torch
 from celora.marks import RowCount
 from celora.maths.lowrank import Sum, truncated_svd
 from celora.tensors import Mean, Names, Tensors, only, select

@@ -20,12 +20,11 @@ however `adapter.init` says. In the authors' code the branch that averages witho
 keeps p_0 A_0 alone; that is a baseline of theirs, and nothing like it is here.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import ClassVar
-
-import torch
-from torch import Tensor
 
 from celora.core.adapters import Family, Residual, modules
 from celora.core.aggregation import Heard
@@ -34,6 +33,7 @@ from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.lazy import Tensor, torch
 from celora.marks import RowCount
 from celora.tensors import Mean, Names, Tensors, only, select
 from celora.wire import record

@@ -23,16 +23,13 @@ from collections.abc import Mapping, Sequence
 from math import hypot
 from typing import ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, Fraction, NonNegative, setting, settings
+from celora.lazy import F, Tensor, torch
 from celora.marks import RowCount
 from celora.maths.lowrank import norm
 from celora.tensors import Mean, Names, Tensors, only, select

@@ -26,8 +26,6 @@ differentiates it as it is. p_k = n_k / Σ n where the paper has 1 / M.
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
-
 from celora.core.adapters import Dual, Family
 from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
@@ -35,6 +33,7 @@ from celora.core.learner import Learner
 from celora.core.optim import AdamW, descend, unflatten
 from celora.core.problems import ClientUpdate, Gradient
 from celora.fields import Count, Positive, setting, settings
+from celora.lazy import torch
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, flatten, only, select
 from celora.wire import record

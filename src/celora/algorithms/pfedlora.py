@@ -22,14 +22,13 @@ drawn keeps its old w_k; the adapter it gets is always fresh.
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
-import torch
-
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
 from celora.core.algorithm import AdapterSettings, Algorithm, AlgorithmInfo, ClientId, Head, Trained
 from celora.core.learner import Learner, Losses
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
+from celora.lazy import Tensor
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, but, only, part, select
 from celora.wire import record
@@ -137,13 +136,13 @@ class PFedLoRA(Algorithm[Server, Local, Down, Up]):
         adapter = down.adapter if self.mix == "loss" else scaled(down.adapter, self.mu)
         return {**local.own, **adapter}
 
-    def mixed(self, losses: Losses, weights: Tensors) -> torch.Tensor:
+    def mixed(self, losses: Losses, weights: Tensors) -> Tensor:
         """(1 − μ) CE(y_local) + μ CE(y_joint), or CE of the logits mixed so: those of the adapter times μ."""
         if self.mix == "logit":
             return losses(scaled(weights, self.mu))
         return (1 - self.mu) * losses(scaled(weights, 0.0)) + self.mu * losses(weights)
 
 
-def scaled(weights: Tensors, factor: float) -> dict[str, torch.Tensor]:
+def scaled(weights: Tensors, factor: float) -> dict[str, Tensor]:
     """The same weights with the adapter's say, its B, times a factor."""
     return {name: factor * w if part(name) == "B" else w for name, w in weights.items()}

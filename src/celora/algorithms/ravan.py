@@ -22,14 +22,13 @@ or for all alike, here for each; how those by norm are chosen while all cores ar
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
-
 from celora.core.adapters import Heads
 from celora.core.aggregation import Heard
 from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Gradient
 from celora.fields import Count, setting, settings
+from celora.lazy import torch
 from celora.marks import RowCount
 from celora.tensors import Names, Tensors, only, part, select
 from celora.wire import record

@@ -40,9 +40,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.aggregation import Heard
@@ -50,6 +48,7 @@ from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trai
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, InputNorms
 from celora.fields import Count, setting, settings
+from celora.lazy import Tensor, torch
 from celora.marks import RowCount, SiteSecret
 from celora.maths.lowrank import Sum, truncated_svd
 from celora.privacy import ckks, keys

@@ -1,5 +1,7 @@
 """The commands of one machine: run, compare, resume, list."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from pathlib import Path

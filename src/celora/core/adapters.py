@@ -17,10 +17,7 @@ leading client axis K can be told. All but a few start with Δ = 0, so that clie
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from celora.lazy import F, Tensor, torch
 from celora.tensors import Tensors, is_head, part
 
 Draw = Literal["down", "up", "core", "zero", "one", "kaiming", "rows", "columns"]

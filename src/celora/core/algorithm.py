@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from torch import Tensor
-
 from celora.core.adapters import Family
 from celora.core.aggregation import Aggregation, Heard
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate
 from celora.core.task import Trait
+from celora.lazy import Tensor
 from celora.marks import DataSummary, MixingMatrix, marked
 from celora.tensors import Names, Tensors, but, only
 from celora.wire import record

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from celora.errors import PolicyError, WireError
+from celora.lazy import Tensor
 from celora.tensors import Tensors
 from celora.wire import Schema, leaves, name_of, record
 

@@ -3,13 +3,13 @@
 What is asked of a learner is a problem (`celora.core.problems`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
-import torch
-from torch import Tensor
-
 from celora.fields import Count, NonNegative, Positive, setting, settings
+from celora.lazy import Tensor, torch
 from celora.tensors import Tensors
 
 Metrics = Mapping[str, float]
@@ -59,7 +59,7 @@ class Learner(Protocol):
         """Where training happens."""
 
     @property
-    def shared(self) -> "Shared | None":
+    def shared(self) -> Shared | None:
         """What it can share a pass with others through: learners with the same one; None: it runs alone."""
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:

@@ -12,9 +12,8 @@ lost its state says so, does not train, and is sent W whole once the others' rep
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
-
 from celora.core.algorithm import ClientId
+from celora.lazy import Tensor
 from celora.tensors import Tensors
 from celora.wire import record
 

@@ -1,11 +1,11 @@
 """Optimisers on plain tensors: AdamW on the rows of a stack, and descent for methods that step by themselves."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from celora.core.learner import Recipe
+from celora.lazy import Tensor, torch
 from celora.tensors import Tensors, flatten
 
 

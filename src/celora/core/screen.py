@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from celora.core.metrics import ACCURACY, Metric
+from celora.lazy import Tensor
 from celora.marks import Bounded, marked_values
 from celora.tensors import Names, Tensors
 from celora.wire import Schema

@@ -15,6 +15,7 @@ from typing import Literal
 from celora import fields
 from celora.data import partition
 from celora.data.columns import Columns
+from celora.data.digits import read_digits
 from celora.data.docstrings import read_docstrings
 from celora.data.files import read_files
 from celora.data.hub import read_hub
@@ -158,8 +159,6 @@ def read(data: Data, base: Path) -> Table:
     if data.source == "docstrings":
         return read_docstrings()
     if data.source == "digits":
-        from celora.data.digits import read_digits  # noqa: PLC0415  # scikit-learn costs a second
-
         return read_digits()
     if data.source.startswith("hub:"):
         return read_hub(data.source.removeprefix("hub:"), columns)

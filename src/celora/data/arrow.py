@@ -5,13 +5,13 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 
-import pyarrow as pa
-
 from celora.errors import DataError
+from celora.lazy import Lazy
+
+pa = Lazy("pyarrow")
 
 _BATCH = 1 << 20
 """Bytes of a record batch, about: what is held in memory while the column is written, or read from front to back."""
-_SCHEMA = pa.schema([("row", pa.large_binary())])
 
 
 class ArrowColumn:
@@ -26,12 +26,13 @@ class ArrowColumn:
     """
 
     def __init__(self, rows: Iterable[bytes]) -> None:
+        schema = pa.schema([("row", pa.large_binary())])
         try:
             self._file = tempfile.TemporaryFile(prefix="celora-rows-")  # noqa: SIM115  # it lives as long as the column
             weakref.finalize(self, self._file.close)
-            with pa.ipc.new_file(self._file, _SCHEMA) as sink:
+            with pa.ipc.new_file(self._file, schema) as sink:
                 for batch in _batches(rows):
-                    sink.write_batch(pa.record_batch([pa.array(batch, pa.large_binary())], schema=_SCHEMA))
+                    sink.write_batch(pa.record_batch([pa.array(batch, pa.large_binary())], schema=schema))
             self._file.flush()
         except OSError as error:
             raise DataError(

@@ -15,7 +15,9 @@ from celora.data.arrow import ArrowColumn
 from celora.data.inputs import ImageFiles, Images, Texts, size_of
 from celora.data.table import SPLITS, Origins, Table, counted, did_you_mean, listing
 from celora.errors import DataError
+from celora.lazy import Lazy
 
+pillow = Lazy("PIL.Image")
 SPLIT_NAMES = {
     **{name: name for name in SPLITS},
     "valid": "validation",

@@ -16,14 +16,14 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from celora.data.columns import Columns, Sheet, gather
 from celora.data.table import Table, did_you_mean, listing, natural_key
 from celora.errors import DataError
+from celora.lazy import Lazy
 
+pyarrow, pyarrow_parquet = Lazy("pyarrow"), Lazy("pyarrow.parquet")
 Read = Callable[[Path, str, Columns], Sheet]
 Records = Iterator[tuple[int, Mapping[str, object]]]
 _PARQUET_ROWS = 256
@@ -224,11 +224,11 @@ def _parquet(path: Path, name: str, columns: Columns) -> Sheet:
 
 
 @contextmanager
-def _parquet_file(path: Path, name: str) -> Iterator[pq.ParquetFile]:
+def _parquet_file(path: Path, name: str) -> Iterator[Any]:
     try:
-        with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+        with pyarrow_parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
             yield file
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{name} cannot be read as Parquet: {error}. Write the file again.") from error
 
 

@@ -1,17 +1,17 @@
 """The texts or images of a table. They lie in Arrow (`ArrowColumn`) and are decoded each time they are asked for."""
 
+from __future__ import annotations
+
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from celora.data.arrow import ArrowColumn
 from celora.errors import DataError
+from celora.lazy import Lazy, Tensor, np, torch
+
+pillow = Lazy("PIL.Image")
 
 
 class Digest(Protocol):
@@ -100,12 +100,11 @@ class ImageFiles(Images):
         origins: where each row came from, for messages.
     """
 
-    dtype = torch.uint8
-
     def __init__(
         self, column: ArrowColumn, size: tuple[int, int], name: str, origins: Sequence[str], unlike: str | None
     ) -> None:
         super().__init__(column, (3, *size), unlike)
+        self.dtype = torch.uint8
         self._name, self._origins = name, origins
 
     def _pixels(self, content: bytes, row: int) -> Tensor:
@@ -114,7 +113,7 @@ class ImageFiles(Images):
             DataError: naming the row, if the image is damaged.
         """
         try:
-            with Image.open(io.BytesIO(content)) as opened:
+            with pillow.open(io.BytesIO(content)) as opened:
                 pixels = np.array(opened.convert("RGB"))
         except (OSError, ValueError) as error:
             raise unreadable(self._origins[row], self._name, error) from error
@@ -139,7 +138,7 @@ def size_of(content: bytes, where: str, name: str) -> tuple[int, int]:
         DataError: if it is no image.
     """
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with pillow.open(io.BytesIO(content)) as opened:
             return opened.height, opened.width
     except (OSError, ValueError) as error:  # UnidentifiedImageError is an OSError
         raise unreadable(where, name, error) from error

@@ -22,21 +22,25 @@ is therefore its training mix whenever the two sets as wholes have the same mix,
 exactly once.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, get_args
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal, get_args
 
 from celora.data.table import ClientRows, Table, counted, did_you_mean, listing, natural_key
 from celora.errors import DataError
+from celora.lazy import np
 from celora.rng import Address, numpy_generator
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Weights = NDArray[np.float64]
 
 Kind = Literal["iid", "dirichlet", "classes", "quantity", "natural"]
 Hands = dict[str, list[int]]
 """Client id -> rows."""
-Weights = NDArray[np.float64]
 
 
 def partition_rows(

@@ -1,11 +1,12 @@
 """Each client's own training, validation and test rows, drawn from the same mix of labels."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
 from celora.data.table import ClientRows
+from celora.lazy import np
 from celora.rng import numpy_generator
 
 

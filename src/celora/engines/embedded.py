@@ -1,13 +1,13 @@
 """All clients in this process. Frames are really packed and unpacked; nothing else is shared but the backbone."""
 
+from __future__ import annotations
+
 import os
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
-
-import torch
 
 from celora.core.algorithm import AnyAlgorithm, ClientId
 from celora.core.channel import Channel
@@ -19,6 +19,7 @@ from celora.core.problems import ClientUpdate
 from celora.core.solve import Solve, solve, solve_together
 from celora.errors import RunFolderError
 from celora.fields import Count, Whole, setting, settings
+from celora.lazy import torch
 from celora.wire import Schema
 
 Learners = Callable[[ClientId, int], Learner]
@@ -83,7 +84,7 @@ class Embedded:
         self.cohort, self.channel = cohort, channel
         self.notes: dict[ClientId, tuple[str, ...]] = {}
 
-    def __call__(self, instructions: Mapping[ClientId, Instruction]) -> "Replies":
+    def __call__(self, instructions: Mapping[ClientId, Instruction]) -> Replies:
         """Run each client's turn."""
         began = time.monotonic()
         replies, waiting = Replies(), list(instructions)

@@ -7,18 +7,34 @@
 shows what it likes, and may stop at any moment: what is on disk can be resumed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from celora.experiment import budget, session
-from celora.experiment.config import Experiment, read, resolve
 from celora.experiment.engines import engine_named
-from celora.experiment.job import Job
-from celora.experiment.runtimes import Engine, Log
-from celora.experiment.session import Session
-from celora.track.folder import Event
+from celora.lazy import Lazy
+
+if TYPE_CHECKING:
+    from celora.experiment import budget, config, job, runtimes, session
+    from celora.experiment.config import Experiment, read, resolve
+    from celora.experiment.runtimes import Engine, Log
+    from celora.track.folder import Event
+else:  # a mistake in a configuration is told before anything is imported that trains
+    config, budget = Lazy("celora.experiment.config"), Lazy("celora.experiment.budget")
+    runtimes, job = Lazy("celora.experiment.runtimes"), Lazy("celora.experiment.job")
+    session = Lazy("celora.experiment.session")
 
 __all__ = ["Engine", "Experiment", "Log", "compare", "read", "resolve", "resume", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Experiment", "read", "resolve"):
+        return getattr(config, name)
+    if name in ("Engine", "Log"):
+        return getattr(runtimes, name)
+    raise AttributeError(f"module 'celora.experiment' has no attribute {name!r}")
 
 
 def ignore(text: str) -> None:
@@ -43,11 +59,13 @@ def run(
     Raises:
         CeloraError: any of celora.errors; the folder is then as it was, or can be resumed.
     """
-    chosen, root = engine_named(engine) if isinstance(engine, str) else engine, folder or Path("runs") / experiment.name
-    jobs = [Job(experiment.label, experiment.plan.seed, root)]
+    root, labels = folder or Path("runs") / experiment.name, [experiment.label]
     if twin and experiment.label != "local":
-        jobs.insert(0, Job("local", experiment.plan.seed, root / "local"))
-    yield from session.start(experiment, root, Session("run", jobs, engine=chosen), log)
+        labels.insert(0, "local")
+    config.check_labels(experiment, labels)
+    chosen, seed = engine_named(engine) if isinstance(engine, str) else engine, experiment.plan.seed
+    jobs = [job.Job(label, seed, root if label == experiment.label else root / label) for label in labels]
+    yield from session.start(experiment, root, session.Session("run", jobs, engine=chosen), log)
 
 
 def compare(
@@ -71,8 +89,9 @@ def compare(
     """
     matched, root = budget.match_of(match), folder or Path("runs") / experiment.name
     labels, many = list(dict.fromkeys(["local", *labels])), len(seeds) > 1
-    jobs = [Job(a, s, root / a / f"seed-{s}" if many else root / a) for s in dict.fromkeys(seeds) for a in labels]
-    yield from session.start(experiment, root, Session("compare", jobs, match=matched), ignore)
+    config.check_labels(experiment, labels)
+    jobs = [job.Job(a, s, root / a / f"seed-{s}" if many else root / a) for s in dict.fromkeys(seeds) for a in labels]
+    yield from session.start(experiment, root, session.Session("compare", jobs, match=matched), ignore)
 
 
 def resume(folder: Path, log: Log = ignore) -> Iterator[Event]:

@@ -18,7 +18,7 @@ from celora.core.adapters import Family
 from celora.core.algorithm import AlgorithmInfo
 from celora.errors import ConfigError
 from celora.experiment.config import Experiment
-from celora.models import Adapter, Model
+from celora.models.settings import Adapter, Model
 
 Match = Literal["rank", "floats"]
 Shapes = Sequence[tuple[int, int]]

@@ -2,8 +2,8 @@
 
     [data]       what the clients hold                celora.data.Data
     [task]       name, and that task's fields         celora.tasks.TASKS
-    [model]      the frozen backbone                  celora.models.Model
-    [adapter]    rank, targets, initialisation        celora.models.Adapter
+    [model]      the frozen backbone                  celora.models.settings.Model
+    [adapter]    rank, targets, initialisation        celora.models.settings.Adapter
     [train]      local training                       celora.core.learner.Recipe
     [plan]       rounds, participation, seed          celora.core.messages.Plan
     [engine]     clients in a pass, memory budgets    celora.engines.embedded.EngineSettings
@@ -35,7 +35,7 @@ from celora.engines.embedded import EngineSettings
 from celora.errors import ConfigError
 from celora.fields import did_you_mean, error_lines, unknown
 from celora.filters import filter_tables, read_filters
-from celora.models import Adapter, Model
+from celora.models.settings import Adapter, Model
 from celora.tasks import TASKS
 
 Tree = dict[str, Any]
@@ -122,6 +122,22 @@ def read(source: Path | str, sets: Sequence[str] = ()) -> Experiment:
         return resolve({"name": path.stem, **tree}, path.parent)
     except ConfigError as error:
         raise ConfigError([f"{path.name}: {problem}" for problem in error.problems]) from None
+
+
+def check_labels(experiment: Experiment, labels: Iterable[str]) -> None:
+    """Look whether every label gives an experiment.
+
+    Raises:
+        ConfigError: with every problem of every label.
+    """
+    problems: list[str] = []
+    for label in labels:
+        try:
+            experiment.variant(label, experiment.plan.seed)
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
 
 
 def dump(experiment: Experiment) -> str:

@@ -6,10 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from celora.errors import ConfigError
-from celora.fields import did_you_mean
+from celora.lazy import Lazy
 
 if TYPE_CHECKING:
+    from celora import fields
     from celora.experiment.runtimes import Engine
+else:
+    fields = Lazy("celora.fields")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def engine_named(name: str) -> "Engine":
     if name in ENGINES and (command := ENGINES[name].command) is not None:
         raise ConfigError([f"--engine: {name} has options of its own: start it with `celora {command}`"])
     if name not in choices():
-        expected = f"expected one of {', '.join(choices())}{did_you_mean(name, choices())}"
+        expected = f"expected one of {', '.join(choices())}{fields.did_you_mean(name, choices())}"
         raise ConfigError([f"--engine: found {name!r}, {expected}"])
     return ENGINES[name].load()()
 

@@ -15,7 +15,9 @@ from celora.core.learner import Learner, Split
 from celora.core.task import Examples, Task
 from celora.errors import ConfigError
 from celora.experiment.config import Experiment
-from celora.models import ClientModels, ModelLoader, Rows
+from celora.models.loader import ModelLoader
+from celora.models.protocol import ClientModels
+from celora.models.rows import Rows
 from celora.rng import generator
 from celora.tensors import Tensors
 

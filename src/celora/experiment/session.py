@@ -70,15 +70,7 @@ def start(experiment: Experiment, folder: Path, session: Session, log: Log) -> I
     Raises:
         CeloraError: any of celora.errors.
     """
-    labels, problems = list(dict.fromkeys(job.label for job in session.jobs)), list[str]()
-    for label in labels:  # all mistakes of all algorithms at once
-        try:
-            experiment.variant(label, experiment.plan.seed)
-        except ConfigError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise ConfigError(problems)
-    resources = ResourceCache()
+    labels, resources = list(dict.fromkeys(job.label for job in session.jobs)), ResourceCache()
     for seed in dict.fromkeys(job.seed for job in session.jobs):
         for label in labels:
             try:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ def build_summary(
     test_rows = {client: info.rows[client]["test"] for client in info.clients}
 
     headline = chosen[moment]
+    at_headline = {client: models[headline] for client, models in tested.items() if headline in models}
     alone = at(headline) if twin is None else twin
 
     def metrics(name: str) -> dict[str, float | None]:
@@ -112,7 +113,7 @@ def build_summary(
             "lift": None if score is None or by_itself is None else metric.gain(score, by_itself),
             **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
             "majority": info.baseline[client],
-            "test_metrics": _plain(tested.get(client, {}).get(headline, {})),
+            "test_metrics": {m.name: _measured(at_headline.get(client, {}), m) for m in info.task.metrics},
             **{name: _sum(done, client, name) for name in ("up_frame", *SOCKETS)},
         }
         for client in info.clients
@@ -126,7 +127,7 @@ def build_summary(
         "round": best[moment].round,
         "headline": {"metric": metric.name, "higher_is_better": metric.higher_is_better},
         "metrics": metrics(headline),
-        "test_metrics": _means(tested, headline),
+        "test_metrics": _means(at_headline.values(), info.task.metrics),
         "moments": {
             m: {"round": best[m].round, "validation": best[m].score, "metrics": metrics(name)}
             for m, name in chosen.items()
@@ -155,12 +156,20 @@ def _plain(metrics: Metrics) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _means(tested: Mapping[ClientId, Mapping[str, Metrics]], name: str) -> dict[str, float]:
-    """The mean over clients of each metric of a model on test."""
-    found = [metrics for models in tested.values() if (metrics := models.get(name, {})).get("rows")]
-    names = dict.fromkeys(key for metrics in found for key in metrics if key not in ("rows", "score"))
-    values = {key: [m[key] for m in found if math.isfinite(m.get(key, math.nan))] for key in names}
-    return {key: sum(of) / len(of) for key, of in values.items() if of}
+def _measured(metrics: Metrics, metric: Metric) -> float | None:
+    """A metric as a client reports it; None where that is no value of it."""
+    value = metrics.get(metric.name, math.nan)
+    return value if metric.admits(value) else None
+
+
+def _means(found: Iterable[Metrics], metrics: Sequence[Metric]) -> dict[str, dict[str, Any]]:
+    """The mean over clients of each metric, and its direction."""
+    reported = list(found)
+    values = {metric: [v for m in reported if (v := _measured(m, metric)) is not None] for metric in metrics}
+    return {
+        metric.name: {"mean": sum(of) / len(of) if of else None, "higher_is_better": metric.higher_is_better}
+        for metric, of in values.items()
+    }
 
 
 def _bytes(events: Sequence[Event]) -> dict[str, Any]:

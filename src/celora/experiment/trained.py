@@ -16,7 +16,9 @@ from celora.errors import RunFolderError
 from celora.experiment.config import Experiment, resolve
 from celora.experiment.job import SUMMARY
 from celora.experiment.session import FILE
-from celora.models import ClientModels, ModelLoader, load_export
+from celora.models.export import load_export
+from celora.models.loader import ModelLoader
+from celora.models.protocol import ClientModels
 from celora.track.disk import folder_name
 from celora.track.folder import RunFolder
 

@@ -2,12 +2,10 @@
 
 import math
 
-import torch
-from torch import Tensor
-
 from celora.core.channel import Encoded, Fields, Stage, Uplink
 from celora.errors import PolicyError
 from celora.fields import Positive, setting, settings
+from celora.lazy import Tensor, torch
 
 
 @settings

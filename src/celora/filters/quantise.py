@@ -2,12 +2,10 @@
 
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from celora.core.channel import Encoded, Fields, Stage, Start, Uplink
 from celora.errors import PolicyError, WireError
 from celora.fields import setting, settings
+from celora.lazy import Tensor, torch
 from celora.tensors import Tensors
 from celora.wire import Schema
 

@@ -1,44 +1,13 @@
-"""The frozen backbone, its adapters and what trains on them; nothing else imports transformers or peft."""
+"""The frozen backbone, its adapters and what trains on them; nothing else imports transformers or peft.
 
-from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Backbone, load
-from celora.models.batching import BatchedForward, predict
-from celora.models.export import export_peft, export_private, load_export
-from celora.models.export import load as load_adapters
-from celora.models.export import save as save_adapters
-from celora.models.families import initial
-from celora.models.inputs import Inputs, ReadyInputs
-from celora.models.learner import ModelLearner
-from celora.models.loader import ModelLoader
-from celora.models.model_zoo import ModelZoo, private_models
-from celora.models.protocol import ClientModels, Network
-from celora.models.rows import Rows
-from celora.models.settings import Adapter, Model
-from celora.models.shared_backbone import AdaptedBackbone, SharedBackbone
-
-__all__ = [
-    "ActivationCache",
-    "AdaptedBackbone",
-    "Adapter",
-    "Backbone",
-    "BatchedForward",
-    "ClientModels",
-    "Inputs",
-    "Model",
-    "ModelLearner",
-    "ModelLoader",
-    "ModelZoo",
-    "Network",
-    "ReadyInputs",
-    "Rows",
-    "SharedBackbone",
-    "export_peft",
-    "export_private",
-    "initial",
-    "load",
-    "load_adapters",
-    "load_export",
-    "predict",
-    "private_models",
-    "save_adapters",
-]
+settings             what a user sets; importing it imports no model library
+loader               which models the clients of an experiment have
+loading, targets     where a backbone comes from, and what can be adapted in it
+backbone, slots      a frozen transformer whose adapters are handed in for one pass
+activation_cache     what enters its first adapted layer, computed once for each row
+batching, rows       which rows go together in a pass
+inputs, image_processor  token ids and pixels, made when they are first needed
+learner, families    a client's rows before a network; where its adapter starts
+shared_backbone, model_zoo, private_model, protocol     one network for all clients, or one for each
+export               adapters for people and other programs
+"""

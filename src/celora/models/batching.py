@@ -87,7 +87,7 @@ class BatchedForward:
         for one, of_rows in zip(rows, self.by_rows(weights, rows, outcomes), strict=True):
             metrics = {"rows": float(len(one))}
             if len(one):
-                named = self.task.metrics(of_rows)
+                named = self.task.measure(of_rows)
                 metrics |= {"score": named[self.task.headline.name], **named}
             found.append(metrics)
         return found
