@@ -1,6 +1,7 @@
 """celora.models.learner: batches, one client against K, scores, draws."""
 
 import json
+import weakref
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -235,3 +236,13 @@ def test_batches_of_another_size_are_one_pass_over_the_rows_whatever_the_recipe(
     for recipe in ({"steps": 2}, {"epochs": 3}):
         sizes = [len(batch["labels"]) for batch in learner(vit(), images(10), batch_size=4, **recipe).batches(3)]
         assert sorted(sizes) == [1, 3, 3, 3]
+
+
+def test_of_all_mini_batches_of_a_client_one_is_in_memory() -> None:
+    it = learner(minilm(), texts(), batch_size=2, epochs=3)
+    batches = list(it.batches())
+    first = batches[0]["input_ids"]
+    alive = [weakref.ref(batch["input_ids"]) for batch in batches]
+    assert [one() is not None for one in alive] == [True] + [False] * 7 + [True]
+    assert torch.equal(batches[0]["input_ids"], first)
+    assert batches[0]["input_ids"] is batches[0]["input_ids"]
