@@ -47,6 +47,7 @@ from celora.core.task import Examples
 from celora.engines import embedded
 from celora.experiment.population import Population, ResourceCache
 from celora.models import loading
+from celora.models.inputs import ReadyInputs
 from celora.models.rows import Rows
 from celora.tasks.classify import Classify
 from celora.tensors import Tensors, but, mean, nbytes
@@ -186,7 +187,8 @@ def central(size: Size) -> Result:
     population = population_of({"data": {"clients": 1, "rows": size.rows}, "plan": {"rounds": 1}})
     (client,) = population.clients
     recipe, model, rows = population.experiment.train, plain_of(population), population.rows[client]["train"]
-    inputs: Any = [rows.examples.inputs[row] for row in rows.at]
+    examples: Any = rows.examples.inputs
+    inputs: Any = [row.tolist() for row in examples.fetch(rows.at)]
     batches = batches_of(population.learner(client, 1))
     shuffled = partial(padded, inputs, rows.targets["labels"], recipe.batch_size, SEED)
 
@@ -278,7 +280,9 @@ def grouping(size: Size) -> Result:
     for client in population.clients:
         ids: list[list[int]] = torch.randint(1000, 30000, (4 * size.group_steps, 32), generator=draw).tolist()
         labels = torch.randint(classes, (len(ids),), generator=draw)
-        population.rows[client] = {"train": Rows(Examples(ids, partial(labelled, labels)), range(len(ids)))}
+        population.rows[client] = {
+            "train": Rows(Examples(ReadyInputs(ids), partial(labelled, labels)), range(len(ids)))
+        }
 
     def all_clients(group: int | None) -> list[Tensors]:
         def turn() -> Generator[Any, Any, Tensors]:

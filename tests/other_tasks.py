@@ -10,7 +10,7 @@ from torch import Tensor
 
 from celora.core.adapters import linear
 from celora.core.learner import Batch
-from celora.core.metrics import Metric
+from celora.core.metrics import LOSS, Metric
 from celora.core.task import Card, Columns, Examples, HeadTensor, Reader, Target, Task, Trait
 from celora.fields import setting, settings
 from celora.tensors import Tensors
@@ -39,6 +39,10 @@ class Regress(Task):
     def targets(self) -> Mapping[str, Target]:
         return {"y": Target(filler=math.nan)}
 
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        return LOSS, Metric("absolute", higher_is_better=False, most=math.inf)
+
     def head(self, width: int) -> Mapping[str, HeadTensor]:
         return {"head.weight": HeadTensor((1, width), 1 / math.sqrt(width)), "head.bias": HeadTensor((1,), 0.0)}
 
@@ -59,12 +63,15 @@ class Regress(Task):
     def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
         return torch.stack([outputs, batch["y"].to(outputs.device)], dim=1)
 
-    def metrics(self, outcomes: Tensor) -> dict[str, float]:
+    def measure(self, outcomes: Tensor) -> dict[str, float]:
         outputs, y = outcomes.unbind(1)
         return {"loss": (outputs - y).square().mean().item(), "absolute": (outputs - y).abs().mean().item()}
 
     def baseline(self, train: Tensors, test: Tensors) -> float | None:
         return (test["y"] - train["y"].mean()).square().mean().item() if len(test["y"]) else None
+
+    def answers(self, outputs: Tensor) -> list[float]:
+        return [number * self.scale for number in outputs.tolist()]
 
     def card(self) -> Card:
         return Card("numbers", 'y = {features} @ head["head.weight"].T + head["head.bias"]\n', "`y` is the number.")
@@ -97,8 +104,8 @@ class Words(Task):
         return frozenset({"head"})
 
     @property
-    def headline(self) -> Metric:
-        return Metric("perplexity", higher_is_better=False, least=1.0, most=math.inf)
+    def metrics(self) -> Sequence[Metric]:
+        return Metric("perplexity", higher_is_better=False, least=1.0, most=math.inf), LOSS
 
     def read(self, columns: Columns, reader: Reader) -> Examples:
         words = [[sum(word.encode()) % VOCABULARY for word in label.split()] for label in columns.labels]
@@ -140,9 +147,12 @@ class Words(Task):
         losses, counts = self._by_row(outputs, batch)
         return torch.stack([losses, counts.to(losses.dtype)], dim=1)
 
-    def metrics(self, outcomes: Tensor) -> dict[str, float]:
+    def measure(self, outcomes: Tensor) -> dict[str, float]:
         losses, counts = outcomes.double().sum(0).tolist()
         return {"loss": losses / counts, "perplexity": math.exp(losses / counts)}
+
+    def answers(self, outputs: Tensor) -> list[int]:
+        return outputs.argmax(1).tolist()
 
     def card(self) -> Card:
         facts: dict[str, Any] = {"vocabulary": VOCABULARY}

@@ -3,13 +3,14 @@
 FedAvg of A and B. `tests.own_words:OwnWords` is its name in a configuration.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora
+from celora.core.aggregation import Heard
 from celora.core.algorithm import (
     AdapterSettings,
     Algorithm,
@@ -26,7 +27,7 @@ from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, setting, settings
 from celora.marks import DisclosureFloor, MixingMatrix, RowCount, SiteSecret, Summary
-from celora.tensors import Names, Tensors, mean, select
+from celora.tensors import Names, Tensors, select
 from celora.wire import record
 
 
@@ -117,12 +118,10 @@ class OwnWords(Algorithm[Server, Local, Down, Up]):
         up = Up(select(fitted.weights, self.shares), learner.examples, features.mean(0))
         return Trained(Local(select(fitted.weights, private(self.head, "A", "B"))), up, fitted.weights)
 
-    def aggregate(self, server: Server, heard: Mapping[ClientId, Up]) -> Server:
+    def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """Everybody learns from everybody."""
-        m = len(heard)
-        return Server(
-            mean((up.weights, up.n) for up in heard.values()), Mixing(tuple(heard), torch.full((m, m), 1.0 / m))
-        )
+        average, m = heard.mean(lambda up: up.weights, lambda up: up.n), len(heard.clients)
+        return Server(average, Mixing(heard.clients, torch.full((m, m), 1.0 / m)))
 
     def model(self, local: Local, down: Down) -> Tensors:
         """The average, over what is the client's own."""

@@ -1,4 +1,12 @@
-"""Fine-tune one frozen foundation model for many clients whose data may not leave them."""
+"""Fine-tune one frozen foundation model for many clients whose data may not leave them.
+
+    experiment = celora.read("demo.toml")               a configuration
+    for event in celora.run(experiment): ...            train; compare(...), resume(folder) likewise
+    models = celora.load("runs/demo")                   the clients' models, by name
+    models["site-a"].predict(["a text"])
+
+The other names are for whoever writes an algorithm, or owns the loop (`run_rounds`).
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,7 +20,8 @@ if TYPE_CHECKING:
     from celora.core.rounds import run_rounds
     from celora.core.training import Fitted
     from celora.errors import CeloraError
-    from celora.experiment import Experiment, read
+    from celora.experiment import Experiment, compare, read, resume, run
+    from celora.experiment.trained import load
     from celora.wire import pack, record, unpack
 
     __version__: str
@@ -33,9 +42,13 @@ __all__ = [
     "Reply",
     "Round",
     "Trained",
+    "compare",
+    "load",
     "pack",
     "read",
     "record",
+    "resume",
+    "run",
     "run_rounds",
     "unpack",
 ]
@@ -48,7 +61,8 @@ _HOMES = {
     "celora.core.rounds": ("run_rounds",),
     "celora.core.training": ("Fitted",),
     "celora.errors": ("CeloraError",),
-    "celora.experiment": ("Experiment", "read"),
+    "celora.experiment": ("Experiment", "compare", "read", "resume", "run"),
+    "celora.experiment.trained": ("load",),
     "celora.wire": ("pack", "record", "unpack"),
 }
 

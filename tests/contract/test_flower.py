@@ -41,6 +41,8 @@ DEFAULT = {name: next(v for v in VARIANTS if VARIANTS[v].algorithm == kind()) fo
 OTHERS = [name for name in VARIANTS if name not in DEFAULT.values()]
 CPUS = float(max(1, (os.cpu_count() or 2) // 2))
 """Of this machine, for a client at work: two processes share the clients."""
+SECONDS = 300.0
+"""Longer than Ray takes to start its processes on a machine that does other things too."""
 Handle = Callable[[bytes], bytes]
 
 
@@ -86,7 +88,7 @@ def simulated(remote: Remote, root: Path, name: str, channel: str = "") -> Simul
     algorithm, job = VARIANTS[name].algorithm, f"toy/{name}{'-filtered' if channel else ''}"
     initial, stages = population_of(algorithm).initial, CHANNELS[channel] if channel else ()
     label = f"{name} + {channel}" if channel else name
-    remote.start_job(job, JobStart("", label, "backbone", b"no, yes", CLIENTS), CLIENTS, 60)
+    remote.start_job(job, JobStart("", label, "backbone", b"no, yes", CLIENTS), CLIENTS, SECONDS)
     folders = {client: root / client / job_folder(client, job) for client in CLIENTS}
 
     def stores() -> dict[str, dict[str, bytes]]:
@@ -103,7 +105,7 @@ def simulated(remote: Remote, root: Path, name: str, channel: str = "") -> Simul
         tuple(rnd for rnd, _ in pairs),
         tuple(stores for _, stores in pairs),
         rounds.score_on_test(remote, PLAN, CLIENTS, [kept]),
-        remote.export(CLIENTS, kept, 60),
+        remote.export(CLIENTS, kept, SECONDS),
         {client: (folder / "adapter" / "adapter.safetensors").exists() for client, folder in folders.items()},
     )
 
@@ -254,7 +256,7 @@ def test_a_simulation_that_cannot_start_says_why_and_where_to_look(
         pytest.raises(FederationError, match=r"simulation has ended: no room in /dev/shm; see .*log"),
         started(tmp_path) as transport,
     ):
-        Remote(transport).start_job("toy/any", JobStart("", "any", "", b"", ()), CLIENTS, 60)
+        Remote(transport).start_job("toy/any", JobStart("", "any", "", b"", ()), CLIENTS, SECONDS)
     assert "no room in /dev/shm" in (tmp_path / "flower.log").read_text()
 
 

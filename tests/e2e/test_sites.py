@@ -99,7 +99,7 @@ def test_a_server_and_two_sites_equal_the_embedded_run_and_count_what_their_sock
     address, away, here = f"127.0.0.1:{free_port()}", folder / "away", folder / "here"
     server = start(
         "server", "server", "config.toml", "--listen", address, "--insecure", "--clients", ",".join(SITES),
-        "--wait", 120, "--out", away, "--quiet",
+        "--wait", 300, "--out", away, "--quiet",
     )  # fmt: skip
     sites = [
         start(site, "site", "--data", f"shards/{site}.csv", "--state", f"state/{site}", "--server", address,
@@ -110,7 +110,7 @@ def test_a_server_and_two_sites_equal_the_embedded_run_and_count_what_their_sock
     result = CliRunner().invoke(app, ["run", "config.toml", "--out", str(here), "--quiet"])
     assert result.exit_code == 0, result.output
     for name, process in zip(("server", *SITES), (server, *sites), strict=True):
-        assert process.wait(120) == 0, (folder / f"{name}.log").read_text()
+        assert process.wait(300) == 0, (folder / f"{name}.log").read_text()
 
     for sub in (Path(), Path("local")):
         mine, its = (json.loads((run / sub / "summary.json").read_text()) for run in (away, here))

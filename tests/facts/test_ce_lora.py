@@ -55,6 +55,32 @@ def test_r_squared_numbers_a_layer_travel_a_round_and_the_mixture_once() -> None
         assert {first.head_up, second.head_up, second.head_down, closing.head_down} == {0}
 
 
+def test_without_classes_a_client_sends_one_mixture_of_all_its_rows_and_is_told_so() -> None:
+    with_classes, without = (Population(Tri(), classes=classes) for classes in (True, False))
+    algorithm = CELoRA(min_rows=2, min_component_rows=2)
+    federation = Federation(algorithm, without)
+    *_, last = federation.run(Plan(rounds=2))
+    for client in CLIENTS:
+        mixture = last.server.summaries[client]  # type: ignore[attr-defined]
+        assert mixture.labels.unique().tolist() == [0]
+        features, _ = without(client, 1).features()
+        mean = (mixture.masses[:, None] * mixture.means).sum(0)
+        torch.testing.assert_close(mean, features.mean(0), atol=1e-4, rtol=0)
+        told = ("the task has no classes: the data summary is one mixture of all training rows",)
+        assert federation.engine.notes[client] == told
+    assert last.server.mixing.weights.shape == (4, 4)  # type: ignore[attr-defined]
+    first = next(Federation(algorithm, with_classes).run(Plan(rounds=1)))
+    assert any(len(m.labels.unique()) == 2 for m in first.server.summaries.values())  # type: ignore[attr-defined]
+
+
+def test_without_classes_too_few_rows_say_nothing() -> None:
+    federation = Federation(CELoRA(min_rows=1000), Population(Tri(), classes=False))
+    first = next(federation.run(Plan(rounds=1)))
+    assert not any(len(m.labels) for m in first.server.summaries.values())  # type: ignore[attr-defined]
+    told = "the training rows do not reach the disclosure floor: this client is known by its core alone"
+    assert federation.engine.notes["c0"] == (told,)
+
+
 def test_a_shared_head_is_counted_apart_from_the_cores() -> None:
     traffic = rounds(CELoRA(head="shared"))[1].traffic["a"]
     assert traffic.head_up == traffic.head_down == 4 * CLASSES * (DIM + 1)

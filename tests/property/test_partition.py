@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from celora.data.inputs import Texts
 from celora.data.partition import Kind, cut, partition_rows
 from celora.data.row_split import interleave, split_rows
 from celora.data.table import ClientRows, Table
@@ -25,7 +26,7 @@ def table_of(labels: list[str], fixed: int = 0, groups: int = 3) -> Table:
     splits = ["train"] * count + ["validation"] * fixed + ["test"] * fixed
     rows = [*range(count), *range(fixed), *range(fixed)]
     return Table(
-        inputs=[f"text {row}" for row in rows], labels=[labels[row] for row in rows],
+        inputs=Texts(f"text {row}" for row in rows), labels=[labels[row] for row in rows],
         groups=[f"site{row % groups}" for row in rows], splits=splits if fixed else None,
         rows=[f"file:{row}" for row in rows],
     )  # fmt: skip

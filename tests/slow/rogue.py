@@ -53,7 +53,7 @@ class Rogue(Site):
         answer = unpack(Response, found)
         if (
             call.kind != "instruction"
-            or (order := unpack(Instruction, call.body)).task != "train"
+            or (order := unpack(Instruction, call.body)).action != "train"
             or answer.error is not None
         ):
             return found
@@ -65,9 +65,9 @@ class Rogue(Site):
             return pack(dataclasses.replace(answer, body=pack(dataclasses.replace(reply, frame=tampered))))
         return ANSWERS[fault](answer) if fault in ANSWERS else found
 
-    def _order(self, job: str, order: Instruction) -> tuple[str, bytes]:
+    def _instruct(self, job: str, order: Instruction) -> tuple[str, bytes]:
         site.solve = raising if wrong(job, order.round) == "raises" else solve  # type: ignore[attr-defined]
-        return super()._order(job, order)
+        return super()._instruct(job, order)
 
 
 def wrong(job: str, round: int) -> str:

@@ -205,7 +205,7 @@ def test_a_frame_that_cannot_be_decoded_costs_its_sender_the_round_and_nobody_el
         def exchange_tampered(orders: Mapping[str, Instruction]) -> Mapping[str, Reply]:
             replies = dict(exchange(orders))
             schema = wire(Q4, Schema.of(federation.population.initial))
-            if orders["c1"].task == "train":
+            if orders["c1"].action == "train":
                 up = unpack(fedit.Up, replies["c1"].frame, schema)
                 broken = {name: tensor for name, tensor in up.weights.items() if name != "layer.A:scale"}
                 replies["c1"] = Reply(pack(fedit.Up(broken, 3), schema), replies["c1"].scores, None)
@@ -217,7 +217,7 @@ def test_a_frame_that_cannot_be_decoded_costs_its_sender_the_round_and_nobody_el
     first = next(federation.run(Plan(rounds=1), tampered))
     assert first.heard == ("c0", "c2", "c3")
     assert first.excluded == {"c1": "layer.A:int4: found no scale for it, expected layer.A:scale, a float32 number"}
-    assert first.traffic["c1"].up_payload == 0 < first.traffic["c1"].up_frame
+    assert (first.traffic["c1"].up_payload, first.traffic["c1"].head_up) == (12 + 16 + 4, 8 + 1 + 2 * 4)  # as it came
 
 
 # --- what stages keep, and when

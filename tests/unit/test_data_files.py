@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from celora.data import Data, load, read
+from celora.data.inputs import ImageFiles
 from celora.data.table import Table
 from celora.errors import DataError
 
@@ -48,11 +49,11 @@ def test_csv_jsonl_gzip_and_parquet_give_the_same_table(tmp_path: Path) -> None:
         tmp_path / "a.parquet",
     )
     tables = [table_of(tmp_path, name) for name in ("a.csv", "a.jsonl", "a.csv.gz", "b.jsonl.gz", "a.parquet")]
-    assert tables[0].inputs == [record["text"] for record in records]
+    assert list(tables[0].inputs) == [record["text"] for record in records]
     assert tables[0].labels == ["1", "2"]
     assert len({table.fingerprint() for table in tables}) == 1
-    assert tables[0].rows == ["a.csv:2", "a.csv:4"]  # the first text spans two lines
-    assert tables[1].rows == ["a.jsonl:1", "a.jsonl:2"]
+    assert list(tables[0].rows) == ["a.csv:2", "a.csv:4"]  # the first text spans two lines
+    assert list(tables[1].rows) == ["a.jsonl:1", "a.jsonl:2"]
     assert tables[0].groups is None
 
 
@@ -106,7 +107,7 @@ def test_rows_without_text_or_label_are_left_out_and_counted(tmp_path: Path) -> 
         a__jsonl='{"text":"a","label":1}\n{"text":" ","label":1}\n{"text":"b"}\n{"text":"c","label":NaN}\n',
     )
     table = table_of(tmp_path, "a.jsonl")
-    assert table.inputs == ["a"]
+    assert list(table.inputs) == ["a"]
     assert table.notices == (
         "a.jsonl: 1 row without a text was left out (first: line 2)",
         "a.jsonl: 2 rows without a label were left out (first: line 3)",
@@ -267,18 +268,17 @@ def test_images_are_read_from_bytes_whatever_their_format(tmp_path: Path) -> Non
     rows = [{"image": cell, "label": number} for number, cell in enumerate((cells[0], cells[2], cells[3]))]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     table = table_of(tmp_path, "a.parquet", image="image")
-    assert isinstance(table.inputs, torch.Tensor)
-    assert (table.inputs.dtype, tuple(table.inputs.shape)) == (torch.uint8, (2, 3, 4, 4))
-    assert table.inputs[:, :, 0, 0].tolist() == [[10, 0, 255], [30, 30, 30]]
+    assert isinstance(table.inputs, ImageFiles)
+    assert (table.inputs.dtype, len(table.inputs), table.inputs.shape) == (torch.uint8, 2, (3, 4, 4))
+    assert [table.inputs[row][:, 0, 0].tolist() for row in (0, 1)] == [[10, 0, 255], [30, 30, 30]]
     assert table.labels == ["0", "2"]
     assert "1 row without an image was left out" in table.notices[0]
-    assert table_of(tmp_path, "nested.parquet", image="image").inputs[0, :, 0, 0].tolist() == [20, 0, 255]
+    assert table_of(tmp_path, "nested.parquet", image="image").inputs[0][:, 0, 0].tolist() == [20, 0, 255]
 
 
 @pytest.mark.parametrize(
     ("cells", "says"),
     [
-        ([png(4, 1), png(6, 1)], "found an image of 6 × 6 pixels, expected 4 × 4"),
         ([b"no image"], "holds no readable image"),
         (["text"], "expected the bytes of an image file"),
     ],
@@ -287,3 +287,22 @@ def test_images_that_cannot_be_used_are_named(tmp_path: Path, cells: list[object
     pq.write_table(pa.Table.from_pylist([{"image": cell, "label": 1} for cell in cells]), tmp_path / "a.parquet")
     assert says in error_of(tmp_path, "a.parquet", image="image")
     assert f"a.parquet:{len(cells)}" in error_of(tmp_path, "a.parquet", image="image")
+
+
+def test_images_of_unlike_size_have_no_common_shape(tmp_path: Path) -> None:
+    cells = [png(4, 1), png(4, 2), png(6, 1), png(5, 1)]
+    pq.write_table(pa.Table.from_pylist([{"image": cell, "label": 1} for cell in cells]), tmp_path / "a.parquet")
+    table = table_of(tmp_path, "a.parquet", image="image")
+    assert [tuple(table.inputs[row].shape) for row in range(4)] == [(3, 4, 4), (3, 4, 4), (3, 6, 6), (3, 5, 5)]
+    with pytest.raises(DataError, match=r"a\.parquet:3: found an image of 6 × 6 pixels, expected 4 × 4 as before"):
+        _ = table.inputs.shape
+
+
+def test_an_image_that_is_damaged_behind_its_header_is_named_when_it_is_decoded(tmp_path: Path) -> None:
+    cells = [png(40, 1), png(40, 2)[:-30]]
+    pq.write_table(pa.Table.from_pylist([{"image": cell, "label": 1} for cell in cells]), tmp_path / "a.parquet")
+    table = table_of(tmp_path, "a.parquet", image="image")
+    assert table.inputs[0].shape == (3, 40, 40)
+    for decode in (lambda: table.inputs[1], table.fingerprint):
+        with pytest.raises(DataError, match=r"a\.parquet:2: column 'image' holds no readable image: "):
+            decode()

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from celora.data import Data, Table, docstrings, load, read
 from celora.data.docstrings import LIBRARIES, MASK, read_docstrings
+from celora.data.inputs import PixelArrays, Texts
 from celora.errors import DataError
 
 HERE = Path()
@@ -30,7 +31,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_docstrings_are_balanced_masked_distinct_and_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = read_docstrings()
     assert Counter(table.labels) == dict.fromkeys(LIBRARIES, 10)
-    assert isinstance(table.inputs, list)
+    assert isinstance(table.inputs, Texts)
     for text in table.inputs:
         assert 5 <= len(text.split()) <= 60
         assert text.isascii()
@@ -46,7 +47,7 @@ def test_docstrings_are_balanced_masked_distinct_and_cached(cache: Path, monkeyp
 def test_a_damaged_cache_is_made_anew_and_a_folder_that_cannot_be_written_is_no_error(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    small = Table(["a b c d e", "f g h i j"], ["x", "y"], None, None, ["r1", "r2"])
+    small = Table(Texts(["a b c d e", "f g h i j"]), ["x", "y"], None, None, ["r1", "r2"])
     monkeypatch.setattr(docstrings, "_build", lambda: small)
     read_docstrings()
     file = next(cache.iterdir())
@@ -122,10 +123,10 @@ def test_the_whole_docstrings_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_digits_are_small_images() -> None:
     table = read(Data(source="digits"), HERE)
-    assert isinstance(table.inputs, torch.Tensor)
-    assert table.inputs.shape == (1797, 1, 8, 8)
-    assert table.inputs.dtype == torch.float32
-    assert (table.inputs.min(), table.inputs.max()) == (0, 1)
+    assert isinstance(table.inputs, PixelArrays)
+    assert (len(table.inputs), table.inputs.shape, table.inputs.dtype) == (1797, (1, 8, 8), torch.float32)
+    images = torch.stack([table.inputs[row] for row in range(1797)])
+    assert (images.min(), images.max()) == (0, 1)
     federation = load(Data(source="digits", clients=4, rows=50, max_test=20), HERE, seed=1)
     assert set(federation.table.labels) == {str(digit) for digit in range(10)}
     assert all(len(share.train) <= 50 and len(share.test) <= 20 for share in federation.clients.values())
@@ -229,12 +230,12 @@ def test_every_field_has_help() -> None:
 
 
 def test_the_fingerprint_is_of_the_contents() -> None:
-    table = Table(["ab", "c"], ["x", "y"], None, None, ["f:1", "f:2"])
+    table = Table(Texts(["ab", "c"]), ["x", "y"], None, None, ["f:1", "f:2"])
     assert replace(table, rows=["g:1", "g:2"], notices=("n",)).fingerprint() == table.fingerprint()
     others = [
-        replace(table, inputs=["a", "bc"]),
-        replace(table, inputs=torch.zeros(2, 1)),
-        replace(table, inputs=torch.ones(2, 1)),
+        replace(table, inputs=Texts(["a", "bc"])),
+        replace(table, inputs=PixelArrays(torch.zeros(2, 1))),
+        replace(table, inputs=PixelArrays(torch.ones(2, 1))),
         replace(table, labels=["y", "x"]),
         replace(table, groups=["x", "y"]),
         replace(table, splits=["x", "y"]),

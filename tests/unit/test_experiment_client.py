@@ -87,10 +87,10 @@ def test_the_splits_are_those_of_the_embedded_run(shard: Path, tmp_path: Path) -
     together = resolve({**TREE, "data": {"source": "*.csv", "text": "note", "rows": 8}}, tmp_path)
     population = ResourceCache().population(together)
     begin = JobStart(
-        dump(together), "fedit", population.known.backbone["sha256"], population.agreement, ("mine", "other")
+        dump(together), "fedit", population.info.backbone["sha256"], population.agreement, ("mine", "other")
     )
     job_context = enter("mine", taking_part(shard))(begin)
-    assert job_context.facts.rows == population.known.rows["mine"] and job_context.facts.proposal == b""
+    assert job_context.facts.rows == population.info.rows["mine"] and job_context.facts.proposal == b""
     theirs, ours = population.learner("mine", 1), job_context.learner(1)
     for mine, his in zip(ours.batches(), theirs.batches(), strict=True):
         assert {name: t.tolist() for name, t in mine.items() if name != "row"} == {

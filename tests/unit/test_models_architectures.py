@@ -14,14 +14,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from celora.core.adapters import Lora, modules
-from celora.core.learner import Recipe
 from celora.errors import ModelError
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, load
-from celora.models.batching import BatchedForward
-from celora.models.learner import ModelLearner
 from celora.models.loading import quiet
 from celora.models.settings import Adapter, Model
+from celora.models.shared_backbone import AdaptedBackbone
 
 RANK, LENGTH = 2, 40
 VOCABULARY = ["[UNK]", "[PAD]", *"abcdefghijklmnopqrstuvwxyz .,:?"]
@@ -239,8 +237,7 @@ def test_clients_share_a_pass_and_get_their_own_features_where_adapted_modules_r
     name: str, loaded: Loaded
 ) -> None:
     backbone = loaded(name)
-    learner = ModelLearner(BatchedForward(backbone, Lora()), {}, {}, Recipe(), seed=0, client="", round=1)
-    assert (learner.shared is not None) == backbone.rows_first == ARCHITECTURES[name].rows_first
+    assert AdaptedBackbone(backbone, Lora()).joins == backbone.rows_first == ARCHITECTURES[name].rows_first
     if not backbone.rows_first:
         return
     weights, batch = start(backbone, clients=2), backbone.batch(rows(backbone), range(6))

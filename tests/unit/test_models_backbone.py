@@ -92,9 +92,9 @@ def test_images_are_checked_and_pooled() -> None:
     assert not torch.equal(features["cls"], features["last"])
     with pytest.raises(ModelError, match=r"reads images of shape \(1, 8, 8\); found \(3, 8, 8\)"):
         vit().check(torch.rand(2, 3, 8, 8))
-    with pytest.raises(ModelError, match=r"reads images; found token ids"):
+    with pytest.raises(ModelError, match=r"reads images; found texts"):
         vit().check([[1, 2]])
-    with pytest.raises(ModelError, match=r"reads texts; found an image tensor"):
+    with pytest.raises(ModelError, match=r"reads texts; found images"):
         minilm().check(images)
 
 

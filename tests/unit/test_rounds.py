@@ -13,6 +13,7 @@ from celora.algorithms.fedsa_lora import FedSALoRA
 from celora.core import rounds as loop
 from celora.core.client_state import KeptModel, Notes, kept_models, unpacked
 from celora.core.messages import Best, Exchange, Instruction, Plan, Reply, Round
+from celora.core.metrics import LOSS
 from celora.core.rounds import improved, run_rounds, score_on_test
 from celora.errors import QuorumError
 from celora.wire import Schema, contents, pack, unpack
@@ -42,7 +43,7 @@ def orders_of(plan: Plan, clients: int = 6) -> list[dict[str, Instruction]]:
 
 
 def drawn(orders: Mapping[str, Instruction]) -> list[str]:
-    return [client for client, order in orders.items() if order.task == "train"]
+    return [client for client, order in orders.items() if order.action == "train"]
 
 
 # --- who is drawn -------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def test_the_closing_round_downloads_scores_and_trains_nobody() -> None:
     rounds, tape = taped(federation, Plan(rounds=2))
     last = rounds[-1]
     assert (last.index, last.heard, dict(last.excluded)) == (3, (), {})
-    assert {order.task for index, _, order in tape.orders if index == 3} == {"close"}
+    assert {order.action for index, _, order in tape.orders if index == 3} == {"close"}
     assert {reply.frame for index, _, reply in tape.replies if index == 3} == {b""}
     assert image(last.server) == image(rounds[-2].server)
     assert last.checkpoint.round == 3
@@ -195,6 +196,13 @@ def test_a_better_mean_wins_and_a_worse_or_equal_one_does_not() -> None:
     assert standing(improved(best, 2, scores([0.4, 0.8])), "personal") == (2, pytest.approx(0.6), 2)
     assert standing(improved(best, 2, scores([0.4, 0.4])), "personal") == (1, 0.5, 2)
     assert standing(improved(best, 2, scores([0.25, 0.75])), "personal") == (1, 0.5, 2)
+
+
+def test_where_lower_is_better_the_lowest_mean_wins() -> None:
+    best = improved({}, 1, scores([2.5, 3.5]), LOSS)
+    assert standing(improved(best, 2, scores([2.0, 3.0]), LOSS), "personal") == (2, 2.5, 2)
+    assert standing(improved(best, 2, scores([3.0, 3.5]), LOSS), "personal") == (1, 3.0, 2)
+    assert standing(improved(best, 2, scores([0.1]), LOSS), "personal") == (1, 3.0, 2)  # a mean over fewer clients
 
 
 def test_each_moment_has_its_own_best() -> None:
@@ -339,9 +347,9 @@ def test_a_caller_that_stops_leaves_the_clients_after_the_last_round_it_saw() ->
     }
 
 
-def test_orders_name_the_round_the_task_and_the_deadline() -> None:
+def test_orders_name_the_round_the_action_and_the_deadline() -> None:
     _, tape = taped(Federation(FedIT()), Plan(rounds=1, deadline=60.0))
-    assert [(i, order.task, order.deadline) for i, client, order in tape.orders if client == "c0"] == [
+    assert [(i, order.action, order.deadline) for i, client, order in tape.orders if client == "c0"] == [
         (1, "train", 60.0),
         (2, "close", 60.0),
     ]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celora.core.metrics import LOSS
 from celora.track.scores import lifts, metrics
 
 SCORES = st.dictionaries(st.text(min_size=1), st.floats(0, 1), min_size=1, max_size=40)
@@ -42,3 +43,11 @@ def test_means_stay_between_the_lowest_and_the_highest_score(scores: dict[str, f
         assert value is not None
         assert low - 1e-9 <= value <= high + 1e-9
     assert found["harmed"] == sum(gain < 0 for gain in lifts(scores, dict.fromkeys(scores, 0.5)).values()) / len(scores)
+
+
+def test_where_lower_is_better_gains_are_falls_and_the_worst_are_the_highest() -> None:
+    scores, alone = {f"c{i}": float(i) for i in range(20)}, {f"c{i}": 5.0 for i in range(20)}
+    assert lifts({"a": 1.5, "b": 3.0}, {"a": 2.0, "b": 2.0}, LOSS) == {"a": 0.5, "b": -1.0}
+    found = metrics(scores, {}, alone, LOSS)
+    assert found["worst_decile"] == 18.5
+    assert (found["lift_mean"], found["harmed"]) == (5.0 - 9.5, 14 / 20)

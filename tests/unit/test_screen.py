@@ -11,6 +11,7 @@ from torch import Tensor
 from celora.algorithms import ce_lora
 from celora.algorithms.ce_lora import CELoRA
 from celora.core.messages import Exchange, Instruction, Plan, Reply
+from celora.core.metrics import LOSS
 from celora.core.screen import odd_score, screen
 from celora.errors import WireError
 from celora.marks import RowCount, Summary
@@ -190,3 +191,10 @@ def test_a_score_that_is_none_is_named(score: float) -> None:
     assert odd_score({"received": {"score": 0.5, "loss": 9.0}, "personal": {"loss": float("nan"), "rows": 3.0}}) is None
     found = odd_score({"received": {"score": 0.5}, "personal": {"score": score}})
     assert found is not None and found.startswith("scores[personal]: found ") and found.endswith("expected 0 to 1")
+
+
+def test_a_loss_is_a_score_without_an_upper_bound() -> None:
+    assert odd_score({"personal": {"score": 12.5}}, LOSS) is None
+    for score in (-0.1, nan, inf):
+        found = odd_score({"personal": {"score": score}}, LOSS)
+        assert found == f"scores[personal]: found {score:g}, expected a finite number, 0 or more"

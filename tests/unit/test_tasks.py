@@ -68,7 +68,7 @@ def test_metrics_are_scikit_learns(seed: int) -> None:
     outcomes = torch.cat(
         [task.outcomes(logits[at], {"labels": labels[at]}) for at in (slice(0, 1), slice(1, 25), slice(25, 40))]
     )
-    found = task.metrics(outcomes)
+    found = task.measure(outcomes)
     answers = logits.argmax(1)
     assert found["accuracy"] == pytest.approx((answers == labels).double().mean().item())
     assert found["macro_f1"] == pytest.approx(f1_score(labels, answers, average="macro", zero_division=0))
@@ -77,7 +77,7 @@ def test_metrics_are_scikit_learns(seed: int) -> None:
     recall = [(answers[labels == k] == k).double().mean().item() for k in labels.unique().tolist()]
     assert found["balanced_accuracy"] == pytest.approx(sum(recall) / len(recall))
     inside = answers < 5
-    assert task.metrics(outcomes[inside])["balanced_accuracy"] == pytest.approx(
+    assert task.measure(outcomes[inside])["balanced_accuracy"] == pytest.approx(
         balanced_accuracy_score(labels[inside], answers[inside])
     )
     assert found["loss"] == torch.nn.functional.cross_entropy(logits, labels).item()  # to the bit
@@ -151,6 +151,10 @@ def test_a_task_of_somebody_elses_runs_from_configuration_to_export(tmp_path: Pa
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     alone = json.loads((tmp_path / "run" / "local" / "summary.json").read_text())
     assert summary["headline"] == {"metric": "loss", "higher_is_better": False}
+    means = {name: of["mean"] for name, of in summary["test_metrics"].items()}
+    assert means["loss"] == pytest.approx(summary["metrics"]["mean"])
+    assert list(means) == ["loss", "absolute"]
+    assert not any(of["higher_is_better"] for of in summary["test_metrics"].values())
     assert summary["settings"]["task"] == {"name": "regress", "scale": 9.0}
     rounds = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     means = [
@@ -159,7 +163,8 @@ def test_a_task_of_somebody_elses_runs_from_configuration_to_export(tmp_path: Pa
     assert summary["moments"]["personal"]["validation"] == min(means)  # the lowest loss is the best
     for client, row in summary["clients"].items():
         assert row["lift"] == pytest.approx(alone["clients"][client]["score"] - row["score"])
-        assert row["test_metrics"].keys() == {"rows", "score", "loss", "absolute"}
+        assert list(row["test_metrics"]) == ["loss", "absolute"]
+        assert row["test_metrics"]["loss"] == row["score"]
         assert row["majority"] is not None
         adapter = tmp_path / "run" / "adapters" / client
         assert "LoRA adapter for numbers" in (adapter / "README.md").read_text()
@@ -246,10 +251,10 @@ def test_a_job_without_labels_starts_on_sites(tmp_path: Path) -> None:
             asked.append(start)
             self.facts["mine"] = here(start).facts
 
-    team = SiteRuntime(Far(), resources, ("mine",), 1.0).team(given, RunFolder(tmp_path / "run"), "f/job", {})  # type: ignore[arg-type]
+    pool = SiteRuntime(Far(), resources, ("mine",), 1.0).pool(given, RunFolder(tmp_path / "run"), "f/job", {})  # type: ignore[arg-type]
     assert [(start.agreement, start.clients) for start in asked] == [(b"", ()), (b"", ("mine",))]
-    assert team.known.baseline["mine"] is not None
-    assert Schema.of(team.known.initial) == Schema.of(here(asked[-1]).initial)
+    assert pool.info.baseline["mine"] is not None
+    assert Schema.of(pool.info.initial) == Schema.of(here(asked[-1]).initial)
 
 
 # --- what counts ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import celora
 from celora import experiment
 from celora.errors import RunFolderError
 from celora.experiment.population import ResourceCache
@@ -51,6 +52,15 @@ def test_predictions_have_the_score_of_the_summary(name: str, tmp_path: Path) ->
         right = [answer == population.federation.table.labels[row] for answer, row in zip(answers, at, strict=True)]
         assert sum(right) / len(at) == pytest.approx(model.score)
     assert sorted(run) == population.clients
+
+
+def test_the_package_offers_what_users_call(tmp_path: Path) -> None:
+    written = celora.read(DIGITS.format(name="fedit"))
+    events = list(celora.run(written, tmp_path / "run", twin=False))
+    assert events[-1]["event"] == "session_end"
+    assert list(celora.resume(tmp_path / "run"))[-1]["summaries"] == events[-1]["summaries"]
+    assert sorted(celora.load(tmp_path / "run")) == ["client-00", "client-01"]
+    assert {name for name in celora.__all__ if not hasattr(celora, name)} == set()
 
 
 def test_a_run_that_moved_still_predicts(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def answer(
         PolicyError: if a stage of the channel refuses what came down or what is to be sent.
     """
     tested: dict[str, Metrics] = {}
-    if instruction.task == "test":
+    if instruction.action == "test":
         for name in [name for name in instruction.keep if name in store]:
             tested[name] = yield from Score(unpacked(KeptModel, store[name], schema).weights, "test")
         return Reply(b"", tested, None)
@@ -63,14 +63,14 @@ def answer(
 
     if instruction.evaluate:
         yield from evaluate("received", instruction.round - 1, algorithm.model(local, down))
-    if instruction.task == "close":
+    if instruction.action == "close":
         return Reply(b"", scores, None)
     trained, scores["train"] = yield from _metered(algorithm.train(learner, local, down))
     if broken := not_finite(trained.local, "local"):
         return Reply(b"", scores, f"training diverged: found NaN or infinity in {broken}; its last state is kept")
     if instruction.evaluate:
         yield from evaluate("personal", instruction.round, trained.model)
-    if instruction.task == "evaluate":
+    if instruction.action == "evaluate":
         return Reply(b"", scores, None)
     before = channel_state(store, base.round if base else 0, schema)
     up, state = encode(channel, trained.up, received, learner.initial, before)

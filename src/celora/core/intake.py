@@ -83,7 +83,7 @@ class Intake:
             del sent
             if problem is not None:
                 self.excluded[client] = problem
-            elif self._instructions[client].task == "train":
+            elif self._instructions[client].action == "train":
                 self.heard.append(client)
                 yield client, up
             del up  # before the next one is unpacked
@@ -99,7 +99,7 @@ class Intake:
         if reply is None:
             return None, None, "no reply" + (f" within {self._plan.deadline:g} s" if self._plan.deadline else "")
         problem = reply.error or odd_score(reply.scores, self._headline)
-        if problem is not None or self._instructions[client].task != "train":
+        if problem is not None or self._instructions[client].action != "train":
             return None, None, problem
         sent: object = None
         try:

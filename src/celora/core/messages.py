@@ -12,7 +12,7 @@ from celora.core.learner import Metrics
 from celora.fields import Count, Positive, setting, settings
 from celora.wire import record
 
-Task = Literal["train", "evaluate", "close", "test"]
+Action = Literal["train", "evaluate", "close", "test"]
 
 
 @settings
@@ -33,7 +33,7 @@ class Instruction:
 
     Attributes:
         round: 1, 2, …
-        task: "train"; "evaluate": the same, but nothing is kept or sent (a client that was not drawn);
+        action: "train"; "evaluate": the same, but nothing is kept or sent (a client that was not drawn);
             "close": only receive the last aggregate; "test": score kept models on the test split.
         frame: the downlink record, packed; empty for "test".
         evaluate: whether both moments are scored on the validation split.
@@ -42,7 +42,7 @@ class Instruction:
     """
 
     round: int
-    task: str
+    action: str
     frame: bytes
     evaluate: bool
     keep: tuple[str, ...]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 from celora.core.learner import Batch, Learner, Losses, Metrics, Shared, Split
-from celora.core.training import Fitted, GradientResult, Task, caught, gradients, minimise, stacked
+from celora.core.training import Fitted, GradientResult, Prepared, caught, gradients, minimise, stacked
 from celora.lazy import Tensor
 from celora.tensors import Names, Tensors
 
@@ -69,7 +69,7 @@ class Fit(Problem[Fitted]):
         Raises:
             ValueError: if nothing is to be trained.
         """
-        return minimise([self._task(learner)], whole=True)[0]
+        return minimise([self._prepared(learner)], whole=True)[0]
 
     @classmethod
     def together(cls, asked: Sequence[tuple[Learner, Self]], shared: Shared) -> list[Fitted | Exception]:
@@ -77,10 +77,10 @@ class Fit(Problem[Fitted]):
 
         If a stack fails, each of its clients starts again alone with the same mini-batches.
         """
-        return stacked([caught(partial(problem._task, learner)) for learner, problem in asked], minimise)
+        return stacked([caught(partial(problem._prepared, learner)) for learner, problem in asked], minimise)
 
-    def _task(self, learner: Learner) -> Task:
-        return Task.of(
+    def _prepared(self, learner: Learner) -> Prepared:
+        return Prepared.of(
             learner, self.weights, self.train, learner.batches(), penalty=self.penalty, objective=self.objective
         )
 
@@ -108,15 +108,15 @@ class Gradient(Problem[GradientResult]):
         Raises:
             ValueError: if there is nothing to differentiate with respect to.
         """
-        return gradients([self._task(learner)], whole=True)[0]
+        return gradients([self._prepared(learner)], whole=True)[0]
 
     @classmethod
     def together(cls, asked: Sequence[tuple[Learner, Self]], shared: Shared) -> list[GradientResult | Exception]:
         """Those with respect to the same names are stacked."""
-        return stacked([caught(partial(problem._task, learner)) for learner, problem in asked], gradients)
+        return stacked([caught(partial(problem._prepared, learner)) for learner, problem in asked], gradients)
 
-    def _task(self, learner: Learner) -> Task:
-        return Task.of(learner, self.weights, self.names, [self.batch], along=self.along)
+    def _prepared(self, learner: Learner) -> Prepared:
+        return Prepared.of(learner, self.weights, self.names, [self.batch], along=self.along)
 
 
 @dataclass(frozen=True)

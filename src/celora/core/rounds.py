@@ -17,7 +17,7 @@ from celora.core.channel import Channel
 from celora.core.client_state import MOMENTS, StateKey
 from celora.core.intake import Intake, downlink
 from celora.core.learner import Metrics
-from celora.core.messages import Best, Checkpoint, Exchange, Instruction, Plan, Round, Task, Traffic
+from celora.core.messages import Action, Best, Checkpoint, Exchange, Instruction, Plan, Round, Traffic
 from celora.core.metrics import ACCURACY, Metric
 from celora.core.screen import odd_score
 from celora.errors import QuorumError
@@ -73,11 +73,11 @@ def run_rounds(
         traffic: dict[ClientId, Traffic] = {}
         frames: dict[bytes, bytes] = {}
         for client in clients if evaluate else drawn:
-            task: Task = "close" if closing else "train" if client in drawn else "evaluate"
+            action: Action = "close" if closing else "train" if client in drawn else "evaluate"
             down = algorithm.send(server, client)
             frame = pack(down, schema)
             frame = frames.setdefault(frame, frame)  # what is sent to all is in memory once
-            instructions[client] = Instruction(index, task, frame, evaluate, keep, plan.deadline)
+            instructions[client] = Instruction(index, action, frame, evaluate, keep, plan.deadline)
             traffic[client] = downlink(frame, down)
         replies = exchange(instructions)
         intake = Intake(algorithm, initial, channel, plan, headline, index, instructions, replies, traffic)

@@ -2,7 +2,7 @@
 
     [task] ── propose(rows) ──► a record of each client ── merge ──► the agreement ── agreed ──► a task that trains
     rows   ── read ──► Examples ── a batch ──► features ── outputs ──► losses (sum, count), or one outcome for each row
-    outcomes of all rows ── metrics ──► accuracy, loss, …
+    outcomes of all rows ── measure ──► accuracy, loss, …
 
 A task is a frozen dataclass of settings; nothing of it depends on which network computes the features. Everything that
 knows what a label is stands behind this protocol: a new task is one file in `celora.tasks` and one line of its table.
@@ -39,8 +39,9 @@ class Inputs(Protocol):
     def __len__(self) -> int:
         """Number of rows."""
 
-    def __getitem__(self, rows: Any, /) -> Any:
-        """The rows at these positions."""
+    @property
+    def notices(self) -> Sequence[str]:
+        """What the user should know of how they are read."""
 
 
 class Reader(Protocol):
@@ -116,9 +117,14 @@ class Task(Protocol):
         return frozenset()
 
     @property
+    def metrics(self) -> Sequence[Metric]:
+        """What `measure` gives; the first is the headline, by which rounds are chosen and clients compared."""
+        return (LOSS,)
+
+    @property
     def headline(self) -> Metric:
-        """The metric that is the `score`: by it rounds are chosen and clients compared."""
-        return LOSS
+        """The first of `metrics`."""
+        return self.metrics[0]
 
     # --- what the clients must agree on before they train
 
@@ -190,11 +196,11 @@ class Task(Protocol):
     # --- evaluation
 
     def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """What is to be known of each row, (rows, m) numbers: together `metrics` makes a split's metrics of them."""
+        """What is to be known of each row, (rows, m) numbers: together `measure` makes a split's metrics of them."""
         ...
 
-    def metrics(self, outcomes: Tensor) -> dict[str, float]:
-        """Measures of n > 0 rows by name, "loss" and the headline's among them.
+    def measure(self, outcomes: Tensor) -> dict[str, float]:
+        """Each of `metrics`, by name, of n > 0 rows; "loss" is always among them.
 
         Args:
             outcomes: (n, m), in the order of the rows, whatever passes they were computed in.

@@ -59,7 +59,7 @@ class GradientResult:
 
 
 @dataclass(frozen=True)
-class Task:
+class Prepared:
     """A `Fit` or a `Gradient` made ready.
 
     Attributes:
@@ -88,7 +88,7 @@ class Task:
         penalty: Callable[[Tensors], Tensor] | None = None,
         objective: Callable[[Losses, Tensors], Tensor] | None = None,
         along: Tensors | None = None,
-    ) -> Task:
+    ) -> Prepared:
         """Weights that are missing take the learner's `initial` value.
 
         Raises:
@@ -98,7 +98,7 @@ class Task:
         shapes = {name: w.shape for name, w in start.items() if names(name)}
         if not shapes:
             raise ValueError(f"nothing to train among {', '.join(start)}")
-        return Task(learner, start, shapes, list(batches), penalty, objective, along)
+        return Prepared(learner, start, shapes, list(batches), penalty, objective, along)
 
     @property
     def kind(self) -> Hashable:
@@ -108,42 +108,46 @@ class Task:
         return self.learner.recipe, tuple(self.shapes), shapes, self.objective, along
 
 
-def stacked(tasks: Sequence[Task | Exception], work: Callable[..., list[T]]) -> list[T | Exception]:
-    """What `work` makes of the tasks, those together that can be stacked.
+def stacked(problems: Sequence[Prepared | Exception], work: Callable[..., list[T]]) -> list[T | Exception]:
+    """What `work` makes of the problems, those together that can be stacked.
 
-    If a stack fails, each of its tasks is worked on alone, so that only the culprit fails.
+    If a stack fails, each of its problems is worked on alone, so that only the culprit fails.
     """
-    done: dict[int, T | Exception] = {at: task for at, task in enumerate(tasks) if isinstance(task, Exception)}
+    done: dict[int, T | Exception] = {
+        at: problem for at, problem in enumerate(problems) if isinstance(problem, Exception)
+    }
     alike: dict[Hashable, list[int]] = {}
-    for at, task in enumerate(tasks):
-        if not isinstance(task, Exception):
-            alike.setdefault(task.kind, []).append(at)
+    for at, problem in enumerate(problems):
+        if not isinstance(problem, Exception):
+            alike.setdefault(problem.kind, []).append(at)
     for group in alike.values():
-        members = [task for at in group if not isinstance(task := tasks[at], Exception)]
+        members = [problem for at in group if not isinstance(problem := problems[at], Exception)]
         together = caught(partial(work, members))
         ends: list[T | Exception] = (
-            [caught(partial(_only, work, task)) for task in members] if isinstance(together, Exception) else [*together]
+            [caught(partial(_only, work, problem)) for problem in members]
+            if isinstance(together, Exception)
+            else [*together]
         )
         done |= dict(zip(group, ends, strict=True))
-    return [done[at] for at in range(len(tasks))]
+    return [done[at] for at in range(len(problems))]
 
 
-def _only(work: Callable[..., list[T]], task: Task) -> T:
-    return work([task], whole=True)[0]
+def _only(work: Callable[..., list[T]], problem: Prepared) -> T:
+    return work([problem], whole=True)[0]
 
 
-def minimise(tasks: Sequence[Task], *, whole: bool = False) -> list[Fitted]:
-    """All tasks side by side, their mini-batches cut and joined, or `whole` and each in a pass of its own.
+def minimise(problems: Sequence[Prepared], *, whole: bool = False) -> list[Fitted]:
+    """All problems side by side, their mini-batches cut and joined, or `whole` and each in a pass of its own.
 
     A client's trained weights are one row, so clipping and AdamW are a handful of operations however many matrices are
     adapted and however many clients train.
     """
-    order = sorted(range(len(tasks)), key=lambda at: -len(tasks[at].batches))
-    ranked = [tasks[at] for at in order]
+    order = sorted(range(len(problems)), key=lambda at: -len(problems[at].batches))
+    ranked = [problems[at] for at in order]
     shapes, recipe = ranked[0].shapes, ranked[0].learner.recipe
-    stack = torch.stack([flatten({name: task.start[name] for name in shapes}) for task in ranked])
+    stack = torch.stack([flatten({name: problem.start[name] for name in shapes}) for problem in ranked])
     adamw = AdamW(stack, recipe)
-    steps = [len(task.batches) for task in ranked]
+    steps = [len(problem.batches) for problem in ranked]
     losses = torch.zeros(len(ranked), max(steps), device=stack.device)
     for step in range(max(steps)):
         active = sum(count > step for count in steps)
@@ -164,7 +168,7 @@ def minimise(tasks: Sequence[Task], *, whole: bool = False) -> list[Fitted]:
         weights = {name: new[name] if name in new else w.cpu() for name, w in ranked[row].start.items()}
         mean = totals[row] / steps[row] if steps[row] else math.nan
         solved[at] = Fitted(weights, {"loss": mean, "steps": float(steps[row])})
-    return [solved[at] for at in range(len(tasks))]
+    return [solved[at] for at in range(len(problems))]
 
 
 @dataclass(frozen=True)
@@ -172,22 +176,22 @@ class _Piece:
     """A part of a mini-batch, whose mean loss has this share in the batch's; `row` is its client's in the stack."""
 
     row: int
-    task: Task
+    problem: Prepared
     batch: Batch
     share: float
 
 
-def _passes(tasks: Sequence[Task], step: int, whole: bool) -> Iterator[list[_Piece]]:
+def _passes(problems: Sequence[Prepared], step: int, whole: bool) -> Iterator[list[_Piece]]:
     """The mini-batches of this step."""
-    shared = tasks[0].learner.shared
+    shared = problems[0].learner.shared
     if shared is None or whole:
-        yield from ([_Piece(row, task, task.batches[step], 1.0)] for row, task in enumerate(tasks))
+        yield from ([_Piece(row, problem, problem.batches[step], 1.0)] for row, problem in enumerate(problems))
         return
     pieces: list[_Piece] = []
-    for row, task in enumerate(tasks):
-        parts = shared.cut(task.batches[step])
+    for row, problem in enumerate(problems):
+        parts = shared.cut(problem.batches[step])
         shares = _shares([shared.count(part) for part in parts])
-        pieces += [_Piece(row, task, part, share) for part, share in zip(parts, shares, strict=True)]
+        pieces += [_Piece(row, problem, part, share) for part, share in zip(parts, shares, strict=True)]
     sizes = [shared.size(piece.batch) for piece in pieces]
     for chosen in passes(sizes, shared.capacity):
         yield [pieces[at] for at in chosen]
@@ -199,12 +203,12 @@ def _shares(counts: Sequence[int]) -> list[float]:
     return [count / total for count in counts] if total else [1 / len(counts)] * len(counts)
 
 
-def gradients(tasks: Sequence[Task], *, whole: bool = False) -> list[GradientResult]:
-    """Each task's gradient at its start."""
-    shapes = tasks[0].shapes
-    stack = torch.stack([flatten({name: task.start[name] for name in shapes}) for task in tasks])
-    losses, gradient = torch.zeros(len(tasks), device=stack.device), torch.zeros_like(stack)
-    for pieces in _passes(tasks, 0, whole):
+def gradients(problems: Sequence[Prepared], *, whole: bool = False) -> list[GradientResult]:
+    """Each problem's gradient at its start."""
+    shapes = problems[0].shapes
+    stack = torch.stack([flatten({name: problem.start[name] for name in shapes}) for problem in problems])
+    losses, gradient = torch.zeros(len(problems), device=stack.device), torch.zeros_like(stack)
+    for pieces in _passes(problems, 0, whole):
         where = torch.tensor([piece.row for piece in pieces]).to(stack.device, non_blocking=True)
         loss, ascent = _gradients(stack[where], pieces)
         losses.index_add_(0, where, loss.float())
@@ -215,10 +219,10 @@ def gradients(tasks: Sequence[Task], *, whole: bool = False) -> list[GradientRes
 
 def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]:
     """Losses (K,) and gradients (K, n) of one pass, each times its share; a piece that is alone has no leading axis."""
-    first, alone = pieces[0].task, len(pieces) == 1
+    first, alone = pieces[0].problem, len(pieces) == 1
     vector = (start[0] if alone else start).detach().requires_grad_(True)
     trained = unflatten(vector, first.shapes)
-    frozen = {n: common([piece.task.start[n] for piece in pieces]) for n in first.start if n not in trained}
+    frozen = {n: common([piece.problem.start[n] for piece in pieces]) for n in first.start if n not in trained}
     weights = {name: trained[name] if name in trained else frozen[name] for name in first.start}
     shared, batches = first.learner.shared, [piece.batch for piece in pieces]
     batch = batches[0] if alone or shared is None else shared.join(batches)
@@ -226,15 +230,15 @@ def _gradients(start: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]
     shares = (shares[0] if alone else shares).to(start.dtype)
     losses = partial(first.learner.losses, batch=batch)
     if first.along is not None:
-        loss, gradient = _along(losses, weights, shares, vector, [piece.task.along or {} for piece in pieces])
+        loss, gradient = _along(losses, weights, shares, vector, [piece.problem.along or {} for piece in pieces])
         return loss.detach().reshape(-1), gradient.view_as(start)
     loss = (losses(weights) if first.objective is None else first.objective(losses, weights)) * shares
     objective = loss.sum()
     for at, piece in enumerate(pieces):
-        if piece.task.penalty is not None:
-            start_of = piece.task.start
+        if piece.problem.penalty is not None:
+            start_of = piece.problem.start
             own = {n: start_of[n] if n in frozen else w if alone else w[at] for n, w in weights.items()}
-            objective = objective + piece.share * piece.task.penalty(own)
+            objective = objective + piece.share * piece.problem.penalty(own)
     (gradient,) = torch.autograd.grad(objective, vector)
     return loss.detach().reshape(-1), gradient.view_as(start)
 

@@ -1,17 +1,21 @@
 """From raw records to a `Table`: which columns are read, what counts as missing, and what is said about it.
 
-Every source of texts (files, the Hub) yields `Sheet`s; `gather` is the one place that judges their rows.
+Every source of texts (files, the Hub) yields `Sheet`s; `gather` is the one place that judges their rows. A record is
+read, judged and written away before the next one is read.
 """
 
-import io
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from celora.data.table import SPLITS, Table, counted, did_you_mean, listing
+from celora.data.arrow import ArrowColumn
+from celora.data.inputs import ImageFiles, Images, Texts, size_of
+from celora.data.table import SPLITS, Origins, Table, counted, did_you_mean, listing
 from celora.errors import DataError
-from celora.lazy import Lazy, Tensor, np, torch
+from celora.lazy import Lazy
 
 pillow = Lazy("PIL.Image")
 SPLIT_NAMES = {
@@ -53,9 +57,10 @@ class Sheet:
     """One file, or one split of a Hub data set, as it was found."""
 
     name: str
-    columns: Sequence[str]
+    columns: Collection[str]
+    """Their names; where each record has its own (JSON Lines), those of the records that were read so far."""
     records: Iterable[tuple[int, Mapping[str, object]]]
-    """(line or row number, values); a missing column or None is a missing value."""
+    """(line or row number, values), read as they are asked for; a missing column or None is a missing value."""
     unit: str = "line"
     group: str | None = None
     """The client this sheet belongs to, if there is one sheet for each client."""
@@ -73,26 +78,43 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
         DataError: a column is missing, a value is of the wrong kind, or nothing usable is left.
     """
     _check_columns(sheets, columns)
-    texts: list[str] = []
-    images: list[Tensor] = []
-    labels: list[str] = []
-    groups: list[str | None] = []
-    splits: list[str | None] = []
-    rows: list[str] = []
-    notices: list[str] = []
-    empty: dict[str, str] = {}
-    for sheet in sheets:
-        before = len(rows)
+    rows = _Rows(columns)
+    contents = (content for sheet in sheets for content in rows.of(sheet))
+    inputs: Texts | Images = Texts(contents) if columns.image is None else rows.images(ArrowColumn(contents))
+    _check_columns(sheets, columns)  # again: those of JSON Lines are known now
+    if not rows.labels:
+        raise DataError(
+            f"found no usable row: {'; '.join([*rows.notices, *rows.empty.values()])}. "
+            f"Expected rows with a value in {listing(columns.names())}; fill them in or choose other columns."
+        )
+    return Table(
+        inputs=inputs, labels=rows.labels, groups=_complete(rows.groups), splits=_complete(rows.splits),
+        rows=rows.origins, notices=tuple(rows.notices), empty=rows.empty,
+    )  # fmt: skip
+
+
+class _Rows:
+    """The usable rows found so far, but for their texts and images, which `of` hands on."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+        self.labels: list[str] = []
+        self.groups: list[str | None] = []
+        self.splits: list[str | None] = []
+        self.origins = Origins()
+        self.notices: list[str] = []
+        self.empty: dict[str, str] = {}
+        self._size: tuple[int, int] | None = None
+        self._unlike: str | None = None
+
+    def of(self, sheet: Sheet) -> Iterator[Any]:
+        """The text or the image file of each usable row of a sheet, the rest of which is noted."""
+        columns, before = self.columns, len(self.labels)
         left_out: Counter[str] = Counter()
         first: dict[str, int] = {}
         for number, record in sheet.records:
             where = f"{sheet.name}:{number}"
-            text = image = None
-            if columns.image is None:
-                text = _text(record.get(columns.text), columns.text, where)
-            else:
-                image = _image(record.get(columns.image), columns.image, where, images)
-            content = text if columns.image is None else image
+            content = self._content(record, where)
             label = _name(record.get(columns.label), columns.label, where)
             group, split = sheet.group, sheet.split
             if columns.client:
@@ -102,37 +124,48 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
                 left_out[missing] += 1
                 first.setdefault(missing, number)
                 continue
-            if image is not None:
-                images.append(image)
-            elif text is not None:
-                texts.append(text)
-            labels.append(label)
-            groups.append(group)
             if columns.split:
                 split = _split(record.get(columns.split), columns.split, where)
-            splits.append(split)
-            rows.append(where)
+            if isinstance(content, bytes):
+                self._measure(content, where)
+            self.labels.append(sys.intern(label))  # one string for each label, however many rows have it
+            self.groups.append(group and sys.intern(group))
+            self.splits.append(split)
+            self.origins.add(sheet.name, number)
+            yield content
         for missing, count in left_out.items():
             were = "was" if count == 1 else "were"
-            notices.append(
+            self.notices.append(
                 f"{sheet.name}: {counted(count, 'row')} without {_a(missing)} {were} left out "
                 f"(first: {sheet.unit} {first[missing]})"
             )
-        if len(rows) == before:
+        if len(self.labels) == before:
             reason = f"{sheet.name} holds no {'usable row' if left_out else 'rows'}"
             if sheet.group is None or columns.client or sheet.split == "test":
-                notices.append(reason)
+                self.notices.append(reason)
             else:
-                empty[sheet.group] = reason
-    if not rows:
-        raise DataError(
-            f"found no usable row: {'; '.join([*notices, *empty.values()])}. "
-            f"Expected rows with a value in {listing(columns.names())}; fill them in or choose other columns."
-        )
-    return Table(
-        inputs=torch.stack(images) if columns.image else texts, labels=labels, groups=_complete(groups),
-        splits=_complete(splits), rows=rows, notices=tuple(notices), empty=empty,
-    )  # fmt: skip
+                self.empty[sheet.group] = reason
+
+    def _content(self, record: Mapping[str, object], where: str) -> str | bytes | None:
+        """What the row holds; None if it is missing."""
+        name = self.columns.image
+        if name is None:
+            return _text(record.get(self.columns.text), self.columns.text, where)
+        return _image(record.get(name), name, where)
+
+    def _measure(self, image: bytes, where: str) -> None:
+        """Note the size of an image; whether all must be alike depends on the model."""
+        size = size_of(image, where, str(self.columns.image))
+        self._size = self._size or size
+        if size != self._size and self._unlike is None:
+            found, expected = (" × ".join(map(str, one)) for one in (size, self._size))
+            self._unlike = (
+                f"{where}: found an image of {found} pixels, expected {expected} as before; resize them alike."
+            )
+
+    def images(self, column: ArrowColumn) -> ImageFiles:
+        """The images, whose files are in a column."""
+        return ImageFiles(column, self._size or (0, 0), str(self.columns.image), self.origins, self._unlike)
 
 
 def _complete(values: list[str | None]) -> list[str] | None:
@@ -143,19 +176,20 @@ def _complete(values: list[str | None]) -> list[str] | None:
 
 def _check_columns(sheets: Sequence[Sheet], columns: Columns) -> None:
     for sheet in sheets:
-        missing = [name for name in columns.names() if name not in sheet.columns]
-        if not missing or not sheet.columns:  # a file of zero bytes is an empty client, not a misnamed column
+        names = list(sheet.columns)
+        missing = [name for name in columns.names() if name not in names]
+        if not missing or not names:  # a file of zero bytes is an empty client, not a misnamed column
             continue
         name = missing[0]
-        message = f"{sheet.name} has no column {name!r}; its columns are {listing(sheet.columns, 12)}."
+        message = f"{sheet.name} has no column {name!r}; its columns are {listing(names, 12)}."
         other = next((one.name for one in sheets if name in one.columns), None)
         if other:
             message += f" {other} has it: all files need the same columns; rename it in {sheet.name}."
-        elif len(sheet.columns) == 1 and any(mark in sheet.columns[0] for mark in ";\t|"):
+        elif len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
             message += " The header does not look separated by commas; celora reads comma-separated files."
         else:
             chosen = columns.settings()[name]
-            message += f'{did_you_mean(name, sheet.columns)} Set `{chosen} = "…"` in [data] to the right one.'
+            message += f'{did_you_mean(name, names)} Set `{chosen} = "…"` in [data] to the right one.'
         raise DataError(message)
 
 
@@ -168,23 +202,14 @@ def _text(value: object, column: str, where: str) -> str | None:
     )
 
 
-def _image(value: object, column: str, where: str, others: Sequence[Tensor]) -> Tensor | None:
-    """(3, h, w) uint8 of a JPEG, PNG, …: bytes, or as the Hub's data sets hold them, {bytes, path}."""
+def _image(value: object, column: str, where: str) -> bytes | None:
+    """The bytes of a JPEG, PNG, … file: as they are, or as the Hub's data sets hold them, {bytes, path}."""
     value = value.get("bytes") if isinstance(value, Mapping) else value
     if value is None or not value:
         return None
     if not isinstance(value, bytes):
         raise DataError(f"{where}: column {column!r} holds {_kind(value)}, expected the bytes of an image file.")
-    try:
-        with pillow.open(io.BytesIO(value)) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    except (OSError, ValueError) as error:  # UnidentifiedImageError is an OSError
-        raise DataError(f"{where}: column {column!r} holds no readable image: {error}.") from error
-    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
-    if others and image.shape != others[0].shape:
-        found, expected = (" × ".join(map(str, one.shape[1:])) for one in (image, others[0]))
-        raise DataError(f"{where}: found an image of {found} pixels, expected {expected} as before; resize them alike.")
-    return image
+    return value
 
 
 def _name(value: object, column: str, where: str) -> str | None:

@@ -4,6 +4,7 @@ Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", 
 Repository, 1998, https://doi.org/10.24432/C50P49 (the test part, as in `sklearn.datasets.load_digits`).
 """
 
+from celora.data.inputs import PixelArrays
 from celora.data.table import Table
 from celora.lazy import Lazy, torch
 
@@ -16,6 +17,6 @@ def read_digits() -> Table:
     images = torch.from_numpy(source.images).to(torch.float32).unsqueeze(1) / 16  # pixels are whole numbers, 0 to 16
     labels = [str(int(label)) for label in source.target]
     return Table(
-        inputs=images, labels=labels, groups=None, splits=None,
+        inputs=PixelArrays(images), labels=labels, groups=None, splits=None,
         rows=[f"digits:{number}" for number in range(1, len(labels) + 1)],
     )  # fmt: skip

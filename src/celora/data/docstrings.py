@@ -23,6 +23,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from celora.data.inputs import Texts
 from celora.data.table import Table, listing
 from celora.errors import DataError
 
@@ -104,7 +105,7 @@ def _build() -> Table:
         key=lambda row: row[0],
     )
     return Table(
-        inputs=[one.text for _, _, one in rows], labels=[label for _, label, _ in rows], groups=None,
+        inputs=Texts(one.text for _, _, one in rows), labels=[label for _, label, _ in rows], groups=None,
         splits=None, rows=[one.row for _, _, one in rows], notices=notices,
     )  # fmt: skip
 
@@ -187,7 +188,9 @@ def _load(cache: Path) -> Table | None:
     """The cached table; None if there is none or it is not what was written."""
     try:
         content = json.loads(cache.read_text("utf-8"))
-        table = Table(content["inputs"], content["labels"], None, None, content["rows"], tuple(content["notices"]))
+        table = Table(
+            Texts(content["inputs"]), content["labels"], None, None, content["rows"], tuple(content["notices"])
+        )
         return table if table.fingerprint() == content["fingerprint"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -195,7 +198,8 @@ def _load(cache: Path) -> Table | None:
 
 def _save(cache: Path, table: Table) -> None:
     """Written under a temporary name and renamed: another process never reads half a file."""
-    content = {"inputs": table.inputs, "labels": table.labels, "rows": table.rows, "notices": table.notices}
+    texts = [table.inputs[row] for row in range(len(table))]
+    content = {"inputs": texts, "labels": table.labels, "rows": table.rows, "notices": table.notices}
     with suppress(OSError):  # a read-only home is no reason to fail
         cache.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".tmp")

@@ -1,18 +1,22 @@
 """A user's own files: CSV, JSON Lines and Parquet, one file for each client or one file for all.
 
-Text files are UTF-8 (with or without a byte order mark) and may be packed with gzip. What cannot be read is
-an error that names the file, the line, what was expected and what to do.
+Text files are UTF-8 (with or without a byte order mark) and may be packed with gzip. They are read record by record,
+never as a whole. What cannot be read is an error that names the file, the line, what was expected and what to do.
 """
 
+import codecs
 import csv
 import glob
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from celora.data.columns import Columns, Sheet, gather
 from celora.data.table import Table, did_you_mean, listing, natural_key
@@ -21,6 +25,9 @@ from celora.lazy import Lazy
 
 pyarrow, pyarrow_parquet = Lazy("pyarrow"), Lazy("pyarrow.parquet")
 Read = Callable[[Path, str, Columns], Sheet]
+Records = Iterator[tuple[int, Mapping[str, object]]]
+_PARQUET_ROWS = 256
+"""Rows of a Parquet file that are read at a time."""
 
 
 def read_files(pattern: str, base: Path, columns: Columns, test: str | None = None) -> Table:
@@ -111,79 +118,118 @@ def _naming(paths: Sequence[Path], base: Path) -> Callable[[Path], str]:
     return next((name for name in (stem, folder) if len({name(path) for path in paths}) == len(paths)), whole)
 
 
-def _content(path: Path, name: str) -> str:
-    """The decoded text of a file."""
+def _lines(path: Path, name: str) -> Iterator[str]:
+    """The decoded lines of a file, each with its end."""
+    start = b""
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        code = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "CP1252"
-        raise DataError(
-            f"{name}:{line}: found the byte 0x{raw[error.start]:02x}, which is not UTF-8. "
-            f"Save the file as UTF-8, for example: iconv -f {code} -t UTF-8 {path.name} > utf8-{path.name}"
-        ) from None
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                start = start or raw[:2]
+                line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+                yield _decoded(line, f"{name}:{number}", path, start)
     except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
         raise DataError(f"{name} cannot be read: {error}. Check its permissions, or copy it again.") from error
 
 
-def _csv(path: Path, name: str, columns: Columns) -> Sheet:
-    reader = csv.reader(io.StringIO(_content(path, name), newline=""), strict=True)
-    header: list[str] = []
-    records: list[tuple[int, Mapping[str, object]]] = []
-    line = 1
+def _decoded(line: bytes, where: str, path: Path, start: bytes) -> str:
+    """A line as text; the first two bytes of the file tell UTF-16 from other encodings."""
     try:
-        for values in reader:
-            if not header:
-                header = [value.strip() for value in values]
-                if twice := next((one for one in columns.names() if header.count(one) > 1), None):
-                    raise DataError(f"{name}: the header names the column {twice!r} twice; rename one of them.")
-            elif values and len(values) != len(header):
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        code = "UTF-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "CP1252"
+        raise DataError(
+            f"{where}: found the byte 0x{line[error.start]:02x}, which is not UTF-8. "
+            f"Save the file as UTF-8, for example: iconv -f {code} -t UTF-8 {path.name} > utf8-{path.name}"
+        ) from None
+
+
+def _csv(path: Path, name: str, columns: Columns) -> Sheet:
+    with closing(_values(path, name)) as rows:
+        header = [value.strip() for value in next(rows, (1, []))[1]]
+    if twice := next((one for one in columns.names() if header.count(one) > 1), None):
+        raise DataError(f"{name}: the header names the column {twice!r} twice; rename one of them.")
+
+    def records() -> Records:
+        for line, values in islice(_values(path, name), 1, None):
+            if len(values) != len(header):
                 raise DataError(
                     f"{name}:{line}: found {len(values)} values, expected {len(header)} as in the header. "
                     "Put texts that hold a comma or a line break in double quotes."
                 )
-            elif values:
-                records.append((line, dict(zip(header, values, strict=True))))
+            yield line, dict(zip(header, values, strict=True))
+
+    return Sheet(name, header, records())
+
+
+def _values(path: Path, name: str) -> Generator[tuple[int, list[str]]]:
+    """The line at which each record of a CSV file starts, and its values; the first record is the header."""
+    reader = csv.reader(_csv_lines(path, name), strict=True)
+    line = 1
+    try:
+        for values in reader:
+            if values:
+                yield line, values
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{name}:{line}: not CSV: {error}. A double quote is probably not closed; inside a quoted text "
             'it is written twice: "".'
         ) from error
-    return Sheet(name, header, records)
+
+
+def _csv_lines(path: Path, name: str) -> Iterator[str]:
+    """The lines as the `csv` module counts them: a carriage return alone ends one, too."""
+    for line in _lines(path, name):
+        if "\r" in line.removesuffix("\n").removesuffix("\r"):
+            yield from io.StringIO(line, newline="")
+        else:
+            yield line
 
 
 def _jsonl(path: Path, name: str, columns: Columns) -> Sheet:
-    records: list[tuple[int, Mapping[str, object]]] = []
     keys: dict[str, None] = {}
-    for number, line in enumerate(_content(path, name).split("\n"), start=1):  # splitlines() would cut at U+2028
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            hint = " One object a line is expected, not one array for the file." if line.lstrip()[0] == "[" else ""
-            raise DataError(f"{name}:{number}: not JSON: {error}.{hint} Correct or remove the line.") from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{name}:{number}: found a JSON {type(record).__name__}, expected one object a line, "
-                f'such as {{"{columns.text}": "…", "{columns.label}": "…"}}.'
-            )
-        keys.update(dict.fromkeys(record))
-        records.append((number, record))
-    return Sheet(name, list(keys), records)
+
+    def records() -> Records:
+        for number, ended in enumerate(_lines(path, name), start=1):  # splitlines() would cut at U+2028
+            line = ended.removesuffix("\n")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                hint = " One object a line is expected, not one array for the file." if line.lstrip()[0] == "[" else ""
+                raise DataError(f"{name}:{number}: not JSON: {error}.{hint} Correct or remove the line.") from None
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{name}:{number}: found a JSON {type(record).__name__}, expected one object a line, "
+                    f'such as {{"{columns.text}": "…", "{columns.label}": "…"}}.'
+                )
+            keys.update(dict.fromkeys(record))
+            yield number, record
+
+    return Sheet(name, keys.keys(), records())
 
 
 def _parquet(path: Path, name: str, columns: Columns) -> Sheet:
+    with _parquet_file(path, name) as file:
+        names = list(file.schema_arrow.names)
+
+    def records() -> Records:
+        with _parquet_file(path, name) as file:
+            chosen = [one for one in columns.names() if one in names]
+            batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=chosen)
+            yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
+
+    return Sheet(name, names, records(), unit="row")
+
+
+@contextmanager
+def _parquet_file(path: Path, name: str) -> Iterator[Any]:
     try:
-        with pyarrow_parquet.ParquetFile(path) as file:
-            names = list(file.schema_arrow.names)
-            content = file.read(columns=[one for one in columns.names() if one in names]).to_pylist()
+        with pyarrow_parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            yield file
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{name} cannot be read as Parquet: {error}. Write the file again.") from error
-    return Sheet(name, names, list(enumerate(content, start=1)), unit="row")
 
 
 _READERS: Mapping[str, Read] = {

@@ -4,6 +4,7 @@ The only module that imports `datasets`, and only when it is asked to: `pip inst
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -42,15 +43,7 @@ def read_hub(name: str, columns: Columns) -> Table:
     table = gather([_sheet(library, path, split, found[split], columns) for split in known], columns)
     others = [split for split in found if split not in known]
     notices = (f"{path}: the splits {listing(others)} were left out",) if others else ()
-    return Table(
-        table.inputs,
-        table.labels,
-        table.groups,
-        table.splits,
-        table.rows,
-        (*notices, *table.notices),
-        table.empty,
-    )
+    return replace(table, notices=(*notices, *table.notices))
 
 
 def _library() -> ModuleType:
@@ -65,6 +58,8 @@ def _library() -> ModuleType:
 def _sheet(library: ModuleType, path: str, split: str, content: Any, columns: Columns) -> Sheet:
     names = list(content.column_names)
     kept = content.select_columns([one for one in columns.names() if one in names])
+    if columns.image is not None and isinstance(content.features.get(columns.image), library.Image):
+        kept = kept.cast_column(columns.image, library.Image(decode=False))  # the files, as any other source has them
     feature = content.features.get(columns.label)
     classes = feature.names if isinstance(feature, library.ClassLabel) else None
 

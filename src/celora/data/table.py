@@ -6,10 +6,14 @@ A row is named by its position in the table; texts and images stay in one place,
 import difflib
 import hashlib
 import re
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
-from celora.lazy import Tensor
+from celora.data.inputs import Images, Texts, add_strings, encoded
 
 SPLITS = ("train", "validation", "test")
 
@@ -18,15 +22,15 @@ SPLITS = ("train", "validation", "test")
 class Table:
     """A labelled data set before it is dealt out; all columns have the same length n."""
 
-    inputs: list[str] | Tensor
-    """n texts, or images (n, channels, height, width): float32 in [0, 1], or uint8."""
+    inputs: Texts | Images
+    """n texts, or n images."""
     labels: list[str]
     """n label names."""
     groups: list[str] | None
     """The natural client of each row (a column, or the file it came from); None if the source has none."""
     splits: list[str] | None
     """"train", "validation" or "test" of each row, where the source fixes them."""
-    rows: list[str]
+    rows: Sequence[str]
     """Where each row came from, for messages: "bank.csv:17"."""
     notices: tuple[str, ...] = ()
     """What was left out or looks odd, one sentence each."""
@@ -37,21 +41,50 @@ class Table:
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """SHA-256 over inputs, labels, groups and splits, in hex; file names and notices do not count."""
+        """SHA-256 over inputs, labels, groups and splits, in hex; file names and notices do not count.
+
+        It is computed once, in a pass that decodes every image.
+
+        Raises:
+            DataError: naming the row of a damaged image.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
-        if isinstance(self.inputs, Tensor):
-            images = self.inputs.detach().cpu().contiguous()
-            digest.update(f"{images.dtype} {tuple(images.shape)}".encode())
-            digest.update(images.numpy().tobytes())
-            columns: list[Sequence[str] | None] = [self.labels, self.groups, self.splits]
-        else:
-            columns = [self.inputs, self.labels, self.groups, self.splits]
-        for column in columns:
-            digest.update(b"none" if column is None else f"column {len(column)}".encode())
-            for value in column or ():
-                content = value.encode("utf-8", "surrogatepass")  # JSON may hold a lone surrogate
-                digest.update(len(content).to_bytes(8, "little") + content)  # lengths: "ab","c" is not "a","bc"
+        self.inputs.add_to(digest)
+        for column in (self.labels, self.groups, self.splits):
+            if column is None:
+                digest.update(b"none")
+            else:
+                add_strings(digest, len(column), map(encoded, column))
         return digest.hexdigest()
+
+
+class Origins(Sequence[str]):
+    """Where each row came from, "bank.csv:17"; a name for each sheet and a number for each row are all that is held."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._starts: list[int] = []
+        self._numbers = array("q")
+
+    def add(self, name: str, number: int) -> None:
+        """Note the next row: its sheet, and its line or row there."""
+        if not self._names or self._names[-1] != name:
+            self._names.append(name)
+            self._starts.append(len(self))
+        self._numbers.append(number)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[at] for at in range(len(self))[row]]
+        at = range(len(self))[row]  # an IndexError beyond the end, and what a negative position means
+        return f"{self._names[bisect_right(self._starts, at) - 1]}:{self._numbers[at]}"
 
 
 @dataclass(frozen=True)

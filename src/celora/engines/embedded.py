@@ -40,6 +40,7 @@ class EngineSettings:
     cache_mb: Whole = setting(
         1024, "MB of activations below the first adapted layer in memory; the rest in a file; 0: none"
     )
+    inputs_mb: Whole = setting(256, "MB of token ids and decoded images in memory; others are made again when needed")
     state_mb: Whole = setting(32, "MB of clients' states held in memory; those of other clients lie in the run folder")
 
     def solver(self, device: torch.device) -> tuple[Solve, int]:

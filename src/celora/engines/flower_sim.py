@@ -120,7 +120,7 @@ def simulation(nodes: int, handler: Callable[[int], Handler], cpus: float, log: 
             thread.join()
             ray.shutdown()
             shutil.rmtree(temporary, ignore_errors=True)
-            psutil.wait_procs(started, timeout=10)  # Ray's shutdown does not wait for those that answered messages
+            psutil.wait_procs(started, timeout=60)  # Ray's shutdown does not wait for those that answered messages
 
 
 def _first_cause(error: BaseException) -> BaseException:

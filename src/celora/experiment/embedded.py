@@ -57,4 +57,4 @@ class LocalRuntime(Runtime):
             return []
 
         adapters = str(folder.path / "adapters")
-        return ClientPool(population.known, exchange, states, notices, export, dict, adapters)
+        return ClientPool(population.info, exchange, states, notices, export, dict, adapters)

@@ -78,12 +78,12 @@ def run_job(
     folder.rewind(last)
     start = {"from_round": checkpoint.round if checkpoint else 0, "clients": len(info.clients)}
     yield folder.event({"event": "start", **job.names, "folder": str(job.path), "rounds": plan.rounds, **start})
-    known = {event["text"] for event in folder.events() if event["event"] == "notice"}
+    noticed = {event["text"] for event in folder.events() if event["event"] == "notice"}
 
     def notices(texts: Sequence[str]) -> Iterator[Event]:
         for text in texts:
-            if text not in known:
-                known.add(text)
+            if text not in noticed:
+                noticed.add(text)
                 yield folder.event({"event": "notice", **job.names, "text": text})
 
     uplink = budget.uplink(experiment, match, resources.modules)

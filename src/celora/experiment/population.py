@@ -73,6 +73,7 @@ class ResourceCache:
             clients=clients,
             rows=rows,
             cache_mb=experiment.engine.cache_mb,
+            inputs_mb=experiment.engine.inputs_mb,
         )
 
     def federation(self, experiment: Experiment) -> data.FederatedDataset:
@@ -122,7 +123,7 @@ class ResourceCache:
         task, rows = experiment.task.agreed(agreement), federation.table.fingerprint()
         clients = list(everyone or federation.clients)
         models = self.models(experiment, task, clients, rows)
-        read_as = (rows, repr(experiment.model), repr(task))
+        read_as = (rows, repr(experiment.model), repr(task), experiment.engine.inputs_mb)
         if read_as not in self._examples:
             self._examples[read_as] = task.read(federation.table, models)
         ranks = experiment.adapter.ranks
@@ -164,7 +165,9 @@ class Population:
         self.clients: list[ClientId] = list(federation.clients)
         self.excluded: Mapping[ClientId, str] = federation.excluded
         left_out = [f"{client} is left out: {why}" for client, why in federation.excluded.items()]
-        self.notices: list[str] = [*federation.table.notices, *federation.notices, *left_out]
+        self.notices: list[str] = [
+            *federation.table.notices, *federation.notices, *left_out, *examples.inputs.notices
+        ]  # fmt: skip
         self.rows: dict[ClientId, dict[Split, Rows]] = {
             client: {
                 "train": Rows(examples, share.train),
@@ -195,7 +198,7 @@ class Population:
         return self.models.learner(client, round, self.rows[client], self.start(client), self.experiment.train)
 
     @property
-    def known(self) -> FederationInfo:
+    def info(self) -> FederationInfo:
         """What the server knows of this population."""
         return FederationInfo(
             clients=self.clients,
@@ -221,7 +224,7 @@ class Population:
         self.models.export(folder, client, weights)
 
 
-def manifest(experiment: Experiment, known: FederationInfo) -> dict[str, Any]:
+def manifest(experiment: Experiment, info: FederationInfo) -> dict[str, Any]:
     """What a reader needs to repeat the run: versions, hashes of data and backbone, seed, hardware."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -235,11 +238,11 @@ def manifest(experiment: Experiment, known: FederationInfo) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "torch_threads": torch.get_num_threads(),
-        "device": known.device,
+        "device": info.device,
         "seed": experiment.plan.seed,
-        "data": dict(known.data),
-        "backbone": dict(known.backbone),
-        **known.task.facts,
-        "agreement": known.agreement.hex(),
-        "clients": {client: dict(rows) for client, rows in known.rows.items()},
+        "data": dict(info.data),
+        "backbone": dict(info.backbone),
+        **info.task.facts,
+        "agreement": info.agreement.hex(),
+        "clients": {client: dict(rows) for client, rows in info.rows.items()},
     }

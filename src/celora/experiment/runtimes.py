@@ -164,13 +164,13 @@ def job_context(population: Population, client: ClientId, proposal: bytes = b"")
     Args:
         proposal: its part in what the clients agree on, where the server asks for it.
     """
-    known = population.known
+    info = population.info
     facts = ClientFacts(
-        rows=known.rows[client],
+        rows=info.rows[client],
         proposal=proposal,
-        baseline=known.baseline[client],
-        data=known.data["sha256"],
-        backbone=known.backbone["sha256"],
+        baseline=info.baseline[client],
+        data=info.data["sha256"],
+        backbone=info.backbone["sha256"],
         version=version("celora"),
     )
     return JobContext(population, client, facts)

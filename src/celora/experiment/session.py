@@ -103,8 +103,8 @@ def resume(folder: Path, log: Log) -> Iterator[Event]:
         return
     engine = saved["engine"]
     if engine["name"] not in ENGINES:
-        known = ", ".join(ENGINES)
-        raise RunFolderError(f"{folder / FILE}: found the engine {engine['name']!r}, expected one of {known}")
+        names = ", ".join(ENGINES)
+        raise RunFolderError(f"{folder / FILE}: found the engine {engine['name']!r}, expected one of {names}")
     session = Session(
         kind=saved["kind"],
         jobs=jobs,

@@ -63,7 +63,7 @@ class FlowerSimRuntime(Runtime):
 
     def pool(self, experiment: Experiment, folder: RunFolder, job: str, stores: Mapping[ClientId, str]) -> ClientPool:
         """As `Runtime.pool`."""
-        info = self.resources.population(experiment).known
+        info = self.resources.population(experiment).info
         clients = tuple(info.clients)
         start = JobStart(dump(experiment), experiment.label, info.backbone["sha256"], info.agreement, clients)
         self.remote.start_job(job, start, clients, WAIT)

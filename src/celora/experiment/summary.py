@@ -4,7 +4,7 @@ import dataclasses
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def round_event(
 
 def build_summary(
     experiment: Experiment,
-    known: FederationInfo,
+    info: FederationInfo,
     exchange: Exchange,
     best: Mapping[str, Best],
     events: Sequence[Event],
@@ -82,20 +82,21 @@ def build_summary(
     rounds = experiment.plan.rounds
     if not best:
         raise DataError("no client has validation rows: no round can be chosen; raise data.validation")
-    metric = known.task.headline
+    metric = info.task.headline
     ready = [m for m in MOMENTS if m in best]
     moment = max(ready, key=lambda name: (best[name].clients, metric.goodness(best[name].score)))
     chosen = {m: StateKey(m, best[m].round).name for m in ready}
     last = {m: StateKey(m, rounds).name for m in MOMENTS}
     wanted = sorted({*chosen.values(), *last.values()})
-    tested = score_on_test(exchange, experiment.plan, known.clients, wanted, metric)
+    tested = score_on_test(exchange, experiment.plan, info.clients, wanted, metric)
 
     def at(name: str) -> dict[ClientId, float]:
         return {c: m[name]["score"] for c, m in tested.items() if "score" in m.get(name, {})}
 
-    test_rows = {client: known.rows[client]["test"] for client in known.clients}
+    test_rows = {client: info.rows[client]["test"] for client in info.clients}
 
     headline = chosen[moment]
+    at_headline = {client: models[headline] for client, models in tested.items() if headline in models}
     alone = at(headline) if twin is None else twin
 
     def metrics(name: str) -> dict[str, float | None]:
@@ -105,17 +106,17 @@ def build_summary(
     per_moment = {m: at(name) for m, name in chosen.items()}
     clients = {
         client: {
-            "train": known.rows[client]["train"],
+            "train": info.rows[client]["train"],
             "test": test_rows[client],
             "score": (score := at(headline).get(client)),
             "local_only": (by_itself := alone.get(client)),
             "lift": None if score is None or by_itself is None else metric.gain(score, by_itself),
             **{m: per_moment.get(m, {}).get(client) for m in MOMENTS},
-            "majority": known.baseline[client],
-            "test_metrics": _plain(tested.get(client, {}).get(headline, {})),
+            "majority": info.baseline[client],
+            "test_metrics": {m.name: _measured(at_headline.get(client, {}), m) for m in info.task.metrics},
             **{name: _sum(done, client, name) for name in ("up_frame", *SOCKETS)},
         }
-        for client in known.clients
+        for client in info.clients
     }
     return {
         "schema": 1,
@@ -126,14 +127,14 @@ def build_summary(
         "round": best[moment].round,
         "headline": {"metric": metric.name, "higher_is_better": metric.higher_is_better},
         "metrics": metrics(headline),
-        "test_metrics": _means(tested, headline),
+        "test_metrics": _means(at_headline.values(), info.task.metrics),
         "moments": {
             m: {"round": best[m].round, "validation": best[m].score, "metrics": metrics(name)}
             for m, name in chosen.items()
         },
         "last": {m: {"metrics": metrics(name)} for m, name in last.items()},
         "clients": clients,
-        "excluded": dict(known.excluded),
+        "excluded": dict(info.excluded),
         "excluded_replies": {str(e["index"]): e["excluded"] for e in done if e["excluded"]},
         "notices": [e["text"] for e in events if e["event"] == "notice"],
         "bytes": _bytes(done),
@@ -155,12 +156,20 @@ def _plain(metrics: Metrics) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _means(tested: Mapping[ClientId, Mapping[str, Metrics]], name: str) -> dict[str, float]:
-    """The mean over clients of each metric of a model on test."""
-    found = [metrics for models in tested.values() if (metrics := models.get(name, {})).get("rows")]
-    names = dict.fromkeys(key for metrics in found for key in metrics if key not in ("rows", "score"))
-    values = {key: [m[key] for m in found if math.isfinite(m.get(key, math.nan))] for key in names}
-    return {key: sum(of) / len(of) for key, of in values.items() if of}
+def _measured(metrics: Metrics, metric: Metric) -> float | None:
+    """A metric as a client reports it; None where that is no value of it."""
+    value = metrics.get(metric.name, math.nan)
+    return value if metric.admits(value) else None
+
+
+def _means(found: Iterable[Metrics], metrics: Sequence[Metric]) -> dict[str, dict[str, Any]]:
+    """The mean over clients of each metric, and its direction."""
+    reported = list(found)
+    values = {metric: [v for m in reported if (v := _measured(m, metric)) is not None] for metric in metrics}
+    return {
+        metric.name: {"mean": sum(of) / len(of) if of else None, "higher_is_better": metric.higher_is_better}
+        for metric, of in values.items()
+    }
 
 
 def _bytes(events: Sequence[Event]) -> dict[str, Any]:

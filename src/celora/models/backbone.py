@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from celora.core.learner import Batch
 from celora.errors import ModelError
 from celora.models import loading, targets
+from celora.models.image_processor import FILE as PROCESSOR
+from celora.models.image_processor import ImageProcessor, image_processor
+from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, bound, inject, watched
 
@@ -29,8 +32,6 @@ _SAMPLE = (
     "And one more that is a good deal longer than they are: it goes on, and on, until it has more than 16 tokens.",
     "The last?",
 )
-Inputs = Sequence[Sequence[int]] | Tensor
-"""Rows for a backbone: token ids of each text, or images (n, channels, height, width)."""
 
 
 class Backbone:
@@ -138,20 +139,43 @@ class Backbone:
         height, width = (side, side) if isinstance(side, int) else side
         return self._config.num_channels, height, width
 
-    def check(self, inputs: Inputs) -> None:
+    def read(self, rows: Any, budget: int) -> Inputs:
+        """The rows of a source as this backbone reads them, made when they are first needed.
+
+        Args:
+            rows: n texts or images: `Texts`, `Images`, a list of texts, or a tensor (n, channels, height, width).
+            budget: bytes of token ids or pixels in memory.
+
+        Raises:
+            ModelError: as `check`.
+            DataError: if images differ in size and the backbone brings no processor that makes them alike.
+        """
+        inputs: Inputs
+        source = source_of(rows)
+        if source.kind == "text":
+            inputs = TokenisedTexts(self.tokenize, source, budget)
+        else:
+            prepare: ImageProcessor | None = None
+            notices: tuple[str, ...] = ()
+            if self.kind == "image":
+                prepare = image_processor(self.source, self.image_shape[0])
+            if prepare is None and source[0].dtype == torch.uint8:
+                notices = (f"pixels are divided by 255: {self.name} brings no image processor ({PROCESSOR})",)
+            inputs = DecodedImages(source, prepare, budget, notices)
+        self.check(inputs)
+        return inputs
+
+    def check(self, rows: Inputs | Sequence[Sequence[int]] | Tensor) -> None:
         """Refuse rows this backbone cannot read.
 
         Raises:
             ModelError: naming what was found and what is expected.
         """
-        name = self._model.backbone
-        if isinstance(inputs, Tensor) != (self.kind == "image"):
-            given = "an image tensor" if isinstance(inputs, Tensor) else "token ids"
-            raise ModelError(f"{name} reads {self.kind}s; found {given}: choose another model.backbone")
-        if isinstance(inputs, Tensor):
-            found, expected = tuple(inputs.shape[1:]), self.image_shape
-            if found != expected:
-                raise ModelError(f"{name} reads images of shape {expected}; found {found}: resize them")
+        name, inputs = self._model.backbone, inputs_of(rows)
+        if inputs.kind != self.kind:
+            raise ModelError(f"{name} reads {self.kind}s; found {inputs.kind}s: choose another model.backbone")
+        if self.kind == "image" and inputs.shape != self.image_shape:
+            raise ModelError(f"{name} reads images of shape {self.image_shape}; found {inputs.shape}: resize them")
 
     @cached_property
     def capacity(self) -> int:
@@ -169,22 +193,11 @@ class Backbone:
         inner = 34 * config.hidden_size + 5 * heads * longest
         return max(_LEAST, int(free / 2 / (config.num_hidden_layers * inner * width / 2)))
 
-    def batch(self, inputs: Inputs, rows: Sequence[int]) -> dict[str, Tensor]:
-        """These rows as tensors on the CPU; texts are padded to the longest of them.
+    def batch(self, rows: Inputs | Sequence[Sequence[int]] | Tensor, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """Some of the rows as tensors on the CPU, as `collate` makes them."""
+        return collate(inputs_of(rows).fetch(chosen), self.padding if self.kind == "text" else 0)
 
-        Returns:
-            `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`.
-        """
-        if isinstance(inputs, Tensor):
-            pixels = inputs[torch.as_tensor(rows)]
-            return {"pixel_values": pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels}
-        lengths = np.array([len(inputs[row]) for row in rows])
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(mask.shape, self.padding)
-        ids[mask] = [token for row in rows for token in inputs[row]]
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-
-    def sample(self) -> Inputs:
+    def sample(self) -> list[list[int]] | Tensor:
         """A few unlike rows to try the backbone on; texts have an odd number of tokens."""
         if self.kind == "text":
             return [row[: (len(row) - 1) | 1] for row in self.tokenize(_SAMPLE)]

@@ -37,6 +37,10 @@ class BatchedForward:
         """Tokens in each row."""
         return self.network.lengths(rows.examples.inputs, rows.at)
 
+    def lengths_of(self, rows: Rows, chosen: Sequence[int]) -> list[int]:
+        """Tokens in some of the rows."""
+        return self.network.lengths(rows.examples.inputs, rows.chosen(chosen))
+
     def count(self, batch: Batch) -> int:
         """What the mean loss of one client's mini-batch is over, as the task says."""
         return self.task.count(batch)
@@ -83,7 +87,7 @@ class BatchedForward:
         for one, of_rows in zip(rows, self.by_rows(weights, rows, outcomes), strict=True):
             metrics = {"rows": float(len(one))}
             if len(one):
-                named = self.task.metrics(of_rows)
+                named = self.task.measure(of_rows)
                 metrics |= {"score": named[self.task.headline.name], **named}
             found.append(metrics)
         return found

@@ -1,6 +1,7 @@
 """`ModelLearner`: a client's rows before a network, its own or one that all share."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class ModelLearner:
         shuffled, so that padding to the longest row costs little.
         """
         rows = self.rows("train")
-        for chosen in mini_batches(self._forward.lengths(rows), self.recipe, size, self._order):
+        for chosen in mini_batches(len(rows), partial(self._forward.lengths_of, rows), self.recipe, size, self._order):
             yield self._forward.batch(rows, chosen)
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:

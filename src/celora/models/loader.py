@@ -35,6 +35,7 @@ class ModelLoader:
         clients: Sequence[str] = (),
         rows: str | None = None,
         cache_mb: int = 0,
+        inputs_mb: int = 0,
     ) -> ClientModels:
         """What the clients train, by the settings `model.own` one backbone or a network for each.
 
@@ -44,11 +45,13 @@ class ModelLoader:
             clients: all clients of the experiment; none where only the server's side is asked for.
             rows: fingerprint of their data set, by whose rows activations are kept; None: they are not.
             cache_mb: megabytes of activations in memory.
+            inputs_mb: megabytes of token ids or pixels in memory.
 
         Raises:
             ModelError: if something cannot be loaded or adapted.
         """
         given: dict[str, Any] = {"adapter": adapter, "family": family, "seed": seed, "clients": clients}
+        given["budget"] = inputs_mb << 20
         if model.own is not None:
             own = (repr(model), base, seed)
             if own not in self._own:

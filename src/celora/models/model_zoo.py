@@ -15,11 +15,12 @@ from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.learner import Recipe, Split
-from celora.core.task import Inputs, Task
+from celora.core.task import Task
 from celora.errors import ModelError
 from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_private
 from celora.models.families import initial
+from celora.models.inputs import Inputs
 from celora.models.learner import ModelLearner
 from celora.models.private_model import FC, PrivateModel, PrivateNetwork
 from celora.models.rows import Rows, unlabelled
@@ -49,6 +50,7 @@ class ModelZoo:
         models: the architectures.
         clients: all clients of the experiment, to whom the architectures are dealt; none where only the server's side
             is asked for.
+        budget: bytes of token ids or pixels in memory.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class ModelZoo:
         family: Family,
         seed: int,
         clients: Sequence[str] = (),
+        budget: int = 0,
     ) -> None:
         self._models, self._task, self._clients, self._seed = models, task, clients, seed
+        self._budget = budget
         self._adapter, self._family = adapter, family
         self._forwards = [BatchedForward(PrivateNetwork(one, family, adapter.scaling), task) for one in models]
 
@@ -103,7 +107,7 @@ class ModelZoo:
 
     def read(self, inputs: Any) -> Inputs:
         """As `PrivateModel.read`: all architectures read alike."""
-        return self._models[0].read(inputs)
+        return self._models[0].read(inputs, self._budget)
 
     @cached_property
     def initial(self) -> Tensors:

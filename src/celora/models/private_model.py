@@ -17,9 +17,10 @@ from torch.func import functional_call
 
 from celora.core.adapters import Family, modules
 from celora.core.learner import Batch
-from celora.core.task import Inputs, Task
+from celora.core.task import Task
 from celora.errors import ModelError
 from celora.models import loading, targets
+from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
 from celora.models.settings import Model
 from celora.rng import generator
 from celora.tensors import Tensors
@@ -110,22 +111,31 @@ class PrivateModel:
         self.body = self.body.requires_grad_(False).eval().to(self.device)
         self.start = {f"{PREFIX}{path}": weight.detach().cpu() for path, weight in self.body.named_parameters()}
 
-    def read(self, inputs: Any) -> Inputs:
-        """Rows as this architecture reads them: token ids, or images as they are.
+    def read(self, rows: Any, budget: int) -> Inputs:
+        """Rows as this architecture reads them, made when they are first needed; pixels are taken as they are.
+
+        Args:
+            rows: as `Backbone.read`.
+            budget: bytes of token ids or pixels in memory.
 
         Raises:
             ModelError: if it reads another kind.
+            DataError: if images differ in size.
         """
-        if isinstance(inputs, Tensor) != (self.kind == "image"):
-            given = "images" if isinstance(inputs, Tensor) else "texts"
-            raise ModelError(f"model.own = {self.name} reads {self.kind}s; found {given}")
-        if isinstance(inputs, Tensor):
-            if tuple(inputs.shape[1:]) != (3, 32, 32):
-                raise ModelError(f"{self.name} reads images of shape (3, 32, 32); found {tuple(inputs.shape[1:])}")
-            return inputs
+        source = source_of(rows)
+        if source.kind != self.kind:
+            raise ModelError(f"model.own = {self.name} reads {self.kind}s; found {source.kind}s")
+        if source.kind == "text":
+            return TokenisedTexts(self._tokenize, source, budget)
+        inputs = DecodedImages(source, None, budget)
+        if inputs.shape != (3, 32, 32):
+            raise ModelError(f"{self.name} reads images of shape (3, 32, 32); found {inputs.shape}")
+        return inputs
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer: Any = self.tokenizer
-        found: list[list[int]] = tokenizer(list(inputs), truncation=True, max_length=self.max_length)["input_ids"]
-        return found
+        found: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return [ids or [0] for ids in found]
 
 
 class PrivateNetwork:
@@ -144,7 +154,7 @@ class PrivateNetwork:
 
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows; 1 for an image."""
-        return [1] * len(rows) if self._model.kind == "image" else [len(inputs[row]) for row in rows]
+        return inputs_of(inputs).lengths(rows)
 
     def length(self, batch: Batch) -> int:
         """Tokens of the longest row; 1 for an image."""
@@ -157,13 +167,7 @@ class PrivateNetwork:
 
     def batch(self, inputs: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         """These rows as tensors on the CPU; texts are padded to the longest of them."""
-        if isinstance(inputs, Tensor):
-            pixels = inputs[torch.as_tensor(rows)]
-            return {"pixel_values": pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels}
-        texts = [torch.tensor(list(inputs[row])) for row in rows]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-        return {"input_ids": ids, "attention_mask": mask}
+        return collate(inputs_of(inputs).fetch(rows), 0)
 
     def features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """z (rows, d) under a client's own weights; a weight that is missing is as it was at the start."""

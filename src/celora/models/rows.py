@@ -1,6 +1,6 @@
 """Rows of a client, and which of them go together: mini-batches to train on, passes to evaluate in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,28 +46,40 @@ def unlabelled(inputs: Inputs) -> Rows:
     return Rows(Examples(inputs, lambda rows: {}), range(len(inputs)))
 
 
-def mini_batches(sizes: Sequence[int], recipe: Recipe, size: int | None, order: torch.Generator) -> Iterator[list[int]]:
+Lengths = Callable[[Sequence[int]], Sequence[int]]
+"""Numbers of rows -> tokens in each."""
+
+
+def mini_batches(
+    count: int, lengths: Lengths, recipe: Recipe, size: int | None, order: torch.Generator
+) -> Iterator[list[int]]:
     """The rows of each mini-batch as the recipe says, or of one pass in batches of `size`."""
     left, epochs = (recipe.steps, recipe.epochs) if size is None else (None, 1)
     for _ in range(epochs) if left is None else iter(int, 1):
-        if not sizes:
+        if not count:
             return
-        for chosen in bucketed(sizes, size or recipe.batch_size, order):
+        for chosen in bucketed(count, lengths, size or recipe.batch_size, order):
             if left == 0:
                 return
             left = None if left is None else left - 1
             yield chosen
 
 
-def bucketed(sizes: Sequence[int], batch_size: int, order: torch.Generator) -> list[list[int]]:
-    """One pass over all rows, as shuffled batches of rows of like length; one batch may be smaller."""
-    shuffled: list[int] = torch.randperm(len(sizes), generator=order).tolist()
-    window = _WINDOW * batch_size
-    found: list[list[int]] = []
-    for start in range(0, len(shuffled), window):
-        rows = sorted(shuffled[start : start + window], key=sizes.__getitem__)
-        found += [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
-    return [found[at] for at in torch.randperm(len(found), generator=order).tolist()]
+def bucketed(count: int, lengths: Lengths, batch_size: int, order: torch.Generator) -> Iterator[list[int]]:
+    """One pass over all rows, as shuffled batches of rows of like length; one batch may be smaller.
+
+    The lengths of a window of rows are asked for when the first of its batches is reached: so few steps need few
+    lengths, however many rows there are.
+    """
+    shuffled: list[int] = torch.randperm(count, generator=order).tolist()
+    window, windows = _WINDOW * batch_size, dict[int, list[int]]()
+    for start in torch.randperm(-(-count // batch_size), generator=order).mul(batch_size).tolist():
+        first = start - start % window
+        if first not in windows:
+            rows = shuffled[first : first + window]
+            sizes = dict(zip(rows, lengths(rows), strict=True))
+            windows[first] = sorted(rows, key=sizes.__getitem__)
+        yield windows[first][start - first : start - first + batch_size]
 
 
 def budgeted(sizes: Sequence[int], capacity: int) -> Iterator[list[int]]:

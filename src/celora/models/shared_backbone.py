@@ -12,12 +12,13 @@ from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
 from celora.core.learner import Batch, Recipe, Split
-from celora.core.task import Inputs, Task
+from celora.core.task import Task
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone
 from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_peft
 from celora.models.families import initial
+from celora.models.inputs import Inputs, inputs_of
 from celora.models.learner import ModelLearner
 from celora.models.rows import Rows, unlabelled, well_filled
 from celora.models.settings import Adapter, Model
@@ -31,12 +32,15 @@ class AdaptedBackbone:
         family: of the adapters.
         activations: those below the first adapted layer, by row; None where there are none to keep, because the lowest
             layer is adapted, or rows are of several data sets.
+        budget: bytes of token ids or pixels in memory.
     """
 
-    def __init__(self, backbone: Backbone, family: Family, activations: ActivationCache | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, family: Family, activations: ActivationCache | None = None, budget: int = 0
+    ) -> None:
         self.backbone, self.family, self.activations = backbone, family, activations
         self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout
-        self.joins = backbone.rows_first
+        self.joins, self._budget = backbone.rows_first, budget
 
     @property
     def capacity(self) -> int:
@@ -44,20 +48,14 @@ class AdaptedBackbone:
         return self.backbone.capacity
 
     def read(self, inputs: Any) -> Inputs:
-        """Token ids of texts, or images as they are.
-
-        Raises:
-            ModelError: if the backbone reads something else.
-        """
-        ready = inputs if isinstance(inputs, Tensor) else self.backbone.tokenize(inputs)
-        self.backbone.check(ready)
-        return ready
+        """As `Backbone.read`."""
+        return self.backbone.read(inputs, self._budget)
 
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows; images are all alike."""
         if self.backbone.kind == "image":
             return [self.backbone.image_tokens] * len(rows)
-        return [len(inputs[row]) for row in rows]
+        return inputs_of(inputs).lengths(rows)
 
     def length(self, batch: Batch) -> int:
         """Tokens of the longest row; images are all alike."""
@@ -97,6 +95,7 @@ class SharedBackbone:
         clients: all clients of the experiment, which tiers of ranks are dealt to; none where only the server's side is
             asked for.
         activations: those below the first adapted layer, of the rows of one data set.
+        budget: bytes of token ids or pixels in memory.
     """
 
     def __init__(
@@ -110,8 +109,9 @@ class SharedBackbone:
         seed: int,
         clients: Sequence[str] = (),
         activations: ActivationCache | None = None,
+        budget: int = 0,
     ) -> None:
-        self._backbone, self._network = backbone, AdaptedBackbone(backbone, family, activations)
+        self._backbone, self._network = backbone, AdaptedBackbone(backbone, family, activations, budget)
         self._forward = BatchedForward(self._network, task)
         self._task, self._model, self._adapter, self._family = task, model, adapter, family
         self._seed, self._clients, self._activations = seed, clients, activations

@@ -203,7 +203,7 @@ class Site:
         self.policy.admit(name_of(Reply), reply)
         score = reply.scores.get("personal", {}).get("score")
         self.log(
-            f"round {instruction.round}: {instruction.task}"
+            f"round {instruction.round}: {instruction.action}"
             + (f", validation {score:.3f}" if score is not None else "")
         )
         return kind, pack(reply)

@@ -57,9 +57,9 @@ class Classify(Task):
         return frozenset({"classes", "head"})
 
     @property
-    def headline(self) -> Metric:
-        """The metric that `score` names."""
-        return METRICS[self.score]
+    def metrics(self) -> Sequence[Metric]:
+        """The metric that `score` names, and the others."""
+        return [METRICS[self.score], *(metric for name, metric in METRICS.items() if name != self.score)]
 
     def propose(self, columns: Columns) -> bytes:
         """The labels that occur; nothing where the experiment lists them.
@@ -149,7 +149,7 @@ class Classify(Task):
         losses = F.cross_entropy(outputs, labels, reduction="none", ignore_index=_ABSENT)
         return torch.stack([losses, outputs.argmax(1).to(losses.dtype), labels.to(losses.dtype)], dim=1)
 
-    def metrics(self, outcomes: Tensor) -> dict[str, float]:
+    def measure(self, outcomes: Tensor) -> dict[str, float]:
         """All of `METRICS`."""
         losses, answers, labels = outcomes.unbind(1)
         # nll_loss adds in the order of cross_entropy, so this is, to the bit, the loss of all rows in one batch

@@ -32,6 +32,7 @@ class Population:
         b: "zero", or "random" where the bases are to be frozen.
         faults: (client, round) -> an exception that the client's loss raises there, or a factor of its loss.
         ranks: of the clients that have one of their own.
+        classes: whether the learners tell the classes of their rows.
 
     Attributes:
         reads: (client, split) -> how often the rows of that split were read.
@@ -46,7 +47,9 @@ class Population:
         b: str = "zero",
         faults: Mapping[tuple[str, int], Exception | float] | None = None,
         ranks: Mapping[str, int] | None = None,
+        classes: bool = True,
     ) -> None:
+        self.classes = classes
         self.recipe, self.seed, self.faults, self.ranks = recipe, seed, faults or {}, ranks or {}
         self.reads: Counter[tuple[str, str]] = Counter()
         draw = generator(seed, "initial")
@@ -172,9 +175,9 @@ class Toy:
         right = (logits.argmax(-1) == y).double().mean()
         return {"score": float(right), "loss": float(F.cross_entropy(logits, y)), "rows": float(len(y))}
 
-    def features(self) -> tuple[Tensor, Tensor]:
+    def features(self) -> tuple[Tensor, Tensor | None]:
         x, y = self.population.rows(self.client, "train")
-        return torch.tanh(x @ self.population.backbone.mT), y
+        return torch.tanh(x @ self.population.backbone.mT), y if self.population.classes else None
 
     def input_norms(self, rows: int) -> dict[str, Tensor]:
         return {"layer": self.population.rows(self.client, "train")[0][:rows].norm(dim=0)}

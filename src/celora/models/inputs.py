@@ -1,0 +1,254 @@
+"""Rows as a model reads them: token ids and pixels, made when they are first needed.
+
+TokenisedTexts, DecodedImages    all rows of a table, in memory within a budget
+ReadyInputs                      rows that are in memory anyway
+collate                          rows -> the tensors of a batch
+"""
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+T = TypeVar("T")
+Row = NDArray[Any]
+"""Token ids (t,), or pixels (channels, height, width)."""
+Tokenize = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+"""Texts -> the token ids of each."""
+
+_TEXTS = 1024
+"""Texts that are tokenised in one call: enough for a tokenizer's threads, and its own notes on them stay small."""
+_OVERHEAD = 256
+"""Bytes that a row in memory takes beside its numbers, about."""
+
+
+class Texts(Protocol):
+    """Texts as a source holds them."""
+
+    kind: Literal["text"]
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, row: int, /) -> str:
+        """One of them."""
+
+
+class Images(Protocol):
+    """Images as a source holds them."""
+
+    kind: Literal["image"]
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, row: int, /) -> Tensor:
+        """One of them: (channels, height, width), uint8 or float32 in [0, 1]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of each of them; an error where they differ."""
+
+
+class Inputs(ABC):
+    """n rows for a model.
+
+    Attributes:
+        kind: what they are.
+        shape: (channels, height, width) of an image; () of a text.
+        notices: what the user should know of how they are made.
+    """
+
+    kind: Literal["text", "image"]
+    shape: tuple[int, ...] = ()
+    notices: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
+    def fetch(self, rows: Sequence[int]) -> list[Row]:
+        """Token ids (t,) or pixels (channels, height, width) of these rows."""
+
+    @abstractmethod
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens in each of these rows; 1 for an image."""
+
+
+class TokenisedTexts(Inputs):
+    """Texts, tokenised when their ids or their lengths are first asked for.
+
+    Lengths are kept for ever; ids while they are among those used last.
+
+    Args:
+        tokenize: gives at least one id for each text.
+        budget: bytes of ids in memory.
+    """
+
+    kind = "text"
+
+    def __init__(self, tokenize: Tokenize, texts: Texts, budget: int) -> None:
+        self._tokenize, self._texts = tokenize, texts
+        self._lengths = np.zeros(len(texts), dtype=np.int32)  # 0: not known yet
+        self._kept = _Kept(budget)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def fetch(self, rows: Sequence[int]) -> list[Row]:
+        """Token ids (t,) of each row, uint16 or int32."""
+        return self._kept.rows(rows, self._made)
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens in each of these rows."""
+        at = np.asarray(rows, dtype=np.int64)
+        for some in _parts(at[self._lengths[at] == 0].tolist()):
+            self.fetch(some)
+        lengths: list[int] = self._lengths[at].tolist()
+        return lengths
+
+    def _made(self, rows: Sequence[int]) -> Iterator[Row]:
+        for some in _parts(rows):
+            for row, ids in zip(some, self._tokenize([self._texts[row] for row in some]), strict=True):
+                self._lengths[row] = len(ids)
+                yield np.array(ids, dtype=np.uint16 if max(ids) < 1 << 16 else np.int32)
+
+
+class DecodedImages(Inputs):
+    """Images, decoded and prepared when they are first asked for.
+
+    Args:
+        prepare: what the model makes of an image; None: its pixels are taken as they are.
+        budget: bytes of pixels in memory.
+
+    Raises:
+        DataError: if they differ in size and nothing makes them alike.
+    """
+
+    kind = "image"
+
+    def __init__(
+        self, images: Images, prepare: Callable[[Tensor], Row] | None, budget: int, notices: tuple[str, ...] = ()
+    ) -> None:
+        self._images, self._prepare, self.notices = images, prepare, notices
+        self._kept = _Kept(budget)
+        self.shape = images.shape if prepare is None else prepare(images[0]).shape
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def fetch(self, rows: Sequence[int]) -> list[Row]:
+        """Pixels (channels, height, width) of each row."""
+        return self._kept.rows(rows, self._made)
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """1 for each row."""
+        return [1] * len(rows)
+
+    def _made(self, rows: Sequence[int]) -> Iterator[Row]:
+        for row in rows:
+            pixels = self._images[row]
+            yield pixels.numpy() if self._prepare is None else self._prepare(pixels)
+
+
+class ReadyInputs(Inputs):
+    """Rows that are in memory as a model reads them: the token ids of each text, or images (n, c, h, w)."""
+
+    def __init__(self, rows: Sequence[Sequence[int]] | Tensor) -> None:
+        self._rows = rows
+        self.kind = "image" if isinstance(rows, Tensor) else "text"
+        self.shape = tuple(rows.shape[1:]) if isinstance(rows, Tensor) else ()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def fetch(self, rows: Sequence[int]) -> list[Row]:
+        """The rows themselves."""
+        return [np.asarray(self._rows[row]) for row in rows]
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens in each of these rows; 1 for an image."""
+        return [1 if self.kind == "image" else len(self._rows[row]) for row in rows]
+
+
+class _Kept:
+    """Rows by number, those used last, within a budget of bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._held = budget, 0
+        self._rows: OrderedDict[int, Row] = OrderedDict()
+
+    def rows(self, numbers: Sequence[int], make: Callable[[Sequence[int]], Iterable[Row]]) -> list[Row]:
+        """The rows of these numbers, made where they are not in memory."""
+        found: dict[int, Row] = {}
+        for number in numbers:
+            if number in self._rows:
+                self._rows.move_to_end(number)
+                found[number] = self._rows[number]
+        absent = [number for number in dict.fromkeys(numbers) if number not in found]
+        for number, row in zip(absent, make(absent), strict=True):
+            found[number] = row
+            self._keep(number, row)
+        return [found[number] for number in numbers]
+
+    def _keep(self, number: int, row: Row) -> None:
+        self._rows[number] = row
+        self._held += row.nbytes + _OVERHEAD
+        while self._held > self._budget:
+            _, oldest = self._rows.popitem(last=False)
+            self._held -= oldest.nbytes + _OVERHEAD
+
+
+class _ListedTexts(list[str]):
+    kind: Literal["text"] = "text"
+
+
+class _StackedImages:
+    kind: Literal["image"] = "image"
+
+    def __init__(self, images: Tensor) -> None:
+        self._images, self.shape = images, tuple(images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self._images[row]
+
+
+def source_of(rows: Any) -> Texts | Images:
+    """Rows of a source; a list of texts and a tensor of images (n, channels, height, width) are taken as one."""
+    if isinstance(rows, Tensor):
+        return _StackedImages(rows)
+    return _ListedTexts(rows) if isinstance(rows, list | tuple) else rows
+
+
+def inputs_of(rows: Inputs | Sequence[Sequence[int]] | Tensor) -> Inputs:
+    """Rows for a model; lists of token ids and tensors of images are taken as they are."""
+    return rows if isinstance(rows, Inputs) else ReadyInputs(rows)
+
+
+def collate(rows: Sequence[Row], padding: int) -> dict[str, Tensor]:
+    """Rows as the tensors of a batch, on the CPU; texts are padded to the longest, and uint8 pixels are over 255.
+
+    Returns:
+        `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`.
+    """
+    if rows[0].ndim > 1:
+        pixels = torch.from_numpy(np.stack(rows))
+        return {"pixel_values": pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels}
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, padding)
+    ids[mask] = np.concatenate(rows)
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def _parts(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (rows[start : start + _TEXTS] for start in range(0, len(rows), _TEXTS))
