@@ -21,8 +21,14 @@ from celora.core.training import fit
 from celora.data import Data, read
 from celora.data.inputs import ImageFiles, PixelArrays, Texts
 from celora.errors import DataError, ModelError
-from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, ModelZoo, Rows, initial, load
+from celora.models.backbone import Backbone, load
+from celora.models.batching import BatchedForward
+from celora.models.families import initial
 from celora.models.inputs import DecodedImages, JoinedInputs, ReadyInputs, TokenisedTexts, collate
+from celora.models.learner import ModelLearner
+from celora.models.model_zoo import ModelZoo
+from celora.models.rows import Rows
+from celora.models.settings import Adapter, Model
 from celora.tensors import but
 
 ROOM = 1 << 20
