@@ -14,6 +14,7 @@ from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone
 from celora.models.batching import BatchedForward
 from celora.models.batching import predict as outputs_of
+from celora.models.inputs import Inputs
 from celora.models.rows import Rows
 from celora.models.settings import Adapter
 from celora.models.shared_backbone import AdaptedBackbone
@@ -28,8 +29,11 @@ def task(classes: int = 2) -> Classify:
 
 def rows(inputs: Any, labels: Tensor, first: int = 0) -> Rows:
     """Rows `first`, `first` + 1, … of a data set of which nothing else is ever read."""
-    if isinstance(inputs, Tensor):
-        whole: Any = torch.cat([inputs.new_zeros(first, *inputs.shape[1:]), inputs])
+    if isinstance(inputs, Inputs):
+        assert first == 0
+        whole: Any = inputs
+    elif isinstance(inputs, Tensor):
+        whole = torch.cat([inputs.new_zeros(first, *inputs.shape[1:]), inputs])
     else:
         whole = [[0]] * first + list(inputs)
 

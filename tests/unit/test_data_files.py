@@ -114,6 +114,14 @@ def test_rows_without_text_or_label_are_left_out_and_counted(tmp_path: Path) -> 
     )
 
 
+def test_a_lone_surrogate_is_a_text_that_can_be_tokenised(tmp_path: Path) -> None:
+    write(tmp_path, a__jsonl='{"text":"a \\ud800 b","label":1}\n', b__jsonl='{"text":"a \\udfff b","label":1}\n')
+    one, other = (table_of(tmp_path, name) for name in ("a.jsonl", "b.jsonl"))
+    assert one.inputs[0].split() == ["a", "\ufffd" * 3, "b"]
+    assert one.inputs[0].encode("utf-8") == other.inputs[0].encode("utf-8")
+    assert one.fingerprint() != other.fingerprint()
+
+
 @pytest.mark.parametrize("content", ["", "text,label\n", "text,label\n,yes\n"])
 def test_an_empty_client_file_is_excluded_and_reported(tmp_path: Path, content: str) -> None:
     write(tmp_path, a__csv=GOOD, empty__csv=content)

@@ -10,20 +10,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from celora.models.sources import quiet
 from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from celora.core.adapters import Lora
-from celora.core.learner import Fit, Recipe
-from celora.core.training import fit
+from celora.core.learner import Recipe
+from celora.core.problems import Fit
+from celora.core.solve import solve
 from celora.data import Data, read
 from celora.data.inputs import ImageFiles, PixelArrays, Texts
 from celora.errors import DataError, ModelError
-from celora.models import Adapter, Backbone, BatchedForward, Model, ModelLearner, ModelZoo, Rows, initial, load
-from celora.models.inputs import DecodedImages, JoinedInputs, ReadyInputs, TokenisedTexts, collate
+from celora.models.backbone import Backbone, load
+from celora.models.inputs import DecodedImages, Inputs, ReadyInputs, TokenisedTexts, collate
+from celora.models.learner import ModelLearner
+from celora.models.loading import quiet
+from celora.models.private_model import PrivateModel
+from celora.models.rows import Rows
+from celora.models.settings import Adapter, Model
 from celora.tensors import but
+from tests.classifier import forward, initial
+from tests.classifier import rows as rows_of
+from tests.toy import image
 
 ROOM = 1 << 20
 WORDS = ["a", "text of", "so many words", "and one more of them here"]
@@ -80,26 +88,6 @@ def test_ids_take_two_bytes_where_they_can(largest: int, dtype: str) -> None:
     assert (str(row.dtype), row.tolist()) == (dtype, [1, largest])
 
 
-def test_a_view_has_its_own_positions_and_nothing_of_its_own() -> None:
-    tokenize = Tokenizer()
-    inputs = TokenisedTexts(tokenize, Texts(WORDS), ROOM)
-    view = inputs.take([3, 1, 2]).take([2, 0])
-    assert (len(view), tokenize.calls) == (2, [])
-    assert view.lengths([1, 0]) == [6, 3]
-    assert listed(view.fetch([0])) == listed(inputs.fetch([2]))
-    assert tokenize.calls == [[WORDS[3], WORDS[2]]]
-
-
-def test_joined_rows_follow_each_other() -> None:
-    one, other = ReadyInputs([[1], [2, 2]]), TokenisedTexts(Tokenizer(), Texts(WORDS), ROOM).take([2])
-    joined = JoinedInputs([ReadyInputs([]), one, other, one])
-    assert len(joined) == 5
-    assert joined.lengths([4, 2, 0]) == [2, 3, 1]
-    assert listed(joined.fetch([2, 3, 1])) == [[2, 4, 5], [1], [2, 2]]
-    images = JoinedInputs([ReadyInputs([]), ReadyInputs(torch.zeros(2, 1, 8, 8))])
-    assert (images.kind, images.shape, len(images)) == ("image", (1, 8, 8), 2)
-
-
 def test_a_batch_of_texts_is_padded_and_whole_numbers_of_pixels_are_divided_by_255() -> None:
     batch = collate([np.array([5, 6, 7], dtype=np.uint16), np.array([70000], dtype=np.int32)], 9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [70000, 9, 9]]
@@ -110,34 +98,39 @@ def test_a_batch_of_texts_is_padded_and_whole_numbers_of_pixels_are_divided_by_2
     assert collate([pixels.float().numpy()], 0)["pixel_values"].flatten().tolist() == [0, 51, 255]
 
 
-def trained(backbone: Backbone, rows: Rows, **recipe: Any) -> Any:
-    passes, start = BatchedForward(backbone, Lora()), initial(backbone, Adapter(rank=2), Lora(), 2, seed=0)
-    learner = ModelLearner(passes, {"train": rows}, start, Recipe(**recipe), seed=0, client="a", round=1)
-    return fit(learner, Fit({}, but())).weights, learner.features()[0], learner.test({}, "train")
+def learner(inputs: Inputs, backbone: Backbone, **recipe: Any) -> ModelLearner:
+    """A client with these rows, every other of which is of class 1."""
+    rows = rows_of(inputs, torch.arange(len(inputs)) % 2)
+    start = initial(backbone, Adapter(rank=2), Lora(), 2, seed=0)
+    splits: dict[Any, Rows] = {"train": rows}
+    return ModelLearner(forward(backbone, Lora()), splits, start, Recipe(**recipe), seed=0, client="a", round=1)
+
+
+def trained(inputs: Inputs, backbone: Backbone) -> list[bytes]:
+    """What a client finds, bit by bit."""
+    it = learner(inputs, backbone, batch_size=4, lr=1e-2)
+    (fitted,) = solve([(it, turn())])
+    return [*image(fitted.weights), *image(it.features()[0]), *image(it.test(fitted.weights, "train"))]
+
+
+def turn() -> Any:
+    return (yield from Fit({}, but()))
 
 
 def test_training_does_not_depend_on_the_budget() -> None:
     backbone = load(Model(device="cpu", max_length=16), Adapter(rank=2, layers="last:1"), Path())
-    texts = Texts(f"{'word ' * (row % 7)} and {row}" for row in range(24))
-    found = [
-        trained(backbone, Rows(backbone.read(texts, budget), torch.arange(24) % 2), batch_size=4, lr=1e-2)
-        for budget in (0, 3000, ROOM)
-    ]
-    ready = Rows(ReadyInputs(backbone.tokenize([*texts])), torch.arange(24) % 2)
-    for weights, features, scores in found:
-        expected, expected_features, expected_scores = trained(backbone, ready, batch_size=4, lr=1e-2)
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
-        assert torch.equal(features, expected_features)
-        assert scores == expected_scores
+    texts = [f"{'word ' * (row % 7)} and {row}" for row in range(24)]
+    expected = trained(ReadyInputs(backbone.tokenize(texts)), backbone)
+    for budget in (0, 3000, ROOM):
+        assert trained(backbone.read(Texts(texts), budget), backbone) == expected
 
 
 def test_few_steps_tokenise_few_of_many_rows() -> None:
     backbone = load(Model(device="cpu", max_length=16), Adapter(rank=2), Path())
     tokenize = Tokenizer()
-    rows = Rows(TokenisedTexts(tokenize, Texts(f"row {row}" for row in range(5000)), ROOM), torch.arange(5000) % 2)
-    passes, start = BatchedForward(backbone, Lora()), initial(backbone, Adapter(rank=2), Lora(), 2, seed=0)
-    learner = ModelLearner(passes, {"train": rows}, start, Recipe(batch_size=4, steps=2), seed=0, client="a", round=1)
-    assert [len(batch["labels"]) for batch in learner.batches()] == [4, 4]
+    inputs = TokenisedTexts(tokenize, Texts(f"row {row}" for row in range(5000)), ROOM)
+    it = learner(inputs, backbone, batch_size=4, steps=2)
+    assert [len(batch["labels"]) for batch in it.batches()] == [4, 4]
     assert sum(map(len, tokenize.calls)) <= 3 * 8 * 4  # windows of eight batches
 
 
@@ -225,7 +218,7 @@ def test_without_a_processor_images_must_be_alike_and_as_large_as_the_model_read
     with pytest.raises(DataError, match=message):
         backbone.read(unlike, ROOM)
     with pytest.raises(DataError, match=message):
-        ModelZoo(Model(own=("cnn-5",), device="cpu"), Path(), seed=0).read(unlike, ROOM)
+        PrivateModel("cnn-5", Model(device="cpu"), Path(), seed=0).read(unlike, ROOM)
     with pytest.raises(ModelError, match=r"reads images of shape \(3, 16, 16\); found \(3, 12, 12\)"):
         backbone.read(stored(tmp_path, [picture(12, 12, "RGB", 0)]), ROOM)
 

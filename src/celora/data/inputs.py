@@ -22,7 +22,10 @@ class Digest(Protocol):
 
 
 class Texts:
-    """n texts: `texts[row]` is one of them, and iteration passes over all in order."""
+    """n texts: `texts[row]` is one of them, and iteration passes over all in order.
+
+    A lone surrogate, which JSON may hold and no tokenizer takes, counts in the hash and is read as U+FFFD.
+    """
 
     kind: Literal["text"] = "text"
 
@@ -33,10 +36,10 @@ class Texts:
         return len(self._column)
 
     def __getitem__(self, row: int) -> str:
-        return self._column[row].decode("utf-8", "surrogatepass")
+        return self._column[row].decode("utf-8", "replace")
 
     def __iter__(self) -> Iterator[str]:
-        return (content.decode("utf-8", "surrogatepass") for content in self._column)
+        return (content.decode("utf-8", "replace") for content in self._column)
 
     def add_to(self, digest: Digest) -> None:
         """Hash all texts."""

@@ -1,6 +1,6 @@
 """`ModelLearner`: a client's rows before a network, its own or one that all share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,37 @@ from celora.models.batching import BatchedForward
 from celora.models.rows import Rows, mini_batches
 from celora.rng import generator
 from celora.tensors import Tensors
+
+
+class _Latest:
+    """The tensors of the mini-batch that was looked at last, which are let go when another one is."""
+
+    def __init__(self, make: Callable[[Sequence[int]], Batch]) -> None:
+        self._make = make
+        self._chosen: Sequence[int] | None = None
+        self._tensors: Batch = {}
+
+    def of(self, chosen: Sequence[int]) -> Batch:
+        """The tensors of these rows; they are the latest as long as it is the same list."""
+        if chosen is not self._chosen:
+            self._chosen, self._tensors = chosen, self._make(chosen)
+        return self._tensors
+
+
+class _MiniBatch(Batch):
+    """Some rows, whose tensors are made when they are looked at: all mini-batches of a `Fit` are listed beforehand."""
+
+    def __init__(self, latest: _Latest, chosen: Sequence[int]) -> None:
+        self._latest, self._chosen = latest, chosen
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._latest.of(self._chosen)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._latest.of(self._chosen))
+
+    def __len__(self) -> int:
+        return len(self._latest.of(self._chosen))
 
 
 class ModelLearner:
@@ -63,8 +94,9 @@ class ModelLearner:
         shuffled, so that padding to the longest row costs little.
         """
         rows = self.rows("train")
+        latest = _Latest(partial(self._forward.batch, rows))
         for chosen in mini_batches(len(rows), partial(self._forward.lengths_of, rows), self.recipe, size, self._order):
-            yield self._forward.batch(rows, chosen)
+            yield _MiniBatch(latest, chosen)
 
     def losses(self, weights: Tensors, batch: Batch) -> Tensor:
         """Mean loss over what counts: `()`, or `(K,)` where the weights carry a leading client axis."""
