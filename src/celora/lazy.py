@@ -35,13 +35,21 @@ class Lazy:
         return getattr(self._module, name)
 
 
+class _Library(Lazy):
+    """One that inner loops ask: an attribute, once found, is kept, and costs no more than a module's own."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = self.__dict__[name] = super().__getattr__(name)
+        return found
+
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
     import torch.nn.functional as F
     from torch import Tensor
 else:
-    np, torch, F = Lazy("numpy"), Lazy("torch"), Lazy("torch.nn.functional")
+    np, torch, F = _Library("numpy"), _Library("torch"), _Library("torch.nn.functional")
 
     class _LikeTensor(type):
         """Its classes answer for `torch.Tensor`."""

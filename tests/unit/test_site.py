@@ -172,7 +172,7 @@ def test_an_order_for_no_round_is_refused_for_the_ledger_could_not_count_it(roun
     bench = Bench(state)
     bench.begin()
     for task in ("train", "evaluate", "close", "test"):
-        refused = bench.order(replace(order, round=round, task=task))
+        refused = bench.order(replace(order, round=round, action=task))
         assert refused.error == "found an instruction for no round, expected one of 1 to 1000000000"
         assert not refused.body
     assert bench.ledger.verify() == [] and len(list(bench.ledger.entries())) == 5

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,11 +17,13 @@ from torch import Tensor
 from celora.core.adapters import Family, modules
 from celora.core.task import Card
 from celora.errors import RunFolderError
+from celora.lazy import Lazy
 from celora.models import loading
 from celora.models.backbone import Backbone
 from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, only, select
 
+peft = Lazy("peft")
 _POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     "cls": "hidden[:, 0]",
@@ -86,7 +87,7 @@ def export_peft(
         state[f"base_model.model.{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - len(a)))
         state[f"base_model.model.{module}.lora_B.weight"] = F.pad(b, (0, rank - len(a)))
     alpha: Any = adapter.scaling * rank  # PEFT declares an int and takes a float
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=list(backbone.targets),

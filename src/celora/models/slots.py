@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from celora.lazy import Lazy
+
+peft = Lazy("peft")
 _ADAPTER = "default"
 
 
@@ -59,12 +60,12 @@ def inject(transformer: nn.Module, targets: list[str], rank: int, alpha: Any) ->
 
     PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
     with warnings.catch_warnings():  # PEFT sees for itself that GPT-2 stores Wᵀ, and says so
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        inject_adapter_in_model(config, transformer, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+        peft.inject_adapter_in_model(config, transformer, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     layers: dict[str, Any] = {
-        name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)
+        name: module for name, module in transformer.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     for layer in layers.values():
         layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER] = _Passing(), Slot()

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from celora.errors import ModelError
+from celora.lazy import Lazy
+
+pytorch_utils = Lazy("transformers.pytorch_utils")
 
 
 def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) -> list[str]:
@@ -19,7 +21,7 @@ def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) 
         ModelError: if a target matches nothing, or a module that is not linear.
     """
     modules = _used(transformer)
-    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | pytorch_utils.Conv1D)]
     if isinstance(targets, str):
         everything = targets.lower() == "all-linear"
         found = linear if everything else [path for path in modules if _fullmatch(targets, path)]

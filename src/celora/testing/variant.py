@@ -77,7 +77,7 @@ def variants(kind: Callable[..., Any], more: Sequence[Mapping[str, Any]] = ()) -
     for head in HEADS:
         try:
             found[head] = Variant(kind(head=head))
-        except ValueError:  # pydantic's, too, is one
+        except (TypeError, ValueError):  # it knows no heads, or not this one; pydantic errors are ValueErrors
             continue
     found = found or {"default": Variant(kind())}
     return found | {f"more{number}": Variant(kind(**settings)) for number, settings in enumerate(more, 1)}
