@@ -160,8 +160,9 @@ def main() -> None:
                 name: {what: Spread(tuple(turn[what] for turn in turns)) for what in turns[0]}
                 for name, turns in found.items()
             }
-            show(f"{count:,} rows, {kind}", [{"tree": name, **spread} for name, spread in spreads.items()],
-                 "seconds since the process began; MB")  # fmt: skip
+            medians = [{"tree": name, **{what: one.median for what, one in s.items()}} for name, s in spreads.items()]
+            note = "seconds of CPU (but for wall) since the process began; MB; medians"
+            show(f"{count:,} rows, {kind}", medians, note)
             rows = {name: {what: one.json() for what, one in spread.items()} for name, spread in spreads.items()}
             sections[kind] = {"rows": count, "trees": rows}
     save("inputs", sections, settings=vars(options))

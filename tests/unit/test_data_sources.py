@@ -1,15 +1,18 @@
 """Embedded sources, the Hub (with a stand-in for `datasets`), the [data] section and the table itself."""
 
+import io
 import json
 import sys
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from celora.data import Data, Table, docstrings, load, read
@@ -188,6 +191,40 @@ def test_a_hub_data_set_keeps_its_labelled_splits(hub: dict[str, Any]) -> None:
         "glue/test: 3 rows without a label were left out (first: row 1)",
         "glue/test holds no usable row",
     )
+
+
+@dataclass(frozen=True)
+class HubImage:
+    """A feature of images; they are given as files where `decode` is off."""
+
+    decode: bool = True
+
+
+class ImageSplit(Split):
+    """Its images come decoded, as those of `datasets` do, unless their column is cast."""
+
+    def select_columns(self, names: list[str]) -> Any:
+        return ImageSplit(self.rows, {name: self.features[name] for name in names})
+
+    def cast_column(self, name: str, feature: HubImage) -> Any:
+        return ImageSplit(self.rows, {**self.features, name: feature})
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            yield row if self.features["picture"] == HubImage(decode=False) else {**row, "picture": object()}
+
+
+def test_images_of_a_hub_data_set_come_as_files(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (7, 8, 9)).save(file, "PNG")
+    rows = [{"picture": {"bytes": file.getvalue(), "path": None}, "label": number % 2} for number in range(4)]
+    hub["train"] = ImageSplit(rows, {"picture": HubImage(), "label": ClassLabel()})
+    for split in ("validation", "test", "unsupervised"):
+        del hub[split]
+    monkeypatch.setattr(sys.modules["datasets"], "Image", HubImage, raising=False)
+    table = read(Data(source="hub:glue", image="picture"), HERE)
+    assert (table.labels, table.splits) == (["neg", "pos"] * 2, ["train"] * 4)
+    assert table.inputs[3][:, 2, 2].tolist() == [7, 8, 9]
 
 
 def test_hub_errors_say_what_to_do(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

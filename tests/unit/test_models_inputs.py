@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, ViTConfig, ViTModel
+from transformers import AutoImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from celora.core.adapters import Lora
@@ -224,13 +224,35 @@ def test_without_a_processor_images_must_be_alike_and_as_large_as_the_model_read
 
 
 def test_a_processor_that_does_not_fit_its_model_is_named(tmp_path: Path) -> None:
-    images = stored(tmp_path, [picture(16, 16, "RGB", 0)])
-    backbone = vit(tmp_path, processor={**OWN, "size": {"height": 24, "width": 24}})
-    with pytest.raises(ModelError, match=r"reads images of shape \(3, 16, 16\); found \(3, 24, 24\)"):
-        backbone.read(images, ROOM)
+    with pytest.raises(ModelError, match=r"vit, a ViTModel, makes no features of images alone: .*24\*24.*16\*16"):
+        vit(tmp_path, processor={**OWN, "size": {"height": 24, "width": 24}})
     (tmp_path / "vit" / "preprocessor_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"preprocessor_config\.json cannot be read as an image processor"):
-        backbone.read(images, ROOM)
+        vit(tmp_path)
+
+
+def test_a_processor_that_leaves_sizes_as_they_are_needs_images_alike(tmp_path: Path) -> None:
+    backbone = vit(tmp_path, processor={**OWN, "do_resize": False})
+    assert backbone.image_shape == (3, 16, 16)
+    inputs = backbone.read(stored(tmp_path, [picture(16, 16, "RGB", 0), picture(16, 24, "RGB", 0)]), ROOM)
+    assert inputs.fetch([0])[0].shape == (3, 16, 16)
+    with pytest.raises(ModelError, match=r"makes \(3, 16, 24\) of image 2, and \(3, 16, 16\) of the first"):
+        inputs.fetch([1])
+
+
+def test_a_backbone_reads_images_as_large_as_its_processor_makes_them(tmp_path: Path) -> None:
+    """DINOv2's positions are of 518 × 518 pixels, its processor makes 224 × 224."""
+    config = Dinov2Config(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2
+    )
+    with quiet():
+        Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    ViTImageProcessorPil(**OWN).save_pretrained(tmp_path / "dino")
+    backbone = load(Model(backbone="dino", device="cpu"), Adapter(targets="all-linear"), tmp_path)
+    batch = backbone.batch(backbone.read(stored(tmp_path, [picture(9, 40, "RGB", 0)]), ROOM), [0])
+    assert batch["pixel_values"].shape == (1, 3, 16, 16)
+    assert backbone.image_tokens == 5
+    assert backbone.encode(batch, {}).shape == (1, 16)
 
 
 def test_images_are_decoded_again_alike_beyond_the_budget(tmp_path: Path) -> None:

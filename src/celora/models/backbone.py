@@ -16,7 +16,7 @@ from celora.core.learner import Batch
 from celora.errors import ModelError
 from celora.models import loading, targets
 from celora.models.image_processor import FILE as PROCESSOR
-from celora.models.image_processor import ImageProcessor, image_processor
+from celora.models.image_processor import image_processor
 from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, bound, inject, watched
@@ -50,7 +50,7 @@ class Backbone:
         rows_first: whether the first axis of what the adapted modules read is that of rows, so that clients can share
             a pass. It is not in XLNet and Longformer, where tokens come first, nor where DeBERTa projects positions.
         dropout: whether the backbone's own dropout is on while training.
-        tokenizer: None for images.
+        tokenizer: None for images; processor: None for texts, and for images where the backbone brings none.
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
 
     Raises:
@@ -82,6 +82,7 @@ class Backbone:
         self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
         self._model = model
         self._config: Any = transformer.config
+        self.processor = image_processor(source, self._config.num_channels) if self.kind == "image" else None
         self._transformer = transformer.requires_grad_(False).eval().to(self.device)
         (_, one), (states, two) = self._tried(1), self._tried(2)
         self.width = states.shape[-1]
@@ -132,12 +133,13 @@ class Backbone:
         _, height, width = self.image_shape
         return (height // down) * (width // across) + 1
 
-    @property
+    @cached_property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images an image backbone reads."""
+        """(channels, height, width) of the images an image backbone reads: what its own processor makes of them."""
         side = self._config.image_size
         height, width = (side, side) if isinstance(side, int) else side
-        return self._config.num_channels, height, width
+        shape = self._config.num_channels, height, width
+        return shape if self.processor is None else self.processor.shape_of(shape)
 
     def read(self, rows: Any, budget: int) -> Inputs:
         """The rows of a source as this backbone reads them, made when they are first needed.
@@ -155,13 +157,9 @@ class Backbone:
         if source.kind == "text":
             inputs = TokenisedTexts(self.tokenize, source, budget)
         else:
-            prepare: ImageProcessor | None = None
-            notices: tuple[str, ...] = ()
-            if self.kind == "image":
-                prepare = image_processor(self.source, self.image_shape[0])
-            if prepare is None and source[0].dtype == torch.uint8:
-                notices = (f"pixels are divided by 255: {self.name} brings no image processor ({PROCESSOR})",)
-            inputs = DecodedImages(source, prepare, budget, notices)
+            plain = self.processor is None and source[0].dtype == torch.uint8
+            notice = f"pixels are divided by 255: {self.name} brings no image processor ({PROCESSOR})"
+            inputs = DecodedImages(source, self.processor, budget, (notice,) if plain else ())
         self.check(inputs)
         return inputs
 

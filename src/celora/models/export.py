@@ -154,6 +154,8 @@ def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     if backbone.kind == "text":
         code = _TEXT.format(**common, extra=extra, length=model.max_length)
     else:
+        own = "as `AutoImageProcessor.from_pretrained(base)` prepares them"
+        note = f"\nImages are pixels {'in [0, 1]' if backbone.processor is None else own}.\n"
         code = _IMAGE.format(**common, shape=", ".join(str(size) for size in backbone.image_shape))
     return (
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "

@@ -36,6 +36,11 @@ class ImageProcessor:
         found: NDArray[np.float32] = np.asarray(made["pixel_values"][0], dtype=np.float32)
         return found
 
+    def shape_of(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """What becomes of the shape (channels, height, width) of an image."""
+        channels, height, width = self(torch.zeros(shape, dtype=torch.uint8)).shape
+        return channels, height, width
+
 
 def image_processor(source: str, channels: int) -> ImageProcessor | None:
     """The processor in the folder (or in the Hub's local cache) that a backbone came from; None if it brings none.

@@ -8,14 +8,15 @@ collate                          rows -> the tensors of a batch
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-T = TypeVar("T")
+from celora.errors import ModelError
+
 Row = NDArray[Any]
 """Token ids (t,), or pixels (channels, height, width)."""
 Tokenize = Callable[[Sequence[str]], Sequence[Sequence[int]]]
@@ -154,7 +155,13 @@ class DecodedImages(Inputs):
     def _made(self, rows: Sequence[int]) -> Iterator[Row]:
         for row in rows:
             pixels = self._images[row]
-            yield pixels.numpy() if self._prepare is None else self._prepare(pixels)
+            made = pixels.numpy() if self._prepare is None else self._prepare(pixels)
+            if made.shape != self.shape:
+                raise ModelError(
+                    f"the model's image processor makes {made.shape} of image {row + 1}, and {self.shape} of the "
+                    "first; expected one shape: resize the images alike"
+                )
+            yield made
 
 
 class ReadyInputs(Inputs):
