@@ -16,7 +16,7 @@ from celora.core.learner import Batch
 from celora.errors import ModelError
 from celora.models import loading, targets
 from celora.models.image_processor import FILE as PROCESSOR
-from celora.models.image_processor import image_processor
+from celora.models.image_processor import ImageProcessor, image_processor
 from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, bound, inject, watched
@@ -50,7 +50,7 @@ class Backbone:
         rows_first: whether the first axis of what the adapted modules read is that of rows, so that clients can share
             a pass. It is not in XLNet and Longformer, where tokens come first, nor where DeBERTa projects positions.
         dropout: whether the backbone's own dropout is on while training.
-        tokenizer: None for images; processor: None for texts, and for images where the backbone brings none.
+        tokenizer: None for images.
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
 
     Raises:
@@ -82,7 +82,6 @@ class Backbone:
         self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
         self._model = model
         self._config: Any = transformer.config
-        self.processor = image_processor(source, self._config.num_channels) if self.kind == "image" else None
         self._transformer = transformer.requires_grad_(False).eval().to(self.device)
         (_, one), (states, two) = self._tried(1), self._tried(2)
         self.width = states.shape[-1]
@@ -132,6 +131,11 @@ class Backbone:
         down, across = (patch, patch) if isinstance(patch, int) else patch
         _, height, width = self.image_shape
         return (height // down) * (width // across) + 1
+
+    @cached_property
+    def processor(self) -> ImageProcessor | None:
+        """The backbone's own image processor; None for texts, and where it brings none."""
+        return image_processor(self.source, self._config.num_channels) if self.kind == "image" else None
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
