@@ -170,7 +170,7 @@ def test_the_files_it_shows_are_the_examples() -> None:
     shown = files()
     assert shown.keys() == {"federation.toml", "site-policy.toml", "site-policy-fedit.toml"}
     assert {name: (EXAMPLES / name).read_text() for name in shown} == shown
-    ce_lora, fedit = (policy.read(EXAMPLES / name) for name in ("site-policy.toml", "site-policy-fedit.toml"))
+    ce_lora, fedit = (policy.read_policy(EXAMPLES / name) for name in ("site-policy.toml", "site-policy-fedit.toml"))
     assert ce_lora.leaves is not None and ce_lora.leaves["ce_lora.Up"] == ("core", "examples", "summary")
     assert fedit.leaves is not None and fedit.leaves["fedit.Up"] == ("weights", "examples")
 
