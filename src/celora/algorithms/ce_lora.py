@@ -24,7 +24,7 @@ mixture is its rows.
 Many clients. Up to 1,000, or where everybody is a neighbour, S is the matrix of all pairs, exactly, and a client's
 neighbours are the `neighbours` most alike in S. Beyond, no (m, m) matrix is ever held, and
 
-    candidates   the 2 · neighbours others with the least lower bound of OT (`celora.maths.transport`); by CKA, among
+    candidates   the 2 · neighbours others with the least lower bound of OT (`celora.maths.nearest`); by CKA, among
                  all, for a client that has told nothing, and for all while no more than 2 · neighbours clients have
     neighbours   the most alike in S among the candidates
 
@@ -60,9 +60,10 @@ from celora.fields import Count, Fraction, NonNegative, Positive, setting, setti
 from celora.lazy import Tensor, torch
 from celora.marks import DisclosureFloor, MixingMatrix, RowCount, Summary
 from celora.maths.cka import Estimator, cka, points
+from celora.maths.distances import distance_matrix
 from celora.maths.mixtures import Mixture, fit_mixture
+from celora.maths.nearest import nearest_clients
 from celora.maths.neighbours import average, likeness, most_alike
-from celora.maths.transport import distance_matrix, nearest_clients
 from celora.maths.weights import Combination, Kernel, Normalisation, SelfWeight, combine, kernel, row_weights
 from celora.rng import generator
 from celora.tensors import Names, Tensors, only, select
