@@ -50,7 +50,7 @@ from celora.core.algorithm import (
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, Fraction, NonNegative, Positive, setting, settings
-from celora.lazy import Tensor, torch
+from celora.lazy import F, Tensor, torch
 from celora.marks import DisclosureFloor, MixingMatrix, RowCount, Summary
 from celora.maths.cka import Estimator, cka, points
 from celora.maths.known import Known, between_all, candidates, of_one_space, placed, to_candidates
@@ -318,7 +318,7 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         model = likeness(at, near).clamp(-1, 1).masked_fill(own, 1.0)
         data = kernel(distance, self.kernel, own=own, typical=known.typical)
         alike = combine(data, model, self.combination, self.data_share)
-        best = torch.nn.functional.pad(alike[:, 1:].topk(count).indices + 1, (1, 0))  # itself is at 0
+        best = F.pad(alike[:, 1:].topk(count).indices + 1, (1, 0))  # itself is at 0
         return near.gather(1, best), alike.gather(1, best)
 
     def model(self, local: Local, down: Down) -> Tensors:
