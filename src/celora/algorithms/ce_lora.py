@@ -53,7 +53,7 @@ from celora.fields import Count, Fraction, NonNegative, Positive, setting, setti
 from celora.lazy import F, Tensor, torch
 from celora.marks import DisclosureFloor, MixingMatrix, RowCount, Summary
 from celora.maths.cka import Estimator, cka, points
-from celora.maths.known import Known, between_all, candidates, of_one_space, placed, to_candidates
+from celora.maths.known import Known, candidates, of_one_space, placed, updated
 from celora.maths.mixtures import Mixture, fit_mixture
 from celora.maths.neighbours import average, likeness, with_self
 from celora.maths.weights import Combination, Kernel, Normalisation, SelfWeight, combine, kernel, row_weights
@@ -234,12 +234,8 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         summaries = of_one_space(dict(sorted({**server.summaries, **new}.items())))
         clients, rounds = tuple(cores), server.rounds + 1
         stacks = {name: torch.stack([c[name] for c in cores.values()]) for name in next(iter(cores.values()))}
-        known = Known(server.distances, server.near, server.typical)
-        if self.compares_all(len(clients)):
-            known = between_all(summaries, known, server.summaries, new, label_cost=self.label_cost)
-        else:
-            count = self.candidates(len(clients))
-            known = to_candidates(summaries, known, server.summaries, new, count, label_cost=self.label_cost)
+        known, listed = Known(server.distances, server.near, server.typical), self.candidates(len(clients))
+        known = updated(summaries, known, server.summaries, new, listed, label_cost=self.label_cost)
         mixing = self.mixing(clients, stacks, server.start, examples, summaries, known, rounds)
         means = {name: average(stack, mixing.weights, mixing.neighbours).unbind() for name, stack in stacks.items()}
         received = {client: {name: means[name][i] for name in means} for i, client in enumerate(clients)}
@@ -251,13 +247,9 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         """How many others enter a client's average."""
         return min(self.neighbours or (m if m <= DENSE else FEW), m - 1)
 
-    def compares_all(self, m: int) -> bool:
-        """Whether S is the matrix of all pairs."""
-        return m <= DENSE or self.count(m) == m - 1
-
-    def candidates(self, m: int) -> int:
-        """How many others are looked at for that where there are too many to look at all."""
-        return min(2 * self.count(m), m - 1)
+    def candidates(self, m: int) -> int | None:
+        """How many others are looked at for that; None where S is the matrix of all pairs."""
+        return None if m <= DENSE or self.count(m) == m - 1 else min(2 * self.count(m), m - 1)
 
     def mixing(
         self,
@@ -303,8 +295,8 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         self, clients: tuple[ClientId, ...], cores: Tensor, summaries: Mapping[ClientId, Mixture], known: Known
     ) -> tuple[Tensor | None, Tensor]:
         """Each client itself and its neighbours, and S to them, both (m, 1 + k); None and S (m, m) where all are."""
-        m, count = len(clients), self.count(len(clients))
-        if self.compares_all(m):
+        m, count, listed = len(clients), self.count(len(clients)), self.candidates(len(clients))
+        if listed is None:
             distances, model = placed(known, summaries, clients), cka(cores, self.cka_estimator)
             alike = combine(kernel(distances, self.kernel), model, self.combination, self.data_share)
             del distances, model  # (m, m) each
@@ -313,7 +305,7 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
             near = with_self(alike.clone().fill_diagonal_(-torch.inf).topk(count).indices)
             return near, alike.gather(1, near)
         at = points(cores, self.cka_estimator).float()
-        near, distance = candidates(known, summaries, clients, at, self.candidates(m))
+        near, distance = candidates(known, summaries, clients, at, listed)
         own = near == torch.arange(m)[:, None]
         model = likeness(at, near).clamp(-1, 1).masked_fill(own, 1.0)
         data = kernel(distance, self.kernel, own=own, typical=known.typical)

@@ -57,23 +57,38 @@ def of_one_space(summaries: Mapping[str, Mixture]) -> dict[str, Mixture]:
     }
 
 
-def between_all(
+def updated(
     summaries: Mapping[str, Mixture],
     known: Known,
     before: Mapping[str, Mixture],
     new: Collection[str],
+    count: int | None,
     *,
     label_cost: float,
 ) -> Known:
-    """All distances between the summaries.
+    """What is known when summaries have arrived.
 
     Args:
         summaries: those of now, of one space.
         known: the distances between those of before.
         before: the summaries then.
         new: clients of `summaries` that were not among them, or have told anew.
+        count: candidates of each client, found anew among all, so that they do not depend on the order of arrival;
+            nothing is known while no more than that have told. None: all are compared.
         label_cost: λ.
     """
+    if count is None:
+        return _between_all(summaries, known, before, new, label_cost)
+    return _to_candidates(summaries, known, before, new, count, label_cost)
+
+
+def _between_all(
+    summaries: Mapping[str, Mixture],
+    known: Known,
+    before: Mapping[str, Mixture],
+    new: Collection[str],
+    label_cost: float,
+) -> Known:
     if not new:
         return known
     places = {client: i for i, client in enumerate(before) if client in summaries and client not in new}
@@ -86,20 +101,14 @@ def between_all(
     return known._replace(distances=found[back][:, back])
 
 
-def to_candidates(
+def _to_candidates(
     summaries: Mapping[str, Mixture],
     known: Known,
     before: Mapping[str, Mixture],
     new: Collection[str],
     count: int,
-    *,
     label_cost: float,
 ) -> Known:
-    """Distances from each client that has told to `count` candidates; nothing while no more than that have told.
-
-    The candidates are found anew among all, so they do not depend on the order of arrival. Arguments are those of
-    `between_all`.
-    """
     those = told(summaries)
     if len(those) <= count:
         return Known(torch.zeros(0, 0), torch.zeros(0, 0).int(), torch.zeros(0, 0))
