@@ -169,7 +169,7 @@ class Algorithm(Protocol[S, L, D, U]):
 
     @abstractmethod
     def client_init(self, learner: Learner) -> L:
-        """A client's private state before its first turn."""
+        """A client's private state before its first update."""
 
     @abstractmethod
     def send(self, server: S, client: ClientId) -> D:
@@ -177,7 +177,7 @@ class Algorithm(Protocol[S, L, D, U]):
 
     @abstractmethod
     def train(self, learner: Learner, local: L, down: D) -> ClientUpdate[Trained[L, U]]:
-        """A client's turn: yields `Fit` problems and returns what it keeps, sends and predicts with."""
+        """A client's update: yields `Fit` problems and returns what it keeps, sends and predicts with."""
 
     @abstractmethod
     def aggregate(self, server: S, heard: Heard[U]) -> S:
