@@ -8,11 +8,13 @@ Bad input is a `DataError`; what is merely odd (an empty client, a client of one
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from celora import fields
+from celora.core.task import IMAGES, TEXTS, Form
+from celora.core.task import Columns as TaskColumns
 from celora.data import partition
 from celora.data.columns import Columns
 from celora.data.digits import read_digits
@@ -40,6 +42,9 @@ class Data:
     test: str | None = setting(None, "path or pattern of separate test files; none: each client splits its own rows")
     text: str = setting("text", "column of the texts", min_length=1)
     image: str | None = setting(None, "column of images (bytes of JPEG or PNG files), instead of texts", min_length=1)
+    columns: Mapping[str, str] | None = setting(
+        None, 'columns of what else a task reads, such as {prompt = "question", completion = "answer"}'
+    )
     label: str = setting("label", "column of the labels", min_length=1)
     client: str | None = setting(None, "column that names the client of a row (natural partition)", min_length=1)
     split: str | None = setting(None, "column that says train, validation or test of a row", min_length=1)
@@ -73,27 +78,41 @@ class Data:
             raise ValueError("test and split both say which rows test; set one of them")
 
 
-Strata = Callable[[Table], Sequence[str] | None]
-"""What rows are dealt and split by: the stratum of each row; None: nothing (`celora.core.task.Task.strata`)."""
+class Reading(Protocol):
+    """What a task says of the rows it reads (`celora.core.task.Task`)."""
+
+    @property
+    def forms(self) -> Sequence[Form]:
+        """The forms in which a source may hold them."""
+
+    def strata(self, columns: TaskColumns) -> Sequence[str] | None:
+        """What rows are dealt and split by: the stratum of each row; None: nothing."""
 
 
-def by_label(table: Table) -> Sequence[str]:
-    """Strata of a classifier."""
-    return table.labels
+class Labelled:
+    """Texts or images with labels, by which they are dealt: as a classifier reads them."""
+
+    forms = (TEXTS, IMAGES)
+
+    def strata(self, columns: TaskColumns) -> Sequence[str]:
+        """The labels."""
+        return columns.labels
 
 
-def load(data: Data, base: Path, seed: int, strata: Strata = by_label) -> FederatedDataset:
+def load(data: Data, base: Path, seed: int, task: Reading | None = None) -> FederatedDataset:
     """Read the source, deal its rows to the clients, and split each client's rows.
 
     Args:
         base: the folder that relative paths start at: the one of the configuration file.
         seed: of every draw; the same data and seed give the same federation on any machine.
+        task: whose rows they are; none: rows have labels.
 
     Raises:
         DataError: saying what was found, what was expected and what to do.
     """
-    table = read(data, base)
-    of_rows = strata(table)
+    task = task or Labelled()
+    table = read(data, base, task.forms)
+    of_rows = task.strata(table)
     drawn: partition.Kind = "iid" if of_rows is None else "dirichlet"
     by_default: partition.Kind = drawn if table.groups is None else "natural"
     kind = by_default if data.partition == "auto" else data.partition
@@ -105,18 +124,19 @@ def load(data: Data, base: Path, seed: int, strata: Strata = by_label) -> Federa
     return _carved(table, of_rows, hands, data, seed, groups)
 
 
-def alone(data: Data, base: Path, client: str, seed: int, strata: Strata = by_label) -> FederatedDataset:
+def alone(data: Data, base: Path, client: str, seed: int, task: Reading | None = None) -> FederatedDataset:
     """One client with all rows of the source: a site. Its splits are those it has where all clients are read at once.
 
     Raises:
         DataError: as `load`.
     """
-    table = read(data, base)
+    task = task or Labelled()
+    table = read(data, base, task.forms)
     splits = table.splits or ["train"] * len(table)
     hand = ClientRows(
         *([row for row, of in enumerate(splits) if of == split] for split in ("train", "validation", "test"))
     )
-    return _carved(table, strata(table), {client: hand}, data, seed, {})
+    return _carved(table, task.strata(table), {client: hand}, data, seed, {})
 
 
 def _carved(
@@ -149,13 +169,16 @@ def _carved(
     )  # fmt: skip
 
 
-def read(data: Data, base: Path) -> Table:
+def read(data: Data, base: Path, forms: Sequence[Form] = Labelled.forms) -> Table:
     """The table of a source, before it is dealt out.
+
+    Args:
+        forms: in which the source may hold the rows.
 
     Raises:
         DataError: if the source does not exist or cannot be read.
     """
-    columns = Columns(data.text, data.label, data.client, data.split, data.image)
+    columns = named(data, forms)
     if data.source == "docstrings":
         return read_docstrings()
     if data.source == "digits":
@@ -168,6 +191,23 @@ def read(data: Data, base: Path) -> Table:
             f".csv, .jsonl or .parquet file.{did_you_mean(data.source, EMBEDDED)}"
         )
     return read_files(data.source, base, columns, data.test)
+
+
+def named(data: Data, forms: Sequence[Form]) -> Columns:
+    """The columns that are read of a source.
+
+    Raises:
+        DataError: if a role is named that the task does not read.
+    """
+    of = {"text": data.text, **({"image": data.image} if data.image else {}), **(data.columns or {})}
+    known = {role for form in forms for role in form.roles}
+    if foreign := [role for role in data.columns or {} if role not in known]:
+        raise DataError(f"data.columns names {foreign[0]!r}, which the task does not read; expected {listing(known)}")
+    if data.image is None and len(forms) > 1:  # images are read where they are asked for
+        forms = [form for form in forms if form != IMAGES]
+    elif data.image is not None and IMAGES in forms:
+        forms = [IMAGES]
+    return Columns(forms, of, data.label, data.client, data.split)
 
 
 def _without(clients: Mapping[str, ClientRows], expected: list[str]) -> Iterable[str]:

@@ -146,7 +146,7 @@ def _decoded(line: bytes, where: str, path: Path, start: bytes) -> str:
 def _csv(path: Path, name: str, columns: Columns) -> Sheet:
     with closing(_values(path, name)) as rows:
         header = [value.strip() for value in next(rows, (1, []))[1]]
-    if twice := next((one for one in columns.names() if header.count(one) > 1), None):
+    if twice := next((one for one in header if one in columns.wanted() and header.count(one) > 1), None):
         raise DataError(f"{name}: the header names the column {twice!r} twice; rename one of them.")
 
     def records() -> Records:
@@ -200,9 +200,10 @@ def _jsonl(path: Path, name: str, columns: Columns) -> Sheet:
                 hint = " One object a line is expected, not one array for the file." if line.lstrip()[0] == "[" else ""
                 raise DataError(f"{name}:{number}: not JSON: {error}.{hint} Correct or remove the line.") from None
             if not isinstance(record, dict):
+                example = ", ".join(f'"{column}": "…"' for column in columns.names())
                 raise DataError(
                     f"{name}:{number}: found a JSON {type(record).__name__}, expected one object a line, "
-                    f'such as {{"{columns.text}": "…", "{columns.label}": "…"}}.'
+                    f"such as {{{example}}}."
                 )
             keys.update(dict.fromkeys(record))
             yield number, record
@@ -216,7 +217,7 @@ def _parquet(path: Path, name: str, columns: Columns) -> Sheet:
 
     def records() -> Records:
         with _parquet_file(path, name) as file:
-            chosen = [one for one in columns.names() if one in names]
+            chosen = [one for one in names if one in columns.wanted()]
             batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=chosen)
             yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
 

@@ -81,7 +81,7 @@ class ResourceCache:
         dealt = (repr(experiment.data), repr(experiment.task), experiment.plan.seed)
         if dealt not in self._federations:
             self._federations[dealt] = data.load(
-                experiment.data, experiment.base, experiment.plan.seed, experiment.task.strata
+                experiment.data, experiment.base, experiment.plan.seed, experiment.task
             )
         return self._federations[dealt]
 

@@ -51,8 +51,16 @@ class ClientModel:
         return self._run.models(plain=plain).predict(self.client, weights, inputs)
 
     def predict(self, inputs: Any) -> Sequence[Any]:
-        """What the model answers for each row: of a classifier the name of a class."""
-        return self._run.task.answers(self.outputs(inputs)) if len(inputs) else []
+        """What the model answers for each row: of a classifier the name of a class, of a language model a text.
+
+        Args:
+            inputs: as `outputs`; for a language model prompts, as texts or as rows without their answer.
+
+        Raises:
+            RunFolderError, ModelError: as `outputs`.
+        """
+        weights, plain = load_export(self.folder)
+        return self._run.models(plain=plain).answers(self.client, weights, inputs) if len(inputs) else []
 
 
 @dataclass(frozen=True)

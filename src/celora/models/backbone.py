@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
+from celora.core.task import Architecture
 from celora.errors import ModelError
 from celora.models import loading, targets
 from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.image_processor import ImageProcessor, image_processor
 from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
+from celora.models.language import LanguageHead, answered
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, bound, inject, watched
+from celora.models.tokens import TextTokenizer
 
 _ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
 _PASS = 1024 * 384
@@ -52,6 +55,8 @@ class Backbone:
         dropout: whether the backbone's own dropout is on while training.
         tokenizer: None for images.
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
+        head: of a language model; None where hidden states are all that is read.
+        prefix: where the transformer lies in the model that it was loaded as, "" or such as "model.".
 
     Raises:
         ModelError: if it cannot read texts of `max_length`, has no such targets or layers, or gives no vector for each
@@ -60,7 +65,20 @@ class Backbone:
 
     kind: Literal["text", "image"]
 
-    def __init__(self, transformer: nn.Module, tokenizer: Any, source: str, *, model: Model, adapter: Adapter) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        tokenizer: Any,
+        source: str,
+        *,
+        model: Model,
+        adapter: Adapter,
+        architecture: Architecture = "encoder",
+    ) -> None:
+        whole: Any = transformer
+        self.head = LanguageHead(whole) if architecture == "causal-lm" else None
+        self.prefix = f"{whole.base_model_prefix}." if self.head else ""
+        transformer = whole.base_model if self.head else transformer
         self.kind = loading.kind(transformer)
         self.longest = loading.longest(transformer, tokenizer) if self.kind == "text" else None
         if self.longest is not None and model.max_length > self.longest:
@@ -82,18 +100,21 @@ class Backbone:
         self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
         self._model = model
         self._config: Any = transformer.config
-        self._transformer = transformer.requires_grad_(False).eval().to(self.device)
+        self._whole: nn.Module = whole.requires_grad_(False).eval().to(self.device)
+        self._transformer = transformer
         (_, one), (states, two) = self._tried(1), self._tried(2)
         self.width = states.shape[-1]
         # a call has rows on the first axis of what it reads if that is twice as long for two of them
         calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
         self.rows_first = all(map(all, self._of_rows.values()))
+        if self.head:
+            self._check_language_model()
 
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        for name, tensor in self._transformer.state_dict().items():
+        for name, tensor in self._whole.state_dict().items():
             head = f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}\n"
             digest.update(head.encode())
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
@@ -102,6 +123,36 @@ class Backbone:
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and values of the frozen weights, whatever adapts them."""
         return self._digest
+
+    @torch.no_grad()
+    def _check_language_model(self) -> None:
+        """
+        Raises:
+            ModelError: if tokens are predicted from those after them, or logits are not those of the model itself.
+        """
+        whole: Any = self._whole
+        batch = self._moved(self.batch(self.sample(), [0]))
+        short = {name: tensor[:, :-1] for name, tensor in batch.items()}
+        states, _ = self.states(batch, {})
+        before, _ = self.states(short, {})
+        near = partial(torch.allclose, rtol=1e-2, atol=1e-2 * float(states.abs().max()))
+        what = f"{self.name}, a {type(whole).__name__},"
+        if not near(states[:, :-1], before):
+            raise ModelError(f"{what} reads the tokens after those that it predicts; expected a causal language model")
+        assert self.head is not None
+        if not near(self.head.logits(states[0]), whole(**batch).logits[0].float()):
+            raise ModelError(f"{what} makes its logits in a way that celora does not know")
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """What makes rows of a language model.
+
+        Raises:
+            ModelError: if this backbone reads images.
+        """
+        if self.tokenizer is None:
+            raise ModelError(f"{self._model.backbone} reads images and has no tokenizer; found texts")
+        return TextTokenizer(self.tokenizer, self._model.max_length)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut at `max_length`; at least one token each.
@@ -206,7 +257,13 @@ class Backbone:
         return torch.linspace(0, 1, 2 * math.prod(self.image_shape)).view(2, *self.image_shape)
 
     def encode(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None) -> Tensor:
-        """Pooled features (rows, d), float32.
+        """Pooled features (rows, d), float32; arguments as `states`."""
+        return self.pool(*self.states(inputs, updates, dropout_seed))
+
+    def states(
+        self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (rows, t, d) of the last layer, float32, and the mask (rows, t) of texts.
 
         Args:
             inputs: what `batch` made; other keys are ignored.
@@ -220,7 +277,28 @@ class Backbone:
                 states = self._with_dropout(accepted, dropout_seed)
             else:
                 states = self._transformer(**accepted).last_hidden_state
-        return self._pool(states.float(), accepted.get("attention_mask"))
+        return states.float(), accepted.get("attention_mask")
+
+    def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
+        """What the language model answers to each prompt, greedily, in at most so many tokens.
+
+        Args:
+            prompts: token ids of each, at least one.
+            updates: as `states`; where they are of several clients, prompts are client-major.
+        """
+        assert self.head is not None, "only a language model is asked for answers"
+        text, end = self.text_tokenizer, self._ends
+        with bound(self._adapted, updates):
+            ids = answered(self._transformer, self.head, prompts, most=most, end=end, padding=self.padding)
+        return [text.text(row) for row in ids]
+
+    @property
+    def _ends(self) -> list[int]:
+        """Ids that end an answer: the tokenizer's, and those of the model's own settings for generation."""
+        whole: Any = self._whole
+        own = whole.generation_config.eos_token_id
+        found = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return sorted(token for token in found if token is not None)
 
     def _moved(self, inputs: Batch) -> dict[str, Tensor]:
         """What the transformer reads of a batch, on the device; the copy does not wait."""
@@ -285,7 +363,7 @@ class Backbone:
             finally:
                 self._transformer.eval()
 
-    def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """(rows, t, d) -> (rows, d); padding takes no part."""
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
@@ -299,7 +377,7 @@ class Backbone:
                 return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
 
 
-def load(model: Model, adapter: Adapter, base: Path) -> Backbone:
+def load(model: Model, adapter: Adapter, base: Path, architecture: Architecture = "encoder") -> Backbone:
     """Load and adapt the backbone; a relative folder is looked up from `base`.
 
     Raises:
@@ -308,5 +386,5 @@ def load(model: Model, adapter: Adapter, base: Path) -> Backbone:
     # oneDNN keeps a compiled kernel for each shape it has seen, 1,024 of them: 50 MB, and no faster than with a few
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    transformer, tokenizer, source = loading.fetch(model.backbone, base, model.allow_download, dtype)
-    return Backbone(transformer, tokenizer, source, model=model, adapter=adapter)
+    found, tokenizer, source = loading.fetch(model.backbone, base, model.allow_download, dtype, architecture)
+    return Backbone(found, tokenizer, source, model=model, adapter=adapter, architecture=architecture)

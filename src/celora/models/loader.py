@@ -58,10 +58,11 @@ class ModelLoader:
                 self._own[own] = private_models(model, base, seed)
             return ModelZoo(self._own[own], task, **given)
         shape = (repr(model), base, repr(adapter.targets), adapter.layers, adapter.scaling)  # whatever the rank
-        if shape not in self._backbones:
-            self._backbones[shape] = load(model, adapter, base)
-        backbone = self._backbones[shape]
-        kept = (rows, repr(model), base, backbone.depth, cache_mb)
+        of_kind = (*shape, task.architecture)
+        if of_kind not in self._backbones:
+            self._backbones[of_kind] = load(model, adapter, base, task.architecture)
+        backbone = self._backbones[of_kind]
+        kept = (rows, repr(model), base, backbone.depth, cache_mb, task.read_as)
         if rows is not None and backbone.depth and kept not in self._activations:
             self._activations[kept] = ActivationCache(backbone, cache_mb << 20)
         return SharedBackbone(backbone, task, model=model, activations=self._activations.get(kept), **given)

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from celora.core.task import Architecture
 from celora.errors import ModelError
 from celora.lazy import Lazy
 from celora.rng import generator
@@ -31,8 +32,13 @@ def embedded() -> Path:
     return Path(MODEL_DIR)
 
 
-def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tuple[nn.Module, Any, str]:
+def fetch(
+    name: str, base: Path, allow_download: bool, dtype: torch.dtype, architecture: Architecture = "encoder"
+) -> tuple[nn.Module, Any, str]:
     """A transformer without its pooling layer, its tokenizer (None if it reads images), and its folder or Hub id.
+
+    Args:
+        architecture: "causal-lm" for a language model with its head.
 
     Raises:
         ModelError: saying what was found, what was expected and what to do.
@@ -50,8 +56,8 @@ def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tu
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
-            loaded = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-            transformer, report = loaded
+            kind_of: Any = transformers.AutoModelForCausalLM if architecture == "causal-lm" else transformers.AutoModel
+            transformer, report = kind_of.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
             texts = kind(transformer) == "text"
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options) if texts else None
     except (OSError, ValueError, ImportError, SafetensorError) as error:

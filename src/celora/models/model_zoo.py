@@ -15,16 +15,17 @@ from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.learner import Recipe, Split
-from celora.core.task import Task
+from celora.core.task import Encode, Task
 from celora.errors import ModelError
 from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_private
 from celora.models.families import initial
 from celora.models.inputs import Inputs
 from celora.models.learner import ModelLearner
-from celora.models.private_model import FC, PrivateModel, PrivateNetwork
+from celora.models.private_model import FC, NO_LANGUAGE, PrivateModel, PrivateNetwork
 from celora.models.rows import Rows, unlabelled
 from celora.models.settings import Adapter, Model
+from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
 
 
@@ -109,6 +110,18 @@ class ModelZoo:
         """As `PrivateModel.read`: all architectures read alike."""
         return self._models[0].read(inputs, self._budget)
 
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """
+        Raises:
+            ModelError: always, as no network of a client's own is a language model.
+        """
+        raise ModelError(NO_LANGUAGE)
+
+    def tokens(self, inputs: Any, encode: Encode) -> TokenRows:
+        """As `tokenizer`."""
+        raise ModelError(NO_LANGUAGE)
+
     @cached_property
     def initial(self) -> Tensors:
         """What all clients have in common at round 0: the adapter `fc.*` (B = 0), and the head."""
@@ -130,6 +143,10 @@ class ModelZoo:
         """As `ClientModels.predict`."""
         network = PrivateNetwork(self._models[self._place(client)], self._family, self._adapter.scaling)
         return predict(network, self._task, weights, unlabelled(self.read(inputs)))
+
+    def answers(self, client: str, weights: Tensors, inputs: Any) -> Sequence[Any]:
+        """As `ClientModels.answers`."""
+        return self._task.answers(self.predict(client, weights, inputs))
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's own network and the adapter beside it."""

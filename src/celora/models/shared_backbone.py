@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
 from celora.core.learner import Batch, Recipe, Split
-from celora.core.task import Task
+from celora.core.task import Encode, Task
+from celora.errors import ModelError
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone
 from celora.models.batching import BatchedForward, predict
@@ -22,7 +23,12 @@ from celora.models.inputs import Inputs, inputs_of
 from celora.models.learner import ModelLearner
 from celora.models.rows import Rows, unlabelled, well_filled
 from celora.models.settings import Adapter, Model
+from celora.models.slots import Update
+from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
+
+_ANSWER = 64
+"""Tokens of an answer, at most, where the task does not say."""
 
 
 class AdaptedBackbone:
@@ -40,7 +46,7 @@ class AdaptedBackbone:
     ) -> None:
         self.backbone, self.family, self.activations = backbone, family, activations
         self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout
-        self.joins, self._budget = backbone.rows_first, budget
+        self.joins, self.budget = backbone.rows_first, budget
 
     @property
     def capacity(self) -> int:
@@ -49,7 +55,7 @@ class AdaptedBackbone:
 
     def read(self, inputs: Any) -> Inputs:
         """As `Backbone.read`."""
-        return self.backbone.read(inputs, self._budget)
+        return self.backbone.read(inputs, self.budget)
 
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows; images are all alike."""
@@ -73,17 +79,49 @@ class AdaptedBackbone:
 
     def features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """Pooled features (rows, d); of the frozen backbone where there are no weights."""
-        updates = {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
-        with self.activations.replayed(batch) if self.activations else nullcontext():
-            return self.backbone.encode(batch, updates, dropout_seed)
+        return self._encoded(weights, batch, dropout_seed).features
 
     def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
-        """The task's outputs of those features."""
-        return task.outputs(self.features(weights, batch, dropout_seed), weights)
+        """The task's outputs of hidden states."""
+        return task.outputs(self._encoded(weights, batch, dropout_seed), weights, batch)
+
+    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+        """As `Backbone.answers`."""
+        return self.backbone.answers(prompts, self._updates(weights), most)
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of ids."""
+        tokenizer = self.backbone.text_tokenizer
+        return [tokenizer.text(ids) for ids in rows]
+
+    def _encoded(self, weights: Tensors, batch: Batch, dropout_seed: int | None) -> "_Encoded":
+        with self.activations.replayed(batch) if self.activations else nullcontext():
+            return _Encoded(self.backbone, *self.backbone.states(batch, self._updates(weights), dropout_seed))
+
+    def _updates(self, weights: Tensors) -> dict[str, Update]:
+        return {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
 
     def squares(self, batch: Batch) -> Mapping[str, Tensor]:
         """Adapted module -> sum over all tokens of its squared inputs (d_in,), padding and adapters aside."""
         return self.backbone.squares(batch)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """As `celora.core.task.Encoded`."""
+
+    backbone: Backbone
+    states: Tensor
+    mask: Tensor | None
+
+    @property
+    def features(self) -> Tensor:
+        return self.backbone.pool(self.states, self.mask)
+
+    def token_losses(self, labels: Tensor) -> Tensor:
+        if self.backbone.head is None:
+            raise ModelError(f"{self.backbone.name} is no language model, so it predicts no tokens")
+        return self.backbone.head.losses(self.states, labels.to(self.states.device, non_blocking=True))
 
 
 class SharedBackbone:
@@ -144,6 +182,15 @@ class SharedBackbone:
         """As `AdaptedBackbone.read`."""
         return self._network.read(inputs)
 
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The backbone's."""
+        return self._backbone.text_tokenizer
+
+    def tokens(self, inputs: Any, encode: Encode) -> TokenRows:
+        """As `celora.core.task.Reader`."""
+        return TokenRows(encode, inputs, self._network.budget)
+
     @cached_property
     def initial(self) -> Tensors:
         """Every weight at round 0; of secret bases their shapes, and values that nobody uses."""
@@ -171,6 +218,15 @@ class SharedBackbone:
         """As `ClientModels.predict`; activations are not kept."""
         network = AdaptedBackbone(self._backbone, self._family)
         return predict(network, self._task, weights, unlabelled(self.read(inputs)))
+
+    def answers(self, client: str, weights: Tensors, inputs: Any) -> Sequence[Any]:
+        """As `ClientModels.answers`."""
+        if self._backbone.head is None:
+            return self._task.answers(self.predict(client, weights, inputs))
+        network = AdaptedBackbone(self._backbone, self._family)
+        prompts = self._task.prompts(inputs, self.tokenizer)
+        most = self._task.answer_tokens or _ANSWER
+        return [answer for prompt in prompts for answer in network.answers(weights, [prompt], most)]
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's adapter as plain PEFT LoRA."""
