@@ -93,7 +93,10 @@ class _Losses(torch.autograd.Function):
         states, labels, slopes = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return slopes * upstream.unsqueeze(1), None, None
-        size, parts = ctx.head.chunk, list[Tensor]()  # a second derivative is asked for: the slopes as a function of the states
+        size, parts = (
+            ctx.head.chunk,
+            list[Tensor](),
+        )  # a second derivative is asked for: the slopes as a function of the states
         for x, ids, up in zip(*(torch.split(one, size) for one in (states, labels, upstream)), strict=True):
             parts += torch.autograd.grad(ctx.head.each(x, ids), x, up, create_graph=True)
         return torch.cat(parts), None, None

@@ -43,7 +43,7 @@ class TextTokenizer:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, no special token added."""
-        found: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, truncation=False)["input_ids"]
+        found: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
     def dialogue(self, messages: Sequence[Mapping[str, str]], reply: bool) -> str:
