@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from celora.errors import DataError, ModelError
 from celora.models import families
 from celora.models.backbone import Backbone, load
 from celora.models.batching import BatchedForward
+from celora.models.export import load_export
 from celora.models.language import ABSENT, LanguageHead
 from celora.models.loading import quiet
 from celora.models.rows import Rows
@@ -326,3 +330,54 @@ def test_adapters_of_a_language_model_stand_on_its_transformer(loaded: Loaded) -
         name: partial(Lora().delta, w=w) for name, w in modules(weights_of(backbone)).items()
     })  # fmt: skip
     assert states.shape == (1, 3, 16)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_stock_peft_gives_the_exported_adapters_logits_to_the_task_class(tmp_path: Path, loaded: Loaded) -> None:
+    import peft
+
+    for family in ("llama", "gpt2", "opt"):
+        backbone = loaded(family)
+        weights, folder = weights_of(backbone), tmp_path / family
+        models(backbone, CausalLm()).export(folder, "c", weights)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["task_type"] == "CAUSAL_LM"
+        assert Path(config["base_model_name_or_path"]).is_absolute()
+        ids = torch.tensor([[9, 10, 11, 30, 8]])
+        with quiet(), torch.no_grad():
+            base = t.AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"]).eval()
+            before = base(input_ids=ids).logits
+            theirs = peft.PeftModel.from_pretrained(base, str(folder)).eval()(input_ids=ids).logits
+            states, _ = backbone.states(backbone.batch(ids.tolist(), [0]), {
+                name: partial(Lora().delta, w=w) for name, w in modules(weights).items()
+            })  # fmt: skip
+            assert backbone.head is not None
+            torch.testing.assert_close(backbone.head.logits(states[0]), theirs[0], atol=1e-5, rtol=1e-5)
+        assert (theirs - before).abs().max() > 1e-2  # it is no adapter that does nothing
+        again, plain = load_export(folder)
+        assert plain
+        assert set(again) == set(weights)
+
+
+def test_the_code_of_an_exports_readme_answers_as_celora_does(tmp_path: Path, loaded: Loaded) -> None:
+    backbone, task = loaded(), CausalLm(answer_tokens=64)
+    weights = {name: 8 * weight for name, weight in weights_of(backbone).items()}
+    models(backbone, task).export(tmp_path / "out", "c", weights)
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    assert code is not None
+    script = code[1] + "import json, sys\nassert 'celora' not in sys.modules\nprint(json.dumps(answers))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "out", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = models(backbone, task).answers("c", weights, ["a prompt", "and another one"])
+    assert [text.strip() for text in json.loads(done.stdout)] == found
+
+
+def test_an_adapter_that_plain_lora_does_not_reproduce_is_not_exported(
+    tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lora, "lora", lambda self, w: (w["A"], 2 * w["B"]))
+    with pytest.raises(ModelError, match="changes hidden states"):
+        models(loaded(), CausalLm()).export(tmp_path / "out", "c", weights_of(loaded()))
+    assert not (tmp_path / "out").exists()

@@ -111,6 +111,11 @@ class Backbone:
         if self.head:
             self._check_language_model()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        return next(self._whole.parameters()).dtype
+
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
