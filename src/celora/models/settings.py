@@ -12,7 +12,7 @@ LAYERS = r"^(all|last:[1-9][0-9]*)$"
 class Model:
     """The frozen backbone."""
 
-    backbone: str = setting("minilm", '"minilm" (embedded), "random-vit", a local folder, or a Hub id')
+    backbone: str = setting("minilm", '"minilm" (embedded), "smollm2", "random-vit", a local folder, or a Hub id')
     own: tuple[str, ...] | None = setting(
         None,
         'instead of one backbone, whole models of the clients\' own, dealt to them in turn: "cnn-1" … "cnn-5", '
