@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from celora.data import instructions, libraries
-from celora.data.instructions import LIBRARIES, Instruction, read_instructions
+from celora.data.inputs import Records
+from celora.data.instructions import LIBRARIES, read_instructions
 from celora.errors import DataError
 
 
@@ -101,24 +102,26 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_every_library_has_equally_many_distinct_rows(few: Path) -> None:
     rows = read_instructions()
-    assert Counter(row.library for row in rows) == dict.fromkeys(LIBRARIES, 10)
-    assert len({row.prompt for row in rows}) == len({row.completion for row in rows}) == len(rows)
-    for row in rows:
-        assert row.prompt.startswith(f"{row.library}.")
-        assert row.completion.endswith(".")
-        assert 4 <= len(row.completion.split()) <= 30
+    assert rows.groups is not None
+    assert Counter(rows.groups) == dict.fromkeys(LIBRARIES, 10)
+    assert isinstance(rows.inputs, Records)
+    pairs = [(row["prompt"], row["completion"]) for row in rows.inputs]
+    assert len({prompt for prompt, _ in pairs}) == len({completion for _, completion in pairs}) == len(rows)
+    for library, (prompt, completion) in zip(rows.groups, pairs, strict=True):
+        assert prompt.startswith(f"{library}.")
+        assert completion.endswith(".")
+        assert 4 <= len(completion.split()) <= 30
 
 
 def test_the_same_versions_give_the_same_rows_with_and_without_the_cache(
     few: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    rows = read_instructions()
+    rows = read_instructions().fingerprint()
     (file,) = few.iterdir()
     os.rename(file, tmp_path / "away")
-    assert read_instructions() == rows
+    assert read_instructions().fingerprint() == rows
     monkeypatch.setattr(instructions, "_build", lambda: pytest.fail("the cache was not used"))
-    assert read_instructions() == rows
-    assert isinstance(rows[0], Instruction)
+    assert read_instructions().fingerprint() == rows
 
 
 def test_a_library_without_its_sources_is_an_error(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,4 +133,4 @@ def test_a_library_without_its_sources_is_an_error(few: Path, monkeypatch: pytes
 @pytest.mark.slow
 def test_the_whole_instructions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Counter(row.library for row in read_instructions()) == dict.fromkeys(LIBRARIES, 400)
+    assert Counter(read_instructions().groups or []) == dict.fromkeys(LIBRARIES, 400)

@@ -1,6 +1,7 @@
 """Where the rows come from and who holds them: `load(Data(...), base, seed)` -> `FederatedDataset`.
 
-    files, hub, docstrings, digits     a source -> Table (`columns` judges the rows of a text source)
+    files, hub                         a source -> Table (`columns` judges its rows)
+    docstrings, instructions, digits   embedded sources -> Table
     partition                          a Table -> the rows of each client
     split                              a client's rows -> its own training, validation and test rows
 
@@ -21,6 +22,7 @@ from celora.data.digits import read_digits
 from celora.data.docstrings import read_docstrings
 from celora.data.files import read_files
 from celora.data.hub import read_hub
+from celora.data.instructions import read_instructions
 from celora.data.row_split import split_rows
 from celora.data.table import ClientRows, FederatedDataset, Table, counted, did_you_mean, listing
 from celora.errors import DataError
@@ -28,7 +30,7 @@ from celora.fields import Count, setting, settings
 
 __all__ = ["ClientRows", "Data", "FederatedDataset", "Table", "load", "read"]
 
-EMBEDDED = ("docstrings", "digits")
+EMBEDDED = ("docstrings", "instructions", "digits")
 
 
 @settings
@@ -37,7 +39,7 @@ class Data:
 
     source: str = setting(
         "docstrings",
-        "'docstrings', 'digits', 'hub:<name>', or a path or pattern of .csv, .jsonl or .parquet files",
+        "'docstrings', 'instructions', 'digits', 'hub:<name>', or a path or pattern of .csv, .jsonl or .parquet files",
     )
     test: str | None = setting(None, "path or pattern of separate test files; none: each client splits its own rows")
     text: str = setting("text", "column of the texts", min_length=1)
@@ -181,6 +183,13 @@ def read(data: Data, base: Path, forms: Sequence[Form] = Labelled.forms) -> Tabl
     columns = named(data, forms)
     if data.source == "docstrings":
         return read_docstrings()
+    if data.source == "instructions":
+        if not any("prompt" in form.roles for form in forms):
+            raise DataError(
+                "source = 'instructions' holds prompts and completions, which the task does not read: "
+                'set task.name = "causal-lm", or take another source'
+            )
+        return read_instructions()
     if data.source == "digits":
         return read_digits()
     if data.source.startswith("hub:"):

@@ -11,7 +11,9 @@ import re
 from dataclasses import dataclass
 
 from celora.data import libraries
-from celora.data.table import listing
+from celora.data.arrow import ArrowColumn
+from celora.data.inputs import Records, record
+from celora.data.table import Table, listing
 from celora.errors import DataError
 
 LIBRARIES = ("matplotlib", "networkx", "scipy", "sklearn", "sympy", "torch")
@@ -23,7 +25,7 @@ _SENTENCE = re.compile(r".+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)\.
 
 
 @dataclass(frozen=True)
-class Instruction:
+class _Found:
     """A row: "networkx.classes.graph.Graph.add_node(node_for_adding, **attr)", "Add a single node …"."""
 
     prompt: str
@@ -33,8 +35,8 @@ class Instruction:
     """Where it was found: "networkx/classes/graph.py:Graph.add_node"."""
 
 
-def read_instructions() -> list[Instruction]:
-    """400 rows for each library, sentences of 4 to 30 words, no two of which begin or end alike.
+def read_instructions() -> Table:
+    """400 rows for each library, sentences of 4 to 30 words, no two of which begin or end alike; a library is a client.
 
     Read from the cache if these versions were read before (`celora.data.libraries.kept`).
 
@@ -42,14 +44,15 @@ def read_instructions() -> list[Instruction]:
         DataError: if a library has fewer documented functions (e.g. its source files were compiled away).
     """
     columns = libraries.kept("instructions", __file__, _build)
-    names = ("prompt", "completion", "library", "origin")
-    return [Instruction(*row) for row in zip(*(columns[name] for name in names), strict=True)]
+    rows = zip(columns["prompt"], columns["completion"], strict=True)
+    inputs = Records(ArrowColumn(record({"prompt": prompt, "completion": completion}) for prompt, completion in rows))
+    return Table(inputs, columns["library"], columns["library"], None, columns["origin"])
 
 
 def _build() -> libraries.Columns:
     """Parse some 1,100 source files: a few seconds."""
     seen: set[str] = set()
-    rows: list[Instruction] = []
+    rows: list[_Found] = []
     for library in LIBRARIES:
         found = _harvest(library, seen)
         if len(found) < PER_LIBRARY:
@@ -67,9 +70,9 @@ def _build() -> libraries.Columns:
     }
 
 
-def _harvest(library: str, seen: set[str]) -> list[Instruction]:
+def _harvest(library: str, seen: set[str]) -> list[_Found]:
     """Rows of one library, until there are enough to choose."""
-    found: list[Instruction] = []
+    found: list[_Found] = []
     for file, path in libraries.source_files(library):
         if any(part.startswith("_") for part in file.split("/")[:-1]):
             continue  # a private folder is not what a library offers
@@ -78,7 +81,7 @@ def _harvest(library: str, seen: set[str]) -> list[Instruction]:
             marks = {prompt, *libraries.ends(completion)}
             if 0 < len(prompt) <= LONGEST and libraries.is_prose(completion, 4, 30) and not marks & seen:
                 seen |= marks
-                found.append(Instruction(prompt, completion, library, f"{library}/{file}:{name}"))
+                found.append(_Found(prompt, completion, library, f"{library}/{file}:{name}"))
         if len(found) >= 5 * PER_LIBRARY // 4:
             break
     return found
