@@ -34,7 +34,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def smollm2() -> Path:
     """The folder of the model and its tokenizer, as `save_pretrained` writes them: 273 MB in celora's cache.
 
-    The first call converts, within half a minute and 1 GB of memory; other processes wait for it. The folder is named
+    The first call converts, within a minute and 1 GB of memory; other processes wait for it. The folder is named
     by the SHA-256 of the GGUF file and gets its name when it is whole and on the disk.
 
     Raises:
