@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from celora.errors import RunFolderError
 from celora.lazy import Lazy
 from celora.models import loading
 from celora.models.backbone import Backbone
+from celora.models.pissa import Start
 from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, only, select
 
@@ -70,8 +72,13 @@ def export_peft(
     card: Card,
     model: Model,
     adapter: Adapter,
+    start: Start | None = None,
 ) -> None:
     """Write one client's adapter as plain PEFT LoRA: a core C is folded into B, ranks side by side are one rank.
+
+    Where A and B started from the frozen weights (`start`), what is written is how far they moved, of rank 2 r, and so
+    an adapter of the weights as they are. Where modules have ranks of their own, PEFT's patterns of ranks and alphas
+    say so; alphas of modules' own are folded into B, so that s is one for all: vLLM reads no patterns.
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds the task's head, if it
     has one; `celora.json` the facts of its card, the pooling and the backbone's fingerprint; `README.md` how to load it
@@ -81,17 +88,27 @@ def export_peft(
     """
     factors = {module: family.lora(w) for module, w in modules(weights).items()}
     pairs = {module: pair for module, pair in factors.items() if pair is not None}
+    for module, (a0, b0) in (start or {}).items():
+        a, b = pairs[module]
+        pairs[module] = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
     rank = max((len(a) for a, _ in pairs.values()), default=0)
     state: dict[str, Tensor] = {}
-    for module, (a, b) in pairs.items():  # one rank for all modules: the rest is 0
-        state[f"base_model.model.{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - len(a)))
-        state[f"base_model.model.{module}.lora_B.weight"] = F.pad(b, (0, rank - len(a)))
-    alpha: Any = adapter.scaling * rank  # PEFT declares an int and takes a float
+    for module, (a, b) in pairs.items():
+        more = 0 if adapter.rank_pattern else rank - len(a)  # one rank for all modules: the rest is 0
+        of_all = backbone.scalings[module] / adapter.factor
+        state[f"base_model.model.{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, more))
+        state[f"base_model.model.{module}.lora_B.weight"] = F.pad(b if of_all == 1 else of_all * b, (0, more))
+    own = {module: len(a) for module, (a, _) in pairs.items() if adapter.rank_pattern and len(a) != rank}
+    alpha: Any = adapter.factor * adapter.divisor(rank)  # PEFT declares an int and takes a float
+    alphas: Any = {module: adapter.factor * adapter.divisor(r) for module, r in own.items()}
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=list(backbone.targets),
-        lora_dropout=0.0,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.scaling == "rslora",
+        rank_pattern=own,
+        alpha_pattern=alphas,
         fan_in_fan_out=backbone.fan_in_fan_out,
         inference_mode=True,
         base_model_name_or_path=loading.EMBEDDED if model.backbone == "minilm" else backbone.source,
