@@ -115,8 +115,8 @@ class FedExLoRA(Algorithm[Server, Local, Down, Up]):
         """What is merged must be read whole."""
         if adapter.dropout:
             yield (
-                "adapter.dropout: what fedex-lora has merged into the frozen weights reads what adapters read, and would "
-                "drop out, too; expected 0"
+                "adapter.dropout: what fedex-lora has merged into the frozen weights reads what adapters read, and "
+                "would drop out, too; expected 0"
             )
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
