@@ -206,3 +206,14 @@ def test_pissa_reads_weights_that_are_stored_transposed(tmp_path: Path, monkeypa
 def test_an_adapter_of_more_ranks_than_singular_values_is_refused() -> None:
     with pytest.raises(ModelError, match=r"has 384 singular values; found rank 385"):
         models(Adapter(rank=385, init="pissa"), Lora())
+
+
+@pytest.mark.parametrize("targets", [("intermediate.dense",), ("layer.0.output.dense",)], ids=["high", "wide"])
+def test_pissa_is_the_best_approximation_of_matrices_that_are_not_square(targets: tuple[str, ...]) -> None:
+    adapter = Adapter(rank=5, alpha=15, targets=targets, init="pissa")
+    backbone = load(Model(device="cpu"), adapter, Path())
+    name, (a, b) = next(iter(principal(backbone, adapter).items()))
+    u, values, vh = torch.linalg.svd(backbone.weight(name), full_matrices=False)
+    assert u.shape[0] != vh.shape[1]
+    torch.testing.assert_close(3 * b.double() @ a.double(), u[:, :5] * values[:5] @ vh[:5], atol=1e-5, rtol=0)
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
