@@ -97,8 +97,8 @@ def test_s_stays_what_it_is_and_a_reader_is_told() -> None:
     assert (default.adapter.alpha, default.adapter.factor) == (None, 2.0)
     (text,) = budget.notices(given, budget.uplink(given, "floats", modules))
     assert text == (
-        "--match floats: at rank 5 a client of ce-lora sends 50 numbers of the adapter in a round, by its card; FedIT "
-        "at rank 2 would send 52. alpha is 7.5, so that s = alpha / rank stays 1.5"
+        "--match floats: at rank 5 a client of ce-lora sends 50 numbers of the adapter in a round, as its info says; "
+        "FedIT at rank 2 would send 52. alpha is 7.5, so that s = alpha / rank stays 1.5"
     )
     assert budget.notices(given, budget.uplink(given, "rank", modules)) == []
     local = experiment().variant("local", 0)
