@@ -138,3 +138,23 @@ def test_what_cannot_be_matched_is_refused() -> None:
     own = PrivateModel(**{name: getattr(mixed, name) for name in Experiment.__dataclass_fields__})
     with pytest.raises(ConfigError, match=r"--match floats: some has adapter\.ranks; expected one rank for all"):
         budget.matched(own, ["some"], modules)
+
+
+def test_with_rslora_alpha_grows_with_the_root_of_the_rank() -> None:
+    """s = 3 / √2 at rank 2, and so alpha = 3 √(5 / 2) at rank 5."""
+    asked = experiment(adapter={"alpha": 3.0, "scaling": "rslora"})
+    found = budget.matched(asked, ["ce-lora"], modules).variant("ce-lora", 0)
+    assert (found.adapter.rank, found.adapter.alpha) == (5, pytest.approx(3 * 2.5**0.5))
+    assert found.adapter.factor == pytest.approx(asked.adapter.factor)
+    (text,) = budget.notices(found, budget.uplink(found, "floats", modules))
+    assert text.endswith("alpha is 4.74342, so that s = alpha / √rank stays 2.12132")
+
+
+def test_ranks_of_modules_count_and_cannot_be_matched() -> None:
+    """FedIT at rank 2 sends 28 for q, and at rank 5 60 for v."""
+    some = experiment(adapter={"rank_pattern": {"v": 5}}, algorithm={"name": "fedit"})
+    assert budget.uplink(some, "rank", modules)["floats"] == 88
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        asked = experiment(adapter={pattern: {"v": 5}}, algorithm={"name": "fedit"})
+        with pytest.raises(ConfigError, match="fedit has adapter.rank_pattern or alpha_pattern; expected one rank"):
+            budget.matched(asked, ["fedit"], modules)
