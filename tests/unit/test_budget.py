@@ -156,5 +156,5 @@ def test_ranks_of_modules_count_and_cannot_be_matched() -> None:
     assert budget.uplink(some, "rank", modules)["floats"] == 88
     for pattern in ("rank_pattern", "alpha_pattern"):
         asked = experiment(adapter={pattern: {"v": 5}}, algorithm={"name": "fedit"})
-        with pytest.raises(ConfigError, match="fedit has adapter.rank_pattern or alpha_pattern; expected one rank"):
+        with pytest.raises(ConfigError, match=r"fedit has adapter\.rank_pattern or alpha_pattern; expected one rank"):
             budget.matched(asked, ["fedit"], modules)
