@@ -328,7 +328,11 @@ def test_input_norms_count_every_call_of_a_shared_layer(loaded: Loaded) -> None:
 @pytest.mark.parametrize(
     ("name", "adapter", "message"),
     [
-        ("albert", Adapter(layers="last:2"), r'"last:2": albert has 1 layers with weights of their own'),
+        (
+            "albert",
+            Adapter(layers="last:2", targets=("query",)),
+            r'"last:2": albert has 1 layers with weights of their own',
+        ),
         ("swin", Adapter(layers="last:3", targets=("q_proj",)), r'"last:3": swin has 2 layers with weights'),
         (
             "mixtral",

@@ -1,6 +1,7 @@
 """celora.experiment.trained: a finished run gives back each client's model, which answers as it did in the run."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,29 @@ name = "{name}"
 """
 
 
-def trained(tmp_path: Path, name: str) -> Path:
-    list(experiment.run(experiment.read(DIGITS.format(name=name)), tmp_path / "run", twin=False))
+def trained(tmp_path: Path, name: str, **adapter: Any) -> Path:
+    tree = tomllib.loads(DIGITS.format(name=name))
+    asked = experiment.resolve({**tree, "adapter": {**tree["adapter"], **adapter}}, tmp_path)
+    list(experiment.run(asked, tmp_path / "run", twin=False))
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("name", ["fedit", "ce-lora", "flora", "fedalt"])  # LoRA, a core, a merged rest, a gate
-def test_predictions_have_the_score_of_the_summary(name: str, tmp_path: Path) -> None:
-    run = load(str(trained(tmp_path, name)))
+PATTERNS = {"rank_pattern": {"1.*q_proj": 3}, "alpha_pattern": {"v_proj": 9.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("fedit", {}),
+        ("ce-lora", {}),
+        ("flora", {}),  # something merged
+        ("fedalt", {}),  # a gate
+        ("fedit", {"init": "pissa", "dropout": 0.5, **PATTERNS}),
+        ("fedalt", PATTERNS),
+    ],
+)
+def test_predictions_have_the_score_of_the_summary(name: str, adapter: dict[str, Any], tmp_path: Path) -> None:
+    run = load(str(trained(tmp_path, name, **adapter)))
     population = ResourceCache().population(run.experiment)
     for client, model in run.items():
         at = population.federation.clients[client].test

@@ -108,7 +108,8 @@ class TrainedRun(Mapping[ClientId, ClientModel]):
         if plain not in self._loaded:
             of = self.experiment
             self._loaded[plain] = self._loader(
-                of.model, self.task, adapter=of.adapter, family=Lora() if plain else of.algorithm.family,
+                of.model, self.task, adapter=of.adapter.exported if plain else of.adapter,
+                family=Lora() if plain else of.algorithm.family,
                 seed=of.plan.seed, base=of.base, clients=list(self),
             )  # fmt: skip
         return self._loaded[plain]

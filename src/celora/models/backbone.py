@@ -45,7 +45,7 @@ class Backbone:
         width: length d of a pooled feature vector.
         targets: adapted module -> (d_out, d_in).
         device: where it runs.
-        scaling: s, the factor of ΔW.
+        scalings: adapted module -> s, the factor of ΔW.
         fan_in_fan_out: whether the adapted modules store Wᵀ, as GPT-2's do; PEFT wants to know.
         layers: its layers, from the input up.
         depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
@@ -87,13 +87,14 @@ class Backbone:
         layers = targets.layers(transformer)
         names = targets.matching(transformer, adapter.targets, model.backbone)
         names = targets.topmost(names, layers, adapter.layers, model.backbone)
-        self._adapted = inject(transformer, names, adapter.rank, adapter.lora_alpha)
+        targets.check_patterns(names, adapter, model.backbone)
+        self._adapted = inject(transformer, names, adapter)
         self.targets: dict[str, tuple[int, int]] = {
             name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()
         }
         self.layers = tuple(layers.values())
         self.depth = 0 if model.dropout else targets.below(names, layers)
-        self.scaling = adapter.scaling
+        self.scalings = {name: adapter.factor_at(name) for name in self._adapted}
         self.fan_in_fan_out = any(bool(layer.fan_in_fan_out) for layer in self._adapted.values())
         self.device = loading.device_of(model.device)
         self.dropout = model.dropout
@@ -158,6 +159,12 @@ class Backbone:
         if self.tokenizer is None:
             raise ModelError(f"{self._model.backbone} reads images and has no tokenizer; found texts")
         return TextTokenizer(self.tokenizer, self._model.max_length)
+
+    def weight(self, module: str) -> Tensor:
+        """The frozen weight of an adapted module, (d_out, d_in) float64 on the CPU."""
+        layer = self._adapted[module]
+        weight: Tensor = layer.get_base_layer().weight.detach().cpu().double()
+        return weight.T if layer.fan_in_fan_out else weight
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut at `max_length`; at least one token each.
@@ -263,12 +270,13 @@ class Backbone:
             inputs: what `batch` made; other keys are ignored.
             updates: module -> what is added to its output, over s; a missing module stays frozen, so `{}` gives the
                 features of the backbone itself.
-            dropout_seed: given, the backbone's own dropout is on and draws from this seed.
+            dropout_seed: given, what drops out draws from this seed: the backbone, where its dropout is on, and
+                updates.
         """
         accepted = self._moved(inputs)
         with bound(self._adapted, updates):
             if dropout_seed is not None:
-                states = self._with_dropout(accepted, dropout_seed)
+                states = self._seeded(accepted, dropout_seed)
             else:
                 states = self._transformer(**accepted).last_hidden_state
         return states.float(), accepted.get("attention_mask")
@@ -345,12 +353,12 @@ class Backbone:
             )
         return states, lengths
 
-    def _with_dropout(self, inputs: Batch, seed: int) -> Tensor:
-        """One pass in training mode; it needs the global generator, which is put back afterwards."""
+    def _seeded(self, inputs: Batch, seed: int) -> Tensor:
+        """One pass that drops out; it needs the global generator, which is put back afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            self._transformer.train()
+            self._transformer.train(self.dropout)
             try:
                 return cast(Tensor, self._transformer(**inputs).last_hidden_state)
             finally:

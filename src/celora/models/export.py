@@ -22,8 +22,10 @@ from celora.errors import ModelError, RunFolderError
 from celora.lazy import Lazy
 from celora.models import loading
 from celora.models.backbone import Backbone
+from celora.models.pissa import Start
 from celora.models.readme import alone, readme, source_of
 from celora.models.settings import Adapter, Model
+from celora.models.slots import Update, less
 from celora.tensors import Tensors, only, select
 
 peft = Lazy("peft")
@@ -45,8 +47,13 @@ def export_peft(
     card: Card,
     model: Model,
     adapter: Adapter,
+    start: Start | None = None,
 ) -> None:
     """Write one client's adapter as plain PEFT LoRA: a core C is folded into B, ranks side by side are one rank.
+
+    Where A and B started from the frozen weights (`start`), what is written is how far they moved, of rank 2 r, and so
+    an adapter of the weights as they are. Where modules have ranks of their own, PEFT's patterns of ranks and alphas
+    say so; alphas of modules' own are folded into B, so that s is one for all: vLLM reads no patterns.
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds the task's head, if it
     has one; `celora.json` the facts of its card, the pooling and the backbone's fingerprint; `README.md` how to load it
@@ -56,18 +63,32 @@ def export_peft(
     """
     factors = {module: family.lora(w) for module, w in modules(weights).items()}
     pairs = {module: pair for module, pair in factors.items() if pair is not None}
+    for module, (a0, b0) in (start or {}).items():
+        a, b = pairs[module]
+        pairs[module] = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
     rank = max((len(a) for a, _ in pairs.values()), default=0)
     state: dict[str, Tensor] = {}
-    for module, (a, b) in pairs.items():  # one rank for all modules: the rest is 0
-        state[f"{_ROOT}{backbone.prefix}{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - len(a)))
-        state[f"{_ROOT}{backbone.prefix}{module}.lora_B.weight"] = F.pad(b, (0, rank - len(a)))
-    alpha: Any = adapter.scaling * rank  # PEFT declares an int and takes a float
+    for module, (a, b) in pairs.items():
+        more = 0 if adapter.rank_pattern else rank - len(a)  # one rank for all modules: the rest is 0
+        of_all = backbone.scalings[module] / adapter.factor
+        state[f"{_ROOT}{backbone.prefix}{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, more))
+        state[f"{_ROOT}{backbone.prefix}{module}.lora_B.weight"] = F.pad(b if of_all == 1 else of_all * b, (0, more))
+    own = {
+        f"{backbone.prefix}{module}": len(a)
+        for module, (a, _) in pairs.items()
+        if adapter.rank_pattern and len(a) != rank
+    }
+    alpha: Any = adapter.factor * adapter.divisor(rank)  # PEFT declares an int and takes a float
+    alphas: Any = {module: adapter.factor * adapter.divisor(r) for module, r in own.items()}
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=[f"{backbone.prefix}{module}" for module in backbone.targets],
         task_type="CAUSAL_LM" if backbone.head else "FEATURE_EXTRACTION",
-        lora_dropout=0.0,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.scaling == "rslora",
+        rank_pattern=own,
+        alpha_pattern=alphas,
         fan_in_fan_out=backbone.fan_in_fan_out,
         inference_mode=True,
         base_model_name_or_path=source_of(backbone),
@@ -82,7 +103,7 @@ def export_peft(
     }
     head = select(weights, only("head"))
     if pairs:
-        _check(backbone, family, weights, pairs)
+        _check(backbone, family, weights, pairs, start or {})
     with replacing(folder) as new:
         if pairs:
             config.save_pretrained(str(new))
@@ -100,7 +121,9 @@ def export_peft(
 
 
 @torch.no_grad()
-def _check(backbone: Backbone, family: Family, weights: Tensors, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _check(
+    backbone: Backbone, family: Family, weights: Tensors, pairs: Mapping[str, tuple[Tensor, Tensor]], start: Start
+) -> None:
     """Compare what plain LoRA does to hidden states with what the adapters that were trained do.
 
     Raises:
@@ -111,7 +134,10 @@ def _check(backbone: Backbone, family: Family, weights: Tensors, pairs: Mapping[
     device = backbone.device
     trained = {name: {part: t.to(device) for part, t in w.items()} for name, w in modules(weights).items()}
     lora = {name: {"A": a.to(device), "B": b.to(device)} for name, (a, b) in pairs.items()}
-    ours, _ = backbone.states(batch, {name: partial(family.delta, w=w) for name, w in trained.items()})
+    updates: dict[str, Update] = {name: partial(family.delta, w=w) for name, w in trained.items()}
+    for name, (a, b) in start.items():
+        updates[name] = less(updates[name], a.to(device), b.to(device))
+    ours, _ = backbone.states(batch, updates)
     theirs, _ = backbone.states(batch, {name: partial(Lora().delta, w=w) for name, w in lora.items()})
     most = _NEAR[backbone.dtype] * max(1.0, ours.abs().max().item())
     if not (found := (ours - theirs).abs().max().item()) <= most:

@@ -87,8 +87,8 @@ class ClientModels(Protocol):
         """SHA-256 of all weights before training, adapters and head excepted."""
 
     @property
-    def modules(self) -> Sequence[tuple[int, int]]:
-        """(d_out, d_in) of every adapted module."""
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Adapted module -> (d_out, d_in)."""
 
     def read(self, inputs: Any) -> Inputs:
         """A column of texts or images, as `celora.core.task.Reader`.

@@ -21,9 +21,10 @@ from celora.models.export import export_peft
 from celora.models.families import initial
 from celora.models.inputs import Inputs, inputs_of
 from celora.models.learner import ModelLearner
+from celora.models.pissa import Start
 from celora.models.rows import Rows, unlabelled, well_filled
 from celora.models.settings import Adapter, Model
-from celora.models.slots import Update
+from celora.models.slots import Update, dropping, less
 from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
 
@@ -39,14 +40,23 @@ class AdaptedBackbone:
         activations: those below the first adapted layer, by row; None where there are none to keep, because the lowest
             layer is adapted, or rows are of several data sets.
         budget: bytes of token ids or pixels in memory.
+        rate: of LoRA dropout.
+        start: where A and B start from the frozen weights, what adapters add is over it.
     """
 
     def __init__(
-        self, backbone: Backbone, family: Family, activations: ActivationCache | None = None, budget: int = 0
+        self,
+        backbone: Backbone,
+        family: Family,
+        activations: ActivationCache | None = None,
+        budget: int = 0,
+        rate: float = 0.0,
+        start: Start | None = None,
     ) -> None:
         self.backbone, self.family, self.activations = backbone, family, activations
-        self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout
-        self.joins, self.budget = backbone.rows_first, budget
+        self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout or rate > 0
+        self.joins, self.budget, self._rate = backbone.rows_first, budget, rate
+        self._start = {module: (a.to(self.device), b.to(self.device)) for module, (a, b) in (start or {}).items()}
 
     @property
     def capacity(self) -> int:
@@ -81,6 +91,13 @@ class AdaptedBackbone:
         """Pooled features (rows, d); of the frozen backbone where there are no weights."""
         return self._encoded(weights, batch, dropout_seed).features
 
+    def _update(self, module: str, w: Tensors, rate: float) -> Update:
+        """What is added to a module's output, over s."""
+        update: Update = partial(self.family.delta, w=w)
+        if rate:
+            update = dropping(update, rate)
+        return less(update, *self._start[module]) if module in self._start else update
+
     def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """The task's outputs of hidden states."""
         return task.outputs(self._encoded(weights, batch, dropout_seed), weights, batch)
@@ -96,10 +113,11 @@ class AdaptedBackbone:
 
     def _encoded(self, weights: Tensors, batch: Batch, dropout_seed: int | None) -> "_Encoded":
         with self.activations.replayed(batch) if self.activations else nullcontext():
-            return _Encoded(self.backbone, *self.backbone.states(batch, self._updates(weights), dropout_seed))
+            updates = self._updates(weights, 0.0 if dropout_seed is None else self._rate)
+            return _Encoded(self.backbone, *self.backbone.states(batch, updates, dropout_seed))
 
-    def _updates(self, weights: Tensors) -> dict[str, Update]:
-        return {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
+    def _updates(self, weights: Tensors, rate: float = 0.0) -> dict[str, Update]:
+        return {name: self._update(name, w, rate) for name, w in modules(weights).items()}
 
     def squares(self, batch: Batch) -> Mapping[str, Tensor]:
         """Adapted module -> sum over all tokens of its squared inputs (d_in,), padding and adapters aside."""
@@ -134,6 +152,7 @@ class SharedBackbone:
             asked for.
         activations: those below the first adapted layer, of the rows of one data set.
         budget: bytes of token ids or pixels in memory.
+        start: where A and B start, with `adapter.init = "pissa"`.
     """
 
     def __init__(
@@ -148,8 +167,10 @@ class SharedBackbone:
         clients: Sequence[str] = (),
         activations: ActivationCache | None = None,
         budget: int = 0,
+        start: Start | None = None,
     ) -> None:
-        self._backbone, self._network = backbone, AdaptedBackbone(backbone, family, activations, budget)
+        self._backbone, self._start = backbone, start or {}
+        self._network = AdaptedBackbone(backbone, family, activations, budget, adapter.dropout, start)
         self._forward = BatchedForward(self._network, task)
         self._task, self._model, self._adapter, self._family = task, model, adapter, family
         self._seed, self._clients, self._activations = seed, clients, activations
@@ -174,9 +195,9 @@ class SharedBackbone:
         return self._backbone.fingerprint()
 
     @property
-    def modules(self) -> Sequence[tuple[int, int]]:
-        """(d_out, d_in) of every adapted module."""
-        return list(self._backbone.targets.values())
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Adapted module -> (d_out, d_in)."""
+        return self._backbone.targets
 
     def read(self, inputs: Any) -> Inputs:
         """As `AdaptedBackbone.read`."""
@@ -206,24 +227,27 @@ class SharedBackbone:
 
     def _drawn(self, adapter: Adapter, secret: int | None = None) -> Tensors:
         head = self._task.head(self._backbone.width)
-        return initial(self._backbone.targets, adapter, self._family, head, self._seed, secret)
+        weights = initial(self._backbone.targets, adapter, self._family, head, self._seed, secret)
+        for module, (a, b) in self._start.items():
+            weights |= {f"{module}.A": a, f"{module}.B": b}
+        return weights
 
     def learner(
         self, client: str, round: int, splits: Mapping[Split, Rows], start: Tensors, recipe: Recipe
     ) -> ModelLearner:
-        """A client in a round; all share passes, unless the backbone drops out."""
+        """A client in a round; all share passes, unless something drops out."""
         return ModelLearner(self._forward, splits, start, recipe, seed=self._seed, client=client, round=round)
 
     def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
         """As `ClientModels.predict`; activations are not kept."""
-        network = AdaptedBackbone(self._backbone, self._family)
+        network = AdaptedBackbone(self._backbone, self._family, start=self._start)
         return predict(network, self._task, weights, unlabelled(self.read(inputs)))
 
     def answers(self, client: str, weights: Tensors, inputs: Any) -> Sequence[Any]:
         """As `ClientModels.answers`."""
         if self._backbone.head is None:
             return self._task.answers(self.predict(client, weights, inputs))
-        network = AdaptedBackbone(self._backbone, self._family)
+        network = AdaptedBackbone(self._backbone, self._family, start=self._start)
         prompts = self._task.prompts(inputs, self.tokenizer)
         most = self._task.answer_tokens or _ANSWER
         return [answer for prompt in prompts for answer in network.answers(weights, [prompt], most)]
@@ -238,4 +262,5 @@ class SharedBackbone:
             card=self._task.card(),
             model=self._model,
             adapter=self._adapter,
+            start=self._start,
         )

@@ -12,9 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from celora.core.adapters import linear
 from celora.lazy import Lazy
+from celora.models.settings import Adapter
 
 peft = Lazy("peft")
 _ADAPTER = "default"
@@ -22,6 +25,16 @@ _ADAPTER = "default"
 
 Update = Callable[[Tensor], Tensor]
 """x (rows, ..., d_in) -> Δ(x) (rows, ..., d_out)."""
+
+
+def dropping(update: Update, rate: float) -> Update:
+    """LoRA dropout: Δ of x with this share of its numbers set to 0, and the others scaled up."""
+    return lambda x: update(F.dropout(x, rate))
+
+
+def less(update: Update, a: Tensor, b: Tensor) -> Update:
+    """Δ(x) − B A x."""
+    return lambda x: update(x) - linear(linear(x, a), b)
 
 
 class Slot(nn.Module):
@@ -55,12 +68,21 @@ Layers = Mapping[str, Any]
 """Module path -> PEFT's LoRA layer there (peft does not type their attributes)."""
 
 
-def inject(transformer: nn.Module, targets: list[str], rank: int, alpha: Any) -> Layers:
-    """Let stock PEFT adapt exactly the linear modules named in `targets`, and put Slots into them.
+def inject(transformer: nn.Module, targets: list[str], adapter: Adapter) -> Layers:
+    """Let stock PEFT adapt exactly the linear modules named in `targets`, each with its s, and put Slots into them.
 
     PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator.
     """
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
+    alpha: Any = adapter.lora_alpha  # PEFT declares an int and takes a float
+    config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        use_rslora=adapter.scaling == "rslora",
+        rank_pattern=dict(adapter.rank_pattern or {}),
+        alpha_pattern=dict(adapter.alpha_pattern or {}),
+    )
     with warnings.catch_warnings():  # PEFT sees for itself that GPT-2 stores Wᵀ, and says so
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         peft.inject_adapter_in_model(config, transformer, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
