@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -381,3 +382,25 @@ def test_an_adapter_that_plain_lora_does_not_reproduce_is_not_exported(
     with pytest.raises(ModelError, match="changes hidden states"):
         models(loaded(), CausalLm()).export(tmp_path / "out", "c", weights_of(loaded()))
     assert not (tmp_path / "out").exists()
+
+
+STORIES = Path(os.environ.get("CELORA_DATA") or Path(__file__).parents[3] / "shared" / "data") / "weights_stories260K"
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"there is no {STORIES}: set CELORA_DATA to the folder that holds it")
+def test_a_real_language_model_knows_how_stories_begin_and_go_on() -> None:
+    backbone = load(
+        Model(backbone=str(STORIES), max_length=128, device="cpu"), Adapter(rank=2, targets=("q_proj",)), STORIES,
+        "causal-lm",
+    )  # fmt: skip
+    task = CausalLm(form="text")
+    texts = [
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.",
+        "x q z 7 (",
+    ]
+    examples = task.read(data.Table(texts, [""] * 2, None, None, []), models(backbone, task))  # type: ignore[arg-type]
+    forward = BatchedForward(AdaptedBackbone(backbone, Lora()), task)
+    known, noise = (float(forward.losses({}, forward.batch(Rows(examples, range(2)), [row]))) for row in (0, 1))
+    assert known < 1.5 < 4 < noise
+    (answer,) = backbone.answers(CausalLm().prompts(["Once upon a time, there was a"], backbone.text_tokenizer), {}, 20)
+    assert answer.startswith("little girl named L")
