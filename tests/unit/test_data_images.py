@@ -116,9 +116,7 @@ def test_what_does_not_say_what_it_means_is_refused_by_name(tmp_path: Path, cont
 @pytest.mark.parametrize("numbers", [[0.0, 1.5], [-0.1, 1.0], [0.0, np.nan]])
 def test_floats_beyond_black_and_white_are_refused_by_name(tmp_path: Path, numbers: list[float]) -> None:
     content = file_of(Image.fromarray(np.array([numbers], np.float32)), "TIFF")
-    with pytest.raises(
-        DataError, match=r"rows\.parquet:1: .* found floats from .* expected 0 \(black\)"
-    ):
+    with pytest.raises(DataError, match=r"rows\.parquet:1: .* found floats from .* expected 0 \(black\)"):
         colour(tmp_path, content)
 
 
@@ -126,3 +124,86 @@ def test_a_truncated_image_is_refused_by_name(tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
     with pytest.raises(DataError, match=r"rows\.parquet:1: column 'image' holds no readable image: .*truncated"):
         colour(tmp_path, file_of(noise, "JPEG")[:-400])
+
+
+def photographs(folder: Path) -> None:
+    """Two clients with two labels and two images each, and a note that is none."""
+    for client in ("north", "south"):
+        for shade, label in enumerate(("cat", "dog")):
+            place = folder / client / label
+            place.mkdir(parents=True)
+            for number in (2, 10):
+                content = file_of(Image.new("RGB", (4, 4), (100 * shade + number, 0, 0)))
+                (place / f"{number}.{'PNG' if number == 2 else 'png'}").write_bytes(content)
+    (folder / "notes.txt").write_text("not an image")
+
+
+@pytest.mark.parametrize("source", ["photos", "photos/**/*.[pP][nN][gG]"])
+def test_a_folder_of_images_has_its_folders_as_labels_and_those_above_as_clients(tmp_path: Path, source: str) -> None:
+    photographs(tmp_path / "photos")
+    table = read(Data(source=source, image="image", client="site"), tmp_path)
+    assert table.labels == ["cat", "cat", "dog", "dog"] * 2
+    assert table.groups == ["north"] * 4 + ["south"] * 4
+    assert table.rows[1] == "photos/north/cat/10.png:1"
+    assert [int(table.inputs[row][0, 0, 0]) for row in range(4)] == [2, 10, 102, 110]  # type: ignore[union-attr]
+    assert read(Data(source=source, image="image"), tmp_path).groups is None
+
+
+def test_images_in_folders_of_their_own_are_test_images(tmp_path: Path) -> None:
+    photographs(tmp_path / "photos")
+    table = read(Data(source="photos/north", test="photos/south", image="image"), tmp_path)
+    assert table.splits == ["train"] * 4 + ["test"] * 4
+
+
+def test_what_is_wrong_with_a_folder_of_images_is_said(tmp_path: Path) -> None:
+    photographs(tmp_path / "photos")
+    with pytest.raises(DataError, match=r'cat/2\.PNG is an image: set `image = "image"` in \[data\]'):
+        read(Data(source="photos"), tmp_path)
+    (tmp_path / "photos" / "north" / "cat" / "2.PNG").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"photos/north/cat/2\.PNG:1: column 'image' holds no readable image"):
+        read(Data(source="photos", image="image"), tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="'empty' is a folder that holds no image"):
+        read(Data(source="empty", image="image"), tmp_path)
+
+
+RAMP = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "shape", "expected"),
+    [
+        (RAMP.astype(np.uint8), (3, 3, 4), [6, 6, 6]),
+        ((RAMP * 257).astype(np.uint16), (3, 3, 4), [6, 6, 6]),
+        ((RAMP / 255).astype(np.float64), (3, 3, 4), [6, 6, 6]),
+        (RAMP[..., None].astype(np.uint8), (3, 3, 4), [6, 6, 6]),
+        (np.stack([RAMP, RAMP + 1, RAMP + 2], -1).astype(np.uint8), (3, 3, 4), [6, 7, 8]),
+        (np.stack([RAMP, RAMP + 1, RAMP + 2], -1)[:, :2].astype(np.uint8), (3, 2, 4), [6, 7, 8]),
+        (np.stack([np.tile(RAMP, (1, 2, 2)) + c for c in range(3)], 1) / 255, (3, 6, 8), [6, 7, 8]),
+        (RAMP % 2 == 0, (3, 3, 4), [255, 255, 255]),
+    ],
+    ids=["uint8", "uint16", "float", "one channel", "last", "two rows", "channels first, float", "bool"],
+)
+def test_arrays_are_images_with_their_numbers(tmp_path: Path, images: Any, shape: Any, expected: list[int]) -> None:
+    np.savez(tmp_path / "rows.npz", picture=images, label=[3, 4], writer=["a", "b"], note=np.zeros((2, 2)))
+    table = read(Data(source="rows.npz", image="picture", client="writer"), tmp_path)
+    assert (table.labels, table.groups, table.rows[1]) == (["3", "4"], ["a", "b"], "rows.npz:2")
+    assert table.inputs.shape == shape  # type: ignore[union-attr]
+    assert table.inputs[0][:, 1, 2].tolist() == expected  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"image": RAMP, "label": [1, 2]}, r"rows\.npz:1: column 'image' holds an image of int64, which does not say"),
+        ({"image": RAMP[0, :1], "label": [1]}, r"holds an array \(4,\), expected an image \(height, width\)"),
+        ({"image": RAMP.astype("uint8"), "label": [1]}, r"unlike length: image \(2\), label \(1\)"),
+        ({"image": np.array([None, 1], object), "label": [1, 2]}, r"rows\.npz cannot be read as \.npz: Object arrays"),
+        ({"images": RAMP.astype("uint8"), "label": [1, 2]}, r"no column 'image'; its columns are .* mean 'images'\?"),
+        ({"image": np.full((1, 4, 4, 3), 2.0), "label": [1]}, r"holds floats from 2 to 2, expected 0 \(black\)"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused_by_name(tmp_path: Path, columns: Any, says: str) -> None:
+    np.savez(tmp_path / "rows.npz", **columns)
+    with pytest.raises(DataError, match=says):
+        read(Data(source="rows.npz", image="image"), tmp_path)

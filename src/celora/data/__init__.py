@@ -35,11 +35,14 @@ class Data:
 
     source: str = setting(
         "docstrings",
-        "'docstrings', 'digits', 'hub:<name>', or a path or pattern of .csv, .jsonl or .parquet files",
+        "'docstrings', 'digits', 'hub:<name>', a path or pattern of .csv, .jsonl, .parquet, .npz or image files, or a "
+        "folder of images, <client>/<label>/<name>.png",
     )
     test: str | None = setting(None, "path or pattern of separate test files; none: each client splits its own rows")
     text: str = setting("text", "column of the texts", min_length=1)
-    image: str | None = setting(None, "column of images (bytes of JPEG or PNG files), instead of texts", min_length=1)
+    image: str | None = setting(
+        None, "column of images (bytes of JPEG or PNG files, or arrays), instead of texts", min_length=1
+    )
     label: str = setting("label", "column of the labels", min_length=1)
     client: str | None = setting(None, "column that names the client of a row (natural partition)", min_length=1)
     split: str | None = setting(None, "column that says train, validation or test of a row", min_length=1)
@@ -165,7 +168,7 @@ def read(data: Data, base: Path) -> Table:
     if "." not in data.source and "*" not in data.source and not (base / data.source).exists():
         raise DataError(
             f"found source = {data.source!r}, expected {listing(EMBEDDED)}, 'hub:<name>', or the path of a "
-            f".csv, .jsonl or .parquet file.{did_you_mean(data.source, EMBEDDED)}"
+            f".csv, .jsonl, .parquet or .npz file or of a folder of images.{did_you_mean(data.source, EMBEDDED)}"
         )
     return read_files(data.source, base, columns, data.test)
 
