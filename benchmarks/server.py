@@ -33,8 +33,8 @@ from torch import Tensor
 from celora.algorithms.ce_lora import CELoRA, Server, Up
 from celora.core.aggregation import Heard
 from celora.maths.cka import cka
+from celora.maths.distances import distance_matrix, pair_distances
 from celora.maths.mixtures import Mixture
-from celora.maths.transport import distance_matrix, pair_distances
 from celora.maths.weights import combine, kernel
 from celora.wire import pack
 from job import peak_mb

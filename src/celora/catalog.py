@@ -1,4 +1,4 @@
-"""What `celora list` tells of the algorithms, read off their cards, records and fields."""
+"""What `celora list` tells of the algorithms, read off their `info`, records and fields."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import getdoc
@@ -107,7 +107,7 @@ def _down(entry: Description) -> str:
 
 
 def _with_head(letters: str, entry: Description) -> str:
-    """The card's letters, and the head where it travels by default."""
+    """The letters of its `info`, and the head where it travels by default."""
     return letters if "head" in letters or "head" not in entry["travels"] else f"{letters}, head"
 
 

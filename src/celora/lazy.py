@@ -12,6 +12,7 @@ decorator or a class body, and `from __future__ import annotations` in files wit
 be used anywhere. tests/unit/test_startup.py says which commands import what.
 """
 
+import gc
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -64,4 +65,11 @@ else:
         """Stands for `torch.Tensor` in annotations, records and `isinstance`, before torch is imported."""
 
 
-__all__ = ["F", "Lazy", "Tensor", "np", "torch"]
+def all_is_loaded() -> None:
+    """From here on the garbage collector, which a command may have turned off, looks at what is made from now on."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
+__all__ = ["F", "Lazy", "Tensor", "all_is_loaded", "np", "torch"]

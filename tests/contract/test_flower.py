@@ -20,7 +20,8 @@ import pytest
 from celora.algorithms import ALGORITHMS
 from celora.core import rounds
 from celora.core.messages import Round
-from celora.engines.remote import JobStart, Remote
+from celora.engines.remote import JobStart
+from celora.engines.remote_exchange import Remote
 from celora.errors import FederationError
 from celora.site.policy import Policy
 from celora.site.site import Site, job_folder

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from celora.maths.cka import cka
+from celora.maths.distances import class_distances, distance_matrix, mixture_distance
 from celora.maths.mixtures import Mixture, fit_mixture
-from celora.maths.transport import class_distances, distance_matrix, mixture_distance, plan
+from celora.maths.transport import plan
 from celora.maths.weights import combine, kernel, row_weights
 
 

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from celora.algorithms.she_lora import Down, Local, Server, SHELoRA, Up, _entries, _permutation
+from celora.algorithms.she_lora import Down, Local, Server, SHELoRA, Up
 from celora.core.adapters import modules
 from celora.core.aggregation import Heard
 from celora.core.messages import Plan
 from celora.privacy import ckks, keys
+from celora.privacy.columns import entries, permutation
 from celora.privacy.order import Code
 from celora.wire import Schema, pack, unpack
 from tests.facts.payloads import HEAD, rounds
@@ -137,14 +138,14 @@ def test_columns_0_and_7_of_8_are_hidden() -> None:
     once = swapped(list(range(8)), [0, 7])
     assert sorted(once[-2:]) == [0, 6]
     assert swapped(once, [0, 7]) != list(range(8))
-    assert sorted(_permutation(torch.tensor([0, 7]), 8)[-2:].tolist()) == [0, 7]
+    assert sorted(permutation(torch.tensor([0, 7]), 8)[-2:].tolist()) == [0, 7]
 
 
 @given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), unique=True))))
 def test_permuting_and_back_is_the_identity(case: tuple[int, list[int]]) -> None:
     size, columns = case
     chosen = torch.tensor(columns, dtype=torch.int64)
-    order = _permutation(chosen, size)
+    order = permutation(chosen, size)
     x = torch.arange(size)
     assert torch.equal(x[order][order.argsort()], x)
     assert x[order].tolist()[::-1][: len(columns)] == columns
@@ -152,9 +153,9 @@ def test_permuting_and_back_is_the_identity(case: tuple[int, list[int]]) -> None
 
 def test_a_smaller_budgets_numbers_are_the_first_of_a_larger_ones() -> None:
     adapted = modules(drawn(2, 0))
-    everything = _entries(agreed(10), adapted, 1.0)
+    everything = entries(agreed(10), adapted, 1.0)
     for budget in torch.linspace(0.005, 1, 200).tolist():
-        some = _entries(agreed(10), adapted, budget)
+        some = entries(agreed(10), adapted, budget)
         assert everything[: len(some)] == some
 
 
@@ -173,7 +174,7 @@ def test_while_a_is_near_its_start_the_hidden_columns_can_be_found_by_lining_up(
     draw, d, hidden = torch.Generator().manual_seed(0), 384, torch.tensor([3, 71, 150, 151, 290, 383])
     start = torch.randn(8, d, generator=draw)
     now = start + drift * torch.randn(8, d, generator=draw)
-    clear = now[:, _permutation(hidden, d)][:, : d - len(hidden)]
+    clear = now[:, permutation(hidden, d)][:, : d - len(hidden)]
     cost = torch.cdist(clear.T, start.T).square().double()
     skips = d - clear.shape[1]
     best = torch.full((skips + 1,), torch.inf, dtype=torch.float64)

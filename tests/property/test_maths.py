@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from celora.maths.cka import cka
+from celora.maths.distances import distance_matrix
 from celora.maths.mixtures import fit_mixture
-from celora.maths.transport import distance_matrix, plan, transport
+from celora.maths.transport import least_costs, plan, transport
 from celora.maths.weights import combine, kernel, row_weights
 from tests.toy import least_cost
 
@@ -54,8 +55,6 @@ def test_vertices_of_the_dual_give_the_optimum(
     n: int, m: int, seed: int, ties: bool, row_padding: int, padding: int
 ) -> None:
     """With `ties`, many equal optima and zero masses; padding repeats an atom with mass 0."""
-    from celora.maths.transport import _small
-
     rng = np.random.default_rng(seed)
     if ties:
         a, b = (rng.multinomial(4, np.ones(k) / k, size=6) / 4.0 for k in (n, m))
@@ -66,7 +65,7 @@ def test_vertices_of_the_dual_give_the_optimum(
     rows, columns = [*range(n), *[0] * min(row_padding, 3 - n)], [*range(m), *[0] * padding]
     a, b, cost = a[:, rows], b[:, columns], cost[:, rows][:, :, columns]
     a[:, n:] = b[:, m:] = 0
-    found = _small(*(torch.from_numpy(x) for x in (a.T, b.T, cost.transpose(1, 2, 0))))
+    found = least_costs(*(torch.from_numpy(x) for x in (a.T, b.T, cost.transpose(1, 2, 0))))
     assert found.tolist() == pytest.approx([least_cost(*problem) for problem in problems], rel=1e-9, abs=1e-9)
 
 

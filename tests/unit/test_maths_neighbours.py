@@ -1,14 +1,15 @@
-"""celora.maths.neighbours: against the matrix of all pairs; and the nearest mixtures."""
+"""celora.maths.neighbours and celora.maths.nearest: against the matrix of all pairs."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from celora.maths import neighbours
+from celora.maths import nearest, neighbours
 from celora.maths.cka import cka, points
+from celora.maths.distances import distance_matrix
 from celora.maths.mixtures import Mixture
+from celora.maths.nearest import moments, nearest_clients
 from celora.maths.neighbours import average, likeness, most_alike
-from celora.maths.transport import distance_matrix, moments, nearest_clients
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -78,17 +79,15 @@ def test_nearest_mixtures_are_those_of_the_bound_with_exact_distances() -> None:
 
 
 def test_nearest_computes_only_what_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    from celora.maths import transport
-
     mixtures = [mixture(seed) for seed in range(30)]
     near, distances = nearest_clients(mixtures[:27], 6)
-    asked, real = [], transport.pair_distances
+    asked, real = [], nearest.pair_distances
 
     def counting(mixtures: list[Mixture], pairs: Tensor, **options: float) -> Tensor:
         asked.append(pairs)
         return real(mixtures, pairs, **options)
 
-    monkeypatch.setattr(transport, "pair_distances", counting)
+    monkeypatch.setattr(nearest, "pair_distances", counting)
     pairs = torch.stack([torch.arange(27)[:, None].expand_as(near), near], dim=-1).view(-1, 2)
     found = nearest_clients(mixtures, 6, known=(pairs, distances.flatten()))
     assert bool((asked[0] >= 27).any(dim=1).all())

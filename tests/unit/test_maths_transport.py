@@ -1,4 +1,4 @@
-"""celora.maths.transport: exact plans, distances between mixtures, the matrix of all clients."""
+"""celora.maths.transport and celora.maths.distances: plans, distances of mixtures, the matrix of all clients."""
 
 import itertools
 from math import sqrt
@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from celora.maths.mixtures import Mixture
-from celora.maths.transport import (
+from celora.maths.distances import (
     class_distances,
     component_costs,
     distance_matrix,
     mixture_distance,
-    moments,
     pair_distances,
-    plan,
-    transport,
 )
+from celora.maths.mixtures import Mixture
+from celora.maths.nearest import moments
+from celora.maths.transport import plan, transport
 from tests.toy import least_cost
 
 

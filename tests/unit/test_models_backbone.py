@@ -15,6 +15,7 @@ from celora.models.loading import embedded, quiet
 from celora.models.settings import Adapter, Model
 
 VIT = Adapter(targets=("q_proj", "v_proj"))
+BUDGET = 1 << 20
 TEXTS = ["a cat", "the quick brown fox jumps over the lazy dog", ""]
 
 
@@ -86,16 +87,16 @@ def test_pooling_takes_the_mean_the_first_or_the_last_token(tmp_path: Path) -> N
 
 def test_images_are_checked_and_pooled() -> None:
     images = torch.rand(3, 1, 8, 8)
-    vit().check(images)
+    assert vit().read(images, BUDGET).shape == (1, 8, 8)
     features = {pooling: vit(pooling).encode(vit().batch(images, [0, 2]), {}) for pooling in ("mean", "cls", "last")}
     assert all(found.shape == (2, 64) for found in features.values())
     assert not torch.equal(features["cls"], features["last"])
     with pytest.raises(ModelError, match=r"reads images of shape \(1, 8, 8\); found \(3, 8, 8\)"):
-        vit().check(torch.rand(2, 3, 8, 8))
+        vit().read(torch.rand(2, 3, 8, 8), BUDGET)
     with pytest.raises(ModelError, match=r"reads images; found texts"):
-        vit().check([[1, 2]])
+        vit().read(TEXTS, BUDGET)
     with pytest.raises(ModelError, match=r"reads texts; found images"):
-        minilm().check(images)
+        minilm().read(images, BUDGET)
 
 
 def test_dropout_draws_from_its_seed_and_leaves_the_global_generator_alone() -> None:

@@ -6,7 +6,8 @@ from itertools import count
 import pytest
 
 from celora.core.messages import Instruction, Reply
-from celora.engines.remote import ClientFacts, JobStart, Remote, Request, Response
+from celora.engines.remote import ClientFacts, JobStart, Request, Response
+from celora.engines.remote_exchange import Remote
 from celora.errors import QuorumError
 from celora.wire import pack, unpack
 

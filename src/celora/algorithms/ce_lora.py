@@ -22,23 +22,16 @@ It fits mixtures to classes of two rows; here a class below the disclosure floor
 mixture is its rows.
 
 Many clients. Up to 1,000, or where everybody is a neighbour, S is the matrix of all pairs, exactly, and a client's
-neighbours are the `neighbours` most alike in S. Beyond, no (m, m) matrix is ever held, and
-
-    candidates   the 2 · neighbours others with the least lower bound of OT (`celora.maths.transport`); by CKA, among
-                 all, for a client that has told nothing, and for all while no more than 2 · neighbours clients have
-    neighbours   the most alike in S among the candidates
-
-What is approximate is that a truly more alike client may be no candidate, and a client that has told nothing is no
-candidate of one that has. Also, the kernel's scale (a median, a maximum) is that of all pairs of 64 clients, evenly
-spaced among those that have told. Each distance is exact, each CKA is to float32, and so is W over the neighbours.
+neighbours are the `neighbours` most alike in S. Beyond, they are the most alike in S among 2 · `neighbours` candidates,
+those with the least lower bound of OT, and no (m, m) matrix is ever held (`celora.maths.known` says what is approximate
+then); each CKA is to float32, and so is W over the neighbours.
 
 Does anything flow? C̄_i multiplies A_i and B_i that other clients' cores were not trained with. `rule` and
 `freeze_bases` hold the controls: CE-LoRA is vindicated only where "similarity" beats "reset" and "permuted".
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 from celora.core.adapters import Family, Tri
 from celora.core.aggregation import Heard
@@ -57,36 +50,28 @@ from celora.core.algorithm import (
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Features, Fit
 from celora.fields import Count, Fraction, NonNegative, Positive, setting, settings
-from celora.lazy import Tensor, torch
+from celora.lazy import F, Tensor, torch
 from celora.marks import DisclosureFloor, MixingMatrix, RowCount, Summary
 from celora.maths.cka import Estimator, cka, points
+from celora.maths.known import Known, candidates, of_one_space, placed, updated
 from celora.maths.mixtures import Mixture, fit_mixture
-from celora.maths.neighbours import average, likeness, most_alike
-from celora.maths.transport import distance_matrix, nearest_clients
+from celora.maths.neighbours import average, likeness, with_self
 from celora.maths.weights import Combination, Kernel, Normalisation, SelfWeight, combine, kernel, row_weights
 from celora.rng import generator
 from celora.tensors import Names, Tensors, only, select
 from celora.wire import record
 
 Rule = Literal["similarity", "uniform", "reset", "permuted"]
-T = TypeVar("T")
 
 DENSE = 1000
 """Clients up to which all pairs are compared; 1,000 clients of 30 components each take a minute or two, once."""
 FEW = 32
 """Neighbours by default where there are more clients than that."""
-SAMPLE = 64
-"""Clients whose distances to each other then set the scale of the kernel."""
 
 
 @record
 class Server:
-    """What the server remembers of each client.
-
-    `distances` (n, n) are those between the known summaries, in their order. Where clients are too many for that, they
-    are (n, c), of each client that has told of its data to those of them listed in `near` (n, c), and `typical` holds
-    some between clients of any kind.
-    """
+    """What the server remembers of each client; `distances`, `near` and `typical` are those of `Known`."""
 
     start: Tensors
     cores: Mapping[str, Tensors]
@@ -243,16 +228,14 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
     def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """C̄_i = Σ_j W_ij C_j for every client heard so far, from the last core each has sent."""
         ups = dict(heard.each())
-        cores = _sorted({**server.cores, **{client: up.core for client, up in ups.items()}})
+        cores = dict(sorted({**server.cores, **{client: up.core for client, up in ups.items()}}.items()))
         examples = {**server.examples, **{client: up.examples for client, up in ups.items()}}
         new = {client: up.summary for client, up in ups.items() if up.summary is not None}
-        summaries = _of_one_space(_sorted({**server.summaries, **new}))
+        summaries = of_one_space(dict(sorted({**server.summaries, **new}.items())))
         clients, rounds = tuple(cores), server.rounds + 1
         stacks = {name: torch.stack([c[name] for c in cores.values()]) for name in next(iter(cores.values()))}
-        if self.count(len(clients)) == len(clients) - 1 or len(clients) <= DENSE:
-            known = self.all_distances(server, summaries, set(new)), server.near, server.typical
-        else:
-            known = self.near_distances(server, summaries, set(new), self.candidates(len(clients)))
+        known, listed = Known(server.distances, server.near, server.typical), self.candidates(len(clients))
+        known = updated(summaries, known, server.summaries, new, listed, label_cost=self.label_cost)
         mixing = self.mixing(clients, stacks, server.start, examples, summaries, known, rounds)
         means = {name: average(stack, mixing.weights, mixing.neighbours).unbind() for name, stack in stacks.items()}
         received = {client: {name: means[name][i] for name in means} for i, client in enumerate(clients)}
@@ -262,47 +245,11 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
 
     def count(self, m: int) -> int:
         """How many others enter a client's average."""
-        wanted = self.neighbours or (m if m <= DENSE else FEW)
-        return min(wanted, m - 1)
+        return min(self.neighbours or (m if m <= DENSE else FEW), m - 1)
 
-    def candidates(self, m: int) -> int:
-        """How many others are looked at for that where there are too many to look at all."""
-        return min(2 * self.count(m), m - 1)
-
-    def all_distances(self, server: Server, summaries: Mapping[ClientId, Mixture], new: set[ClientId]) -> Tensor:
-        """d (n, n) between the summaries; only what is new is computed."""
-        if not new:
-            return server.distances
-        places = {client: i for i, client in enumerate(server.summaries) if client in summaries and client not in new}
-        order = [*places, *(client for client in summaries if client not in places)]
-        at = torch.tensor(list(places.values()), dtype=torch.int64)
-        found = distance_matrix(
-            [summaries[client] for client in order], label_cost=self.label_cost, known=server.distances[at][:, at]
-        )
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-        return found[back][:, back]
-
-    def near_distances(
-        self, server: Server, summaries: Mapping[ClientId, Mixture], new: set[ClientId], count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """d (n, count) from each client that has told to its candidates, those candidates, and typical distances."""
-        told = _told(summaries)
-        if len(told) <= count:
-            return torch.zeros(0, 0), torch.zeros(0, 0).int(), torch.zeros(0, 0)
-        if not new and server.near.shape == (len(told), count):
-            return server.distances, server.near, server.typical
-        known = None
-        if len(server.near):
-            places = {client: i for i, client in enumerate(told) if client not in new}
-            at = torch.tensor([places.get(client, -1) for client in _told(server.summaries)])
-            pairs = torch.stack([at[:, None].expand_as(server.near), at[server.near.long()]], dim=-1)
-            still = (pairs >= 0).all(dim=-1)
-            known = pairs[still], server.distances[still]
-        mixtures = list(told.values())
-        near, distances = nearest_clients(mixtures, count, label_cost=self.label_cost, known=known)
-        some = mixtures[:: -(-len(mixtures) // SAMPLE)]
-        among = distance_matrix(some, label_cost=self.label_cost)
-        return distances, near, among[torch.ones_like(among).triu(1).bool()]
+    def candidates(self, m: int) -> int | None:
+        """How many others are looked at for that; None where S is the matrix of all pairs."""
+        return None if m <= DENSE or self.count(m) == m - 1 else min(2 * self.count(m), m - 1)
 
     def mixing(
         self,
@@ -311,31 +258,22 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         start: Tensors,
         examples: Mapping[ClientId, int],
         summaries: Mapping[ClientId, Mixture],
-        known: tuple[Tensor, Tensor, Tensor],
+        known: Known,
         rounds: int,
     ) -> Mixing:
         """W by the rule, rows summing to 1: (m, m), or (m, 1 + k) where a client has k neighbours besides itself."""
         m, count, near = len(clients), self.count(len(clients)), None
         draw = generator(self.permutation_seed, "permute", rounds)
         if self.rule == "permuted":
-            return Mixing(
-                clients, torch.ones(m, 1, dtype=torch.float64), torch.randperm(m, generator=draw)[:, None].int()
-            )
+            whose = torch.randperm(m, generator=draw)[:, None].int()
+            return Mixing(clients, torch.ones(m, 1, dtype=torch.float64), whose)
         if self.rule == "uniform":
             if count < m - 1:  # as many as the most alike would be, but drawn
                 steps = torch.cat([torch.zeros(1), 1 + torch.randperm(m - 1, generator=draw)[:count]])
                 near = (torch.arange(m)[:, None] + steps.long()) % m
             alike = torch.ones(m, m if near is None else count + 1)
-        elif count < m - 1 and m > DENSE:
-            near, alike = self.among_candidates(clients, self.moved(stacks, start), summaries, known)
         else:
-            data = kernel(_placed(known[0], tuple(summaries), clients), self.kernel)
-            model = cka(self.moved(stacks, start), self.cka_estimator)
-            alike = combine(data, model, self.combination, self.data_share)
-            del data, model
-            if count < m - 1:
-                near = _with_self(alike.clone().fill_diagonal_(-torch.inf).topk(count).indices)
-                alike = alike.gather(1, near)
+            near, alike = self.similarities(clients, self.moved(stacks, start), summaries, known)
         rows = torch.tensor([float(examples[client]) for client in clients]) if self.by_rows else None
         weights = row_weights(
             alike,
@@ -353,67 +291,28 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         cores = torch.stack([stacks[name] for name in start], dim=1)
         return cores - torch.stack(list(start.values())) if self.cka_of == "C-I" else cores
 
-    def among_candidates(
-        self,
-        clients: tuple[ClientId, ...],
-        cores: Tensor,
-        summaries: Mapping[ClientId, Mixture],
-        known: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Each client itself and its neighbours, and S to them: both (m, 1 + k)."""
-        m, count = len(clients), self.candidates(len(clients))
-        place = {client: i for i, client in enumerate(clients)}
-        (distances, listed, typical), at = known, points(cores, self.cka_estimator).float()
-        told = torch.tensor([place[c] for c in _told(summaries)] if len(listed) else [], dtype=torch.int64)
-        silent = torch.ones(m, dtype=torch.bool)
-        silent[told] = False
-        near = torch.zeros(m, count, dtype=torch.int64)
-        near[told] = told[listed.long()].view(-1, count)
-        near[silent] = most_alike(at, count, rows=silent.nonzero().flatten()).long()
-        near, distance = _with_self(near), torch.full((m, 1 + count), torch.nan, dtype=torch.float64)
-        distance[told, 1:] = distances.double().view(-1, count)
-        distance[:, 0] = 0.0
+    def similarities(
+        self, clients: tuple[ClientId, ...], cores: Tensor, summaries: Mapping[ClientId, Mixture], known: Known
+    ) -> tuple[Tensor | None, Tensor]:
+        """Each client itself and its neighbours, and S to them, both (m, 1 + k); None and S (m, m) where all are."""
+        m, count, listed = len(clients), self.count(len(clients)), self.candidates(len(clients))
+        if listed is None:
+            distances, model = placed(known, summaries, clients), cka(cores, self.cka_estimator)
+            alike = combine(kernel(distances, self.kernel), model, self.combination, self.data_share)
+            del distances, model  # (m, m) each
+            if count == m - 1:
+                return None, alike
+            near = with_self(alike.clone().fill_diagonal_(-torch.inf).topk(count).indices)
+            return near, alike.gather(1, near)
+        at = points(cores, self.cka_estimator).float()
+        near, distance = candidates(known, summaries, clients, at, listed)
         own = near == torch.arange(m)[:, None]
         model = likeness(at, near).clamp(-1, 1).masked_fill(own, 1.0)
-        data = kernel(distance, self.kernel, own=own, typical=typical)
+        data = kernel(distance, self.kernel, own=own, typical=known.typical)
         alike = combine(data, model, self.combination, self.data_share)
-        best = _with_self(alike[:, 1:].topk(self.count(m)).indices + 1, 0)
+        best = F.pad(alike[:, 1:].topk(count).indices + 1, (1, 0))  # itself is at 0
         return near.gather(1, best), alike.gather(1, best)
 
     def model(self, local: Local, down: Down) -> Tensors:
         """C̄_i between the client's own A_i and B_i, under its own head."""
         return {**local.mine, **down.core}
-
-
-def _sorted(by_client: Mapping[ClientId, T]) -> dict[ClientId, T]:
-    return dict(sorted(by_client.items()))
-
-
-def _of_one_space(summaries: Mapping[ClientId, Mixture]) -> dict[ClientId, Mixture]:
-    """Those of the dimension that most have; a client whose features have another is asked again."""
-    told = Counter(mixture.means.shape[1] for mixture in _told(summaries).values()).most_common(1)
-    return {
-        c: mixture
-        for c, mixture in summaries.items()
-        if not len(mixture.labels) or mixture.means.shape[1] == told[0][0]
-    }
-
-
-def _placed(distances: Tensor, known: tuple[ClientId, ...], clients: tuple[ClientId, ...]) -> Tensor:
-    """Distances (m, m) among `clients`, NaN for those that have not told of their data."""
-    places = {client: i for i, client in enumerate(known)}
-    at = torch.tensor([places.get(client, -1) for client in clients])
-    among = torch.full((len(known) + 1, len(known) + 1), torch.nan, dtype=torch.float64)
-    among[:-1, :-1] = distances
-    return among[at[:, None], at].fill_diagonal_(0.0)
-
-
-def _told(summaries: Mapping[ClientId, Mixture]) -> dict[ClientId, Mixture]:
-    """Those that say anything."""
-    return {client: mixture for client, mixture in summaries.items() if len(mixture.labels)}
-
-
-def _with_self(others: Tensor, itself: int | None = None) -> Tensor:
-    """Each row after its own position, or after `itself`."""
-    first = torch.arange(len(others)) if itself is None else torch.full((len(others),), itself)
-    return torch.cat([first[:, None], others], dim=1)

@@ -48,17 +48,15 @@ from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trai
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, InputNorms
 from celora.fields import Count, setting, settings
-from celora.lazy import Tensor, torch
+from celora.lazy import F, Tensor, torch
 from celora.marks import RowCount, SiteSecret
 from celora.maths.lowrank import Sum, truncated_svd
-from celora.privacy import ckks, keys
-from celora.privacy.order import Code
+from celora.privacy import ckks, columns, keys
+from celora.privacy.columns import AgreedColumns
 from celora.tensors import Mean, Names, Tensors, only, part, select
 from celora.wire import record
 
 Part = Annotated[float, Field(gt=0, le=1)]
-LEVELS = 1 << 12
-"""Scores are told to a 64th of a factor of 2, from 2⁻³² to 2³²."""
 
 
 @record
@@ -214,25 +212,14 @@ class SHELoRA(Algorithm[Server, Local, Down, Up]):
         for module, w in sorted(modules(weights).items()):
             scored = w["A"].abs().sum(0) if self.sensitivity == "paper" else w["A"].sum(0).abs()
             scores = scored.double() * norms[module].double().cpu()
-            best = scores.sort(descending=True, stable=True).indices[: _count(budget, len(scores))]
-            levels = (64 * scores[best].clamp(min=1e-30).log2()).round().long() + LEVELS // 2
-            told = _code(local, "scores", LEVELS).encode(levels.clamp(0, LEVELS - 1))
-            found.append(torch.stack([_code(local, module, len(scores)).encode(best), told]))
+            found.append(columns.wish(_secret(local), module, scores, budget))
         return tuple(found)
 
     def hidden(self, local: Local, down: Down, weights: Tensors, examples: int) -> Up:
         """What is sent: in clear with the last k_i permuted columns of A at 0, and these times B encrypted."""
-        lists, sent, numbers = _lists(local, down.agreed, weights), dict(weights), list[Tensor]()
-        adapted = modules(weights)
-        for module, at in _entries(lists, adapted, down.budget):
-            w = adapted[module]
-            numbers.append(w["B"].double() @ w["A"][:, lists[module][at]].double())
-        for module, w in adapted.items():
-            d_in = w["A"].shape[1]
-            sent[f"{module}.A"] = w["A"][:, _permutation(lists[module], d_in)]
-            sent[f"{module}.A"][:, d_in - min(_count(down.budget, d_in), len(lists[module])) :] = 0
         secret = _secret(local)
-        return Up(sent, ckks.encrypt(secret, torch.cat(numbers)), examples, (), keys.mark(secret))
+        sent, cipher = AgreedColumns.read(secret, down.agreed, weights).hide(weights, down.budget)
+        return Up(sent, cipher, examples, (), keys.mark(secret))
 
     def aggregate(self, server: Server, heard: Heard[Up]) -> Server:
         """At first the lists; then P, E and the head. Who has no part in them, or another key, is left out.
@@ -286,25 +273,12 @@ class SHELoRA(Algorithm[Server, Local, Down, Up]):
             raise ValueError("key: the other clients hold another one; give this client the same file")
         if not down.weights:
             return local.mine
-        lists, adapted = _lists(local, down.agreed, down.weights), modules(down.weights)
-        columns: dict[str, list[Tensor]] = {module: [] for module in adapted}
-        numbers = ckks.decrypt(_secret(local), down.cipher)
-        for module, _ in _entries(lists, adapted, down.covered):
-            column, numbers = numbers.tensor_split([len(adapted[module]["B"])])
-            columns[module].append(column)
-        merged: dict[str, Tensor] = {}
-        for module, w in adapted.items():
-            d_in, places = w["A"].shape[1], lists[module][: len(columns[module])]
-            missing = max(local.rank - len(w["A"]) - len(places), 0)  # where only clients of lower rank were heard
-            b = [
-                w["B"].double(),
-                *(column[:, None] for column in columns[module]),
-                w["B"].new_zeros(len(w["B"]), missing),
-            ]
-            a = w["A"].double()[:, _permutation(lists[module], d_in).argsort()]
-            rows = [a, torch.eye(d_in, dtype=torch.float64)[places], a.new_zeros(missing, d_in)]
-            b_i, a_i = truncated_svd(torch.cat(b, dim=1), torch.cat(rows), local.rank)
-            merged |= {f"{module}.A": a_i.to(w["A"].dtype), f"{module}.B": b_i.to(w["B"].dtype)}
+        agreed, merged = AgreedColumns.read(_secret(local), down.agreed, down.weights), dict[str, Tensor]()
+        for module, (b, a) in agreed.reveal(down.weights, down.cipher, down.covered).items():
+            missing = max(local.rank - len(a), 0)  # where only clients of lower rank were heard
+            b_i, a_i = truncated_svd(F.pad(b, (0, missing)), F.pad(a, (0, 0, 0, missing)), local.rank)
+            dtype = down.weights[f"{module}.A"].dtype
+            merged |= {f"{module}.A": a_i.to(dtype), f"{module}.B": b_i.to(dtype)}
         return {**local.mine, **select(down.weights, only("head")), **merged}
 
 
@@ -335,45 +309,5 @@ def _rank(weights: Tensors) -> int:
     return max((len(w) for name, w in weights.items() if part(name) == "A"), default=0)
 
 
-def _count(budget: float, d_in: int) -> int:
-    """How many columns a budget hides."""
-    return max(1, int(budget * d_in + 1e-9))
-
-
 def _secret(local: Local) -> bytes:
     return bytes(local.secret.tolist())
-
-
-def _code(local: Local, purpose: str, size: int) -> Code:
-    return Code(_secret(local), purpose, size)
-
-
-def _lists(local: Local, agreed: Sequence[Tensor], weights: Tensors) -> dict[str, Tensor]:
-    """Module -> its columns in the agreed order, read with the clients' secret."""
-    adapted = sorted(modules(weights).items())
-    return {
-        module: _code(local, module, w["A"].shape[1]).decode(codes)
-        for (module, w), codes in zip(adapted, agreed, strict=True)
-    }
-
-
-def _entries(
-    lists: Mapping[str, Tensor], adapted: Mapping[str, Mapping[str, Tensor]], budget: float
-) -> list[tuple[str, int]]:
-    """(module, place in its list) of what a budget hides, in the order of the ciphertexts' numbers.
-
-    The entries of a smaller budget are the first ones of a larger: ciphertexts of all clients add up in place.
-    """
-    found = [
-        ((at + 1) / adapted[module]["A"].shape[1] if at else 0.0, module, at)
-        for module, columns in lists.items()
-        for at in range(min(len(columns), _count(budget, adapted[module]["A"].shape[1])))
-    ]
-    return [(module, at) for _, module, at in sorted(found)]
-
-
-def _permutation(last: Tensor, size: int) -> Tensor:
-    """Positions 0 … size − 1 in a new order: those not in `last` as they are, then `last`, its first at the end."""
-    rest = torch.ones(size, dtype=torch.bool)
-    rest[last] = False
-    return torch.cat([rest.nonzero().flatten(), last.flip(0)])

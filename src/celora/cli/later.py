@@ -1,6 +1,5 @@
 """What commands do their work with; each is loaded when a command first needs it, so that --help waits for none."""
 
-import gc
 from typing import TYPE_CHECKING
 
 from celora.lazy import Lazy
@@ -18,13 +17,4 @@ else:
     check, ledger = Lazy("celora.site.check"), Lazy("celora.site.ledger")
 
 
-def all_is_loaded() -> None:
-    """From here on the garbage collector, which `main` turned off, looks at what is made from now on."""
-    if not gc.isenabled():
-        gc.freeze()
-        gc.enable()
-
-
-__all__ = [
-    "all_is_loaded", "catalog", "certificates", "check", "client", "experiment", "keys", "ledger", "output", "server"
-]  # fmt: skip
+__all__ = ["catalog", "certificates", "check", "client", "experiment", "keys", "ledger", "output", "server"]

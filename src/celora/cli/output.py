@@ -16,8 +16,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from celora.cli.later import all_is_loaded
 from celora.exits import SessionState, explained
+from celora.lazy import all_is_loaded
 from celora.site.ledger import Entry
 from celora.track import tables
 from celora.track.folder import stamped

@@ -19,6 +19,7 @@ from celora.cli.later import experiment, output
 from celora.cli.options import Config, Json, Out, Quiet, Sets, examples, read
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
+from celora.lazy import all_is_loaded
 from celora.track.text import printable
 
 Secret = Annotated[
@@ -129,7 +130,7 @@ def site(
     with explained(SessionState(), as_json=False), _stopping() as stop:
         os.umask(0o077)  # what this process writes is its owner's
         taking = _join(data, state, server, keys, policy, name, test, backbone, secret, insecure=insecure)
-        later.all_is_loaded()
+        all_is_loaded()
         later.client.join(taking, stop, _stamped, once=once)
 
 

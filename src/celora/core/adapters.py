@@ -149,11 +149,7 @@ class FixedBases(Tri):
 
     def parts(self, rank: int, d_in: int, d_out: int) -> dict[str, Part]:
         """A (r, d_in), B (d_out, r), C (r, r) = 0."""
-        return {
-            "A": Part(rank, d_in, "rows"),
-            "B": Part(d_out, rank, "columns"),
-            "C": Part(rank, rank, "zero"),
-        }
+        return {"A": Part(rank, d_in, "rows"), "B": Part(d_out, rank, "columns"), "C": Part(rank, rank, "zero")}
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class AlgorithmInfo:
         Raises:
             TypeError: if the class does not inherit `Algorithm[Server, Local, Down, Up]`.
         """
-        if "server" in vars(self):  # the same card at another class, a subclass for example
+        if "server" in vars(self):  # the same info at another class, a subclass for example
             return
         bases = [base for kind in algorithm.__mro__ for base in vars(kind).get("__orig_bases__", ())]
         records = next((typing.get_args(base) for base in bases if typing.get_origin(base) is Algorithm), ())
@@ -105,7 +105,7 @@ class AlgorithmInfo:
 
 @dataclass(frozen=True)
 class Trained(Generic[L, U]):
-    """The end of a client's turn.
+    """The end of a client's update.
 
     Attributes:
         local: the client's private state from now on.
@@ -169,7 +169,7 @@ class Algorithm(Protocol[S, L, D, U]):
 
     @abstractmethod
     def client_init(self, learner: Learner) -> L:
-        """A client's private state before its first turn."""
+        """A client's private state before its first update."""
 
     @abstractmethod
     def send(self, server: S, client: ClientId) -> D:
@@ -177,7 +177,7 @@ class Algorithm(Protocol[S, L, D, U]):
 
     @abstractmethod
     def train(self, learner: Learner, local: L, down: D) -> ClientUpdate[Trained[L, U]]:
-        """A client's turn: yields `Fit` problems and returns what it keeps, sends and predicts with."""
+        """A client's update: yields `Fit` problems and returns what it keeps, sends and predicts with."""
 
     @abstractmethod
     def aggregate(self, server: S, heard: Heard[U]) -> S:

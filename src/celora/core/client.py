@@ -36,7 +36,7 @@ def answer(
     schema: Schema,
     channel: Channel = (),
 ) -> ClientUpdate[Reply]:
-    """A client's whole turn, from instruction to reply; what it keeps is read from and left in `store`, unpacked.
+    """A client's whole update, from instruction to reply; what it keeps is read from and left in `store`, unpacked.
 
     Raises:
         PolicyError: if a stage of the channel refuses what came down or what is to be sent.
@@ -106,23 +106,23 @@ def _base(store: ClientStore, round: int) -> StateKey | None:
     return earlier[-1] if earlier else None
 
 
-def _metered(turn: ClientUpdate[Trained[object, object]]) -> ClientUpdate[tuple[Trained[object, object], Metrics]]:
-    """A turn, and the metrics of its last `Fit`; without one, the mean loss at its `Gradient`s."""
+def _metered(update: ClientUpdate[Trained[object, object]]) -> ClientUpdate[tuple[Trained[object, object], Metrics]]:
+    """An update, and the metrics of its last `Fit`; without one, the mean loss at its `Gradient`s."""
     metrics: Metrics = {}
     losses: list[float] = []
     try:
-        problem = next(turn)
+        problem = next(update)
         while True:
             try:
                 answer = yield problem
-            except Exception as error:  # the turn's to handle, if it can
-                problem = turn.throw(error)
+            except Exception as error:  # the update's to handle, if it can
+                problem = update.throw(error)
                 continue
             if isinstance(answer, Fitted):
                 metrics = answer.metrics
             if isinstance(answer, GradientResult) and isinstance(problem, Gradient) and problem.along is None:
                 losses.append(answer.loss)
-            problem = turn.send(answer)
+            problem = update.send(answer)
     except StopIteration as end:
         if not metrics and losses:
             metrics = {"loss": sum(losses) / len(losses), "steps": float(len(losses))}

@@ -29,7 +29,7 @@ REPLIES = 16 * 2**20
 
 
 _COHORT = {"cpu": 16, "cuda": 512}
-"""Clients whose turns are in hand at once: enough to find batches of like length among them."""
+"""Clients whose updates are in hand at once: enough to find batches of like length among them."""
 
 
 @settings
@@ -44,7 +44,7 @@ class EngineSettings:
     state_mb: Whole = setting(32, "MB of clients' states held in memory; those of other clients lie in the run folder")
 
     def solver(self, device: torch.device) -> tuple[Solve, int]:
-        """What runs the turns on this device, and how many it is to be given at once."""
+        """What runs the updates on this device, and how many it is to be given at once."""
         cohort = self.group or _COHORT.get(device.type, 1)
         return (solve if cohort == 1 else solve_together), cohort
 
@@ -61,7 +61,7 @@ class Embedded:
         channel: the stages that what each client sends goes through.
 
     Attributes:
-        notes: client -> what it was told at its site, of the clients that had a turn here.
+        notes: client -> what it was told at its site, of the clients that trained here.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Embedded:
         self.notes: dict[ClientId, tuple[str, ...]] = {}
 
     def __call__(self, instructions: Mapping[ClientId, Instruction]) -> Replies:
-        """Run each client's turn."""
+        """Run each client's update."""
         began = time.monotonic()
         replies, waiting = Replies(), list(instructions)
         while waiting:
@@ -99,7 +99,7 @@ class Embedded:
         return replies
 
     def _run(self, instructions: Mapping[ClientId, Instruction]) -> dict[ClientId, Reply]:
-        """The turns of one cohort."""
+        """The updates of one cohort."""
         replies: dict[ClientId, Reply] = {}
         jobs: dict[ClientId, tuple[Learner, ClientUpdate[Reply]]] = {}
         kept: dict[ClientId, ClientStore] = {}

@@ -1,4 +1,4 @@
-"""What carries frames to nodes and back; `celora.engines.remote` is the `Exchange` over it."""
+"""What carries frames to nodes and back; `celora.engines.remote_exchange` is the `Exchange` over it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol

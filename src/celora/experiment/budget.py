@@ -3,9 +3,9 @@
     budget      Σ r (d + k) over the adapted modules                  FedIT's uplink at r = adapter.rank
     rank        the largest r' with Σ floats(r', d, k) ≤ budget       √(r (d + k)) for a core of r'² numbers
 
-`floats` is the method's own, of its card, at its default settings; heads and what is sent once do not count. A method
-that sends more than the budget at rank 1 gets rank 1, one that sends nothing keeps its rank. s = alpha / rank stays
-what it is: a given alpha is scaled with the rank.
+`floats` is the method's own, as its `info` says, at its default settings; heads and what is sent once do not count. A
+method that sends more than the budget at rank 1 gets rank 1, one that sends nothing keeps its rank. s = alpha / rank
+stays what it is: a given alpha is scaled with the rank.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +99,8 @@ def notices(experiment: Experiment, sending: Mapping[str, Any]) -> list[str]:
     adapter, written = experiment.adapter, _as_written(experiment).adapter
     return [
         f"--match floats: at rank {adapter.rank} a client of {experiment.label} sends {sending['floats']:,.0f} numbers "
-        f"of the adapter in a round, by its card; FedIT at rank {written.rank} would send {sending['budget']:,.0f}. "
+        f"of the adapter in a round, as its info says; FedIT at rank {written.rank} would send "
+        f"{sending['budget']:,.0f}. "
         f"alpha is {adapter.lora_alpha:g}, so that s = alpha / rank stays {adapter.scaling:g}"
     ]
 

@@ -212,7 +212,8 @@ def _task(table: Tree, problems: list[str]) -> Any:
     """The task that a table names, a classifier by default. (`data.classes` is where `task.classes` once stood.)"""
     name = table.pop("name", "classify")
     if name not in TASKS:
-        problems.append(f"task.name: found {name!r}, expected one of {_or(TASKS)}{did_you_mean(name, TASKS)}")
+        known = ", ".join(map(repr, TASKS))
+        problems.append(f"task.name: found {name!r}, expected one of {known}{did_you_mean(name, TASKS)}")
         return None
     return _validated("task", TASKS[name], table, problems)
 
@@ -277,10 +278,6 @@ def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> An
     except ValidationError as error:
         problems += error_lines(error, section, [field.name for field in fields(kind)])
         return None
-
-
-def _or(words: Iterable[str]) -> str:
-    return ", ".join(repr(word) for word in words)
 
 
 def _set(tree: Tree, change: str) -> str | None:

@@ -15,7 +15,8 @@ from celora.core.algorithm import ClientId
 from celora.core.metrics import Metric
 from celora.core.task import Task
 from celora.data.table import SPLITS, natural_key
-from celora.engines.remote import ClientFacts, JobStart, Remote
+from celora.engines.remote import ClientFacts, JobStart
+from celora.engines.remote_exchange import Remote
 from celora.errors import ConfigError, DataError, QuorumError, WireError
 from celora.experiment.config import Experiment, dump
 from celora.experiment.population import FederationInfo, ResourceCache, check_quorum

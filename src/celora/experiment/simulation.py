@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from celora.core.algorithm import ClientId
-from celora.engines.remote import JobStart, Remote
+from celora.engines.remote import JobStart
+from celora.engines.remote_exchange import Remote
 from celora.experiment.config import Experiment, dump, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.runtimes import (

@@ -17,6 +17,7 @@ The floor rules out means of very few rows; it is not differential privacy.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from celora.lazy import Lazy, Tensor, np, torch
@@ -67,6 +68,20 @@ class Mixture:
             raise ValueError("a mixture has positive masses and no negative spread")
         if count and abs(float(self.masses.double().sum()) - 1) > 1e-4:
             raise ValueError(f"the masses of a mixture sum to 1: found {float(self.masses.double().sum())}")
+
+
+def check_space(mixtures: Sequence[Mixture]) -> None:
+    """Refuse mixtures that cannot be compared.
+
+    Raises:
+        ValueError: if they are not of one dimension D.
+    """
+    dims = sorted({mixture.means.shape[1] for mixture in mixtures})
+    if len(dims) > 1:
+        raise ValueError(
+            f"mixtures of dimension {' and '.join(map(str, dims))} cannot be compared: "
+            "every client must use the same backbone"
+        )
 
 
 def fit_mixture(

@@ -51,6 +51,11 @@ def likeness(points: Tensor, neighbours: Tensor) -> Tensor:
     return found
 
 
+def with_self(others: Tensor) -> Tensor:
+    """Each row of positions (m, k) after its own: (m, 1 + k)."""
+    return torch.cat([torch.arange(len(others))[:, None], others], dim=1)
+
+
 def average(values: Tensor, weights: Tensor, neighbours: Tensor | None = None) -> Tensor:
     """Σ_n weights[i, n] values[neighbours[i, n]] for each client i, accumulated in float64: as `values`.
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -169,31 +169,20 @@ class Backbone:
             budget: bytes of token ids or pixels in memory.
 
         Raises:
-            ModelError: as `check`.
+            ModelError: if this backbone cannot read them, naming what was found and what is expected.
             DataError: if images differ in size and the backbone brings no processor that makes them alike.
         """
-        inputs: Inputs
         source = source_of(rows)
+        if source.kind != self.kind:
+            raise ModelError(f"{self.name} reads {self.kind}s; found {source.kind}s: choose another model.backbone")
         if source.kind == "text":
-            inputs = TokenisedTexts(self.tokenize, source, budget)
-        else:
-            plain = self.processor is None and source[0].dtype == torch.uint8
-            notice = f"pixels are divided by 255: {self.name} brings no image processor ({PROCESSOR})"
-            inputs = DecodedImages(source, self.processor, budget, (notice,) if plain else ())
-        self.check(inputs)
+            return TokenisedTexts(self.tokenize, source, budget)
+        plain = self.processor is None and source[0].dtype == torch.uint8
+        notice = f"pixels are divided by 255: {self.name} brings no image processor ({PROCESSOR})"
+        inputs = DecodedImages(source, self.processor, budget, (notice,) if plain else ())
+        if inputs.shape != self.image_shape:
+            raise ModelError(f"{self.name} reads images of shape {self.image_shape}; found {inputs.shape}: resize them")
         return inputs
-
-    def check(self, rows: Inputs | Sequence[Sequence[int]] | Tensor) -> None:
-        """Refuse rows this backbone cannot read.
-
-        Raises:
-            ModelError: naming what was found and what is expected.
-        """
-        name, inputs = self._model.backbone, inputs_of(rows)
-        if inputs.kind != self.kind:
-            raise ModelError(f"{name} reads {self.kind}s; found {inputs.kind}s: choose another model.backbone")
-        if self.kind == "image" and inputs.shape != self.image_shape:
-            raise ModelError(f"{name} reads images of shape {self.image_shape}; found {inputs.shape}: resize them")
 
     @cached_property
     def capacity(self) -> int:
@@ -303,8 +292,7 @@ class Backbone:
             self._transformer.train()
             keep_statistics(self._transformer)
             try:
-                hidden: Tensor = self._transformer(**inputs).last_hidden_state
-                return hidden
+                return cast(Tensor, self._transformer(**inputs).last_hidden_state)
             finally:
                 self._transformer.eval()
 

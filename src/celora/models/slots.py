@@ -2,7 +2,7 @@
 
 PEFT wraps the target modules and computes `W x + s · lora_B(lora_A(x))`; here `lora_A` hands x on and `lora_B` is a
 `Slot`, which adds whatever function is bound to it. One backbone then serves any number of clients and any family of
-adapters (`celora.core.adapters`): a turn binds its functions, runs, and unbinds.
+adapters (`celora.core.adapters`): a client update binds its functions, runs, and unbinds.
 """
 
 import warnings
@@ -101,7 +101,7 @@ def bound(layers: Layers, updates: Mapping[str, Update]) -> Iterator[None]:
             layer.lora_B[_ADAPTER].update = updates[name]
     try:
         yield
-    finally:  # a graph must not outlive its step, nor one client's weights their turn
+    finally:  # a graph must not outlive its step, nor one client's weights their update
         for name in updates:
             layers[name].lora_B[_ADAPTER].update = None
 

@@ -42,7 +42,7 @@ LAST = 10**9
 
 
 class JobContext(Protocol):
-    """A client's place in a job: all that its turns need."""
+    """A client's place in a job: all that its updates need."""
 
     @property
     def facts(self) -> ClientFacts:
@@ -182,7 +182,7 @@ class Site:
         return SiteStore(self._folder(job) / "store", Schema.of(job_context.initial))
 
     def _instruct(self, job: str, instruction: Instruction) -> tuple[str, bytes]:
-        """A turn: train, keep, and only then let something leave."""
+        """An update: train, keep, and only then let something leave."""
         job_context = self._context(job)
         schema, learner = Schema.of(job_context.initial), job_context.learner(instruction.round)
         channel = self.policy.channel(job_context.channel)

@@ -68,8 +68,8 @@ class SiteStore(MutableMapping[str, object]):
         """Keep what `store` holds, and nothing else.
 
         What is new or changed is written before anything is removed. In between there is more than is needed, which
-        does no harm: a turn starts from the last private state of an earlier round, and a model that nobody asks for
-        is forgotten in the next turn (`celora.core.client`).
+        does no harm: an update starts from the last private state of an earlier round, and a model that nobody asks for
+        is forgotten in the next update (`celora.core.client`).
         """
         for name, value in store.items():
             frame = frame_of(value, self._schema)

@@ -89,7 +89,7 @@ def _visible(argument: object) -> object:
 
 
 def noting(steps: Generator[Any, Any, Any], learner: Toy, found: set[str]) -> Generator[Any, Any, Any]:
-    """A turn that notes the names it asks to train, or to have gradients of."""
+    """A client update that notes the names it asks to train, or to have gradients of."""
     try:
         problem = next(steps)
         while True:
@@ -103,7 +103,7 @@ def noting(steps: Generator[Any, Any, Any], learner: Toy, found: set[str]) -> Ge
 
 
 def trained_names(run: Run, client: str) -> set[str]:
-    """The names that a client's turns ask to train, each turn done again from what it started from."""
+    """The names that a client's updates ask to train, each done again from what it started from."""
     federation, found = run.federation, set[str]()
     algorithm = federation.algorithm
     frames = {index: order.frame for index, c, order in run.tape.orders if c == client}

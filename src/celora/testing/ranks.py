@@ -1,4 +1,4 @@
-"""The contract, part 5, of algorithms whose card says `mixed_ranks`: clients of unlike rank."""
+"""The contract, part 5, of algorithms whose `info` says `mixed_ranks`: clients of unlike rank."""
 
 import math
 from typing import Any
