@@ -273,6 +273,8 @@ class Backbone:
             accepted = {name: tensor[:count] for name, tensor in batch.items()}
             with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
                 states: Tensor = self._transformer(**accepted).last_hidden_state
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(f"{what} makes no features of {self.kind}s alone: {loading.reason(error)}") from error
         found = states if self.kind == "text" else as_tokens(states)
