@@ -67,10 +67,13 @@ def test_an_export_holds_the_network_that_stock_transformers_load(tmp_path: Path
     backbone = load(MODEL, adapter, tmp_path)
     weights, card = initial(backbone, adapter, Lora(), 2, seed=0), Classify(classes=("no", "yes")).card()
     export_peft(tmp_path / "out", backbone, weights, family=Lora(), card=card, model=MODEL, adapter=adapter)
-    theirs = transformers.AutoModel.from_pretrained(tmp_path / "out" / "backbone").eval()
+    export_peft(tmp_path / "other", backbone, weights, family=Lora(), card=card, model=MODEL, adapter=adapter)
+    files = [tmp_path / name / "backbone" / "model.safetensors" for name in ("out", "other")]
+    assert files[0].samefile(files[1])  # 14 MB for all clients, not for each
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "other" / "backbone").eval()
     pixels = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         states = theirs(pixel_values=pixels).last_hidden_state
         torch.testing.assert_close(backbone.encode({"pixel_values": pixels}, {}), states.mean((2, 3)))
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out" / "backbone")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "other" / "backbone")
     assert (processor.size["height"], processor.image_mean[0]) == (64, 127 / 255)

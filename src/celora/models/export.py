@@ -126,8 +126,8 @@ def export_peft(
             if model.backbone == "random-vit":
                 loading.random_vit().save_pretrained(new / "backbone")
             elif model.backbone == efficientnet_lite.NAME:
-                efficientnet_lite.efficientnet_lite0(gates=True).save_pretrained(new / "backbone")
-                efficientnet_lite.processor(backbone.image_shape[1]).save_pretrained(new / "backbone")
+                written = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
+                efficientnet_lite.write(new / "backbone", backbone.image_shape[1], next(written, None))
 
 
 def export_private(folder: Path, architecture: str, weights: Tensors, *, card: Card) -> None:
