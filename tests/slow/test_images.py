@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from celora.cli import app
-from celora.models.loading import quiet
+from tests.facts.test_models import stock
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,7 +71,7 @@ def test_pacs_by_domain_and_its_export_in_stock_peft(tmp_path: Path) -> None:
     assert summary["metrics"]["mean"] > majority(summary) + 0.2
     export = next(one for one in (tmp_path / "run" / "adapters").iterdir() if "photo" in one.name)
     classes, head = json.loads((export / "celora.json").read_text())["classes"], load_file(export / "head.safetensors")
-    with quiet():
+    with stock():
         base = transformers.AutoModel.from_pretrained(export / "backbone")
         model = PeftModel.from_pretrained(base, str(export)).eval()
         processor = transformers.AutoImageProcessor.from_pretrained(export / "backbone")
