@@ -401,6 +401,7 @@ def test_a_real_language_model_knows_how_stories_begin_and_go_on() -> None:
     examples = task.read(data.Table(texts, [""] * 2, None, None, []), models(backbone, task))  # type: ignore[arg-type]
     forward = BatchedForward(AdaptedBackbone(backbone, Lora()), task)
     known, noise = (float(forward.losses({}, forward.batch(Rows(examples, range(2)), [row]))) for row in (0, 1))
-    assert known < 1.5 < 4 < noise
+    assert known < 1.5
+    assert noise > 4
     (answer,) = backbone.answers(CausalLm().prompts(["Once upon a time, there was a"], backbone.text_tokenizer), {}, 20)
     assert answer.startswith("little girl named L")

@@ -39,11 +39,14 @@ class Data:
 
     source: str = setting(
         "docstrings",
-        "'docstrings', 'instructions', 'digits', 'hub:<name>', or a path or pattern of .csv, .jsonl or .parquet files",
+        "'docstrings', 'instructions', 'digits', 'hub:<name>', a path or pattern of .csv, .jsonl, .parquet, .npz or "
+        "image files, or a folder of images, <client>/<label>/<name>.png",
     )
     test: str | None = setting(None, "path or pattern of separate test files; none: each client splits its own rows")
     text: str = setting("text", "column of the texts", min_length=1)
-    image: str | None = setting(None, "column of images (bytes of JPEG or PNG files), instead of texts", min_length=1)
+    image: str | None = setting(
+        None, "column of images (bytes of JPEG or PNG files, or arrays), instead of texts", min_length=1
+    )
     columns: Mapping[str, str] | None = setting(
         None, 'columns of what else a task reads, such as {prompt = "question", completion = "answer"}'
     )
@@ -197,7 +200,7 @@ def read(data: Data, base: Path, forms: Sequence[Form] = Labelled.forms) -> Tabl
     if "." not in data.source and "*" not in data.source and not (base / data.source).exists():
         raise DataError(
             f"found source = {data.source!r}, expected {listing(EMBEDDED)}, 'hub:<name>', or the path of a "
-            f".csv, .jsonl or .parquet file.{did_you_mean(data.source, EMBEDDED)}"
+            f".csv, .jsonl, .parquet or .npz file or of a folder of images.{did_you_mean(data.source, EMBEDDED)}"
         )
     return read_files(data.source, base, columns, data.test)
 

