@@ -33,7 +33,8 @@ FAMILIES: Mapping[str, tuple[Any, str]] = {
     "granite": (t.GraniteConfig(**{**COMMON, "num_key_value_heads": 1}, logits_scaling=4.0), "q_proj"),
     "gpt2": (
         t.GPT2Config(
-            vocab_size=len(VOCABULARY), n_embd=16, n_layer=2, n_head=2, n_positions=256, bos_token_id=2, eos_token_id=3
+            vocab_size=len(VOCABULARY), n_embd=16, n_layer=2, n_head=2, n_positions=256, bos_token_id=2, eos_token_id=3,
+            initializer_range=0.2,
         ),
         "c_attn",
     ),
@@ -41,7 +42,7 @@ FAMILIES: Mapping[str, tuple[Any, str]] = {
         t.OPTConfig(
             vocab_size=len(VOCABULARY), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
             max_position_embeddings=256, word_embed_proj_dim=8, do_layer_norm_before=False, pad_token_id=1,
-            bos_token_id=2, eos_token_id=3,
+            bos_token_id=2, eos_token_id=3, init_std=0.2,
         ),
         "q_proj",
     ),
