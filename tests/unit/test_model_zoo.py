@@ -38,7 +38,7 @@ def learner(zoo: ModelZoo, client: str, inputs: Any, **recipe: Any) -> ModelLear
 
 def test_an_encoder_with_all_its_layers_gives_the_features_of_the_frozen_backbone() -> None:
     zoo = zoo_of("minilm:2", "minilm:6")
-    assert zoo.modules == [(2, 384)]
+    assert zoo.modules == {"fc": (2, 384)}
     backbone = load(Model(device="cpu"), Adapter(), Path())
     inputs = zoo.read(TEXTS)
     assert [row.tolist() for row in inputs.fetch(range(4))] == backbone.tokenize(TEXTS)

@@ -11,7 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from celora.core.adapters import Lora
@@ -22,6 +33,7 @@ from celora.data import Data, read
 from celora.data.inputs import ImageFiles, PixelArrays, Texts
 from celora.errors import DataError, ModelError
 from celora.models.backbone import Backbone, load
+from celora.models.feature_maps import numbers_put_out
 from celora.models.inputs import DecodedImages, Inputs, ReadyInputs, TokenisedTexts, collate
 from celora.models.learner import ModelLearner
 from celora.models.loading import quiet
@@ -253,6 +265,36 @@ def test_a_backbone_reads_images_as_large_as_its_processor_makes_them(tmp_path: 
     assert batch["pixel_values"].shape == (1, 3, 16, 16)
     assert backbone.image_tokens == 5
     assert backbone.encode(batch, {}).shape == (1, 16)
+
+
+def convnext(folder: Path, processor: Any, **settings: Any) -> Backbone:
+    """A tiny network that reads images of any size."""
+    config = ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, image_size=32)
+    with quiet():
+        ConvNextModel(config).save_pretrained(folder / "net")
+    if processor is not None:
+        processor.save_pretrained(folder / "net")
+    return load(Model(backbone="net", device="cpu", **settings), Adapter(targets="all-linear"), folder)
+
+
+def test_image_size_takes_the_place_of_the_processors_own(tmp_path: Path) -> None:
+    backbone = convnext(tmp_path, BitImageProcessorPil(), image_size=48)  # of itself it crops 224 × 224
+    batch = backbone.batch(backbone.read(stored(tmp_path, [picture(50, 90, "RGB", 0)]), ROOM), [0])
+    assert batch["pixel_values"].shape == (1, *backbone.image_shape) == (1, 3, 48, 48)
+    assert backbone.image_tokens == 36
+    assert backbone.encode(batch, {}).shape == (1, 8)
+
+
+def test_image_size_is_refused_where_nothing_makes_images_of_that_size(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"image_size = 48, but .*net brings no image processor"):
+        convnext(tmp_path, None, image_size=48)
+    with pytest.raises(ModelError, match=r"^model.image_size = 48: ConvNextImageProcessorPil makes no squares \("):
+        convnext(tmp_path, ConvNextImageProcessorPil(), image_size=48)
+
+
+def test_a_pass_of_convolutions_is_measured_by_what_its_modules_put_out() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    assert numbers_put_out(net, {"input": torch.zeros(3, 1, 8, 8)}) == 3 * 16 * (4 + 4 + 2)
 
 
 def test_images_are_decoded_again_alike_beyond_the_budget(tmp_path: Path) -> None:

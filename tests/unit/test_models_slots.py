@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from celora.core.adapters import Lora, linear
+from celora.models.settings import Adapter
 from celora.models.slots import bound, inject
 
 
@@ -38,7 +39,7 @@ def test_injection_draws_nothing_and_adapts_what_is_bound() -> None:
     model, x = Toy(), draw(6, 5)
     frozen = model(x)
     state = torch.random.get_rng_state()
-    layers = inject(model, ["first", "second"], rank=2, alpha=6)
+    layers = inject(model, ["first", "second"], Adapter(rank=2, alpha=6))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
 
@@ -53,7 +54,7 @@ def test_injection_draws_nothing_and_adapts_what_is_bound() -> None:
 
 def test_nothing_stays_bound_when_a_pass_fails() -> None:
     model = Toy()
-    layers = inject(model, ["first"], rank=2, alpha=2)
+    layers = inject(model, ["first"], Adapter(rank=2, alpha=2))
     with (
         pytest.raises(RuntimeError),
         bound(layers, {"first": partial(Lora().delta, w={"A": draw(2, 5), "B": draw(4, 2)})}),

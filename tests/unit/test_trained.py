@@ -1,6 +1,7 @@
 """celora.experiment.trained: a finished run gives back each client's model, which answers as it did in the run."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import celora
 from celora import experiment
 from celora.errors import RunFolderError
 from celora.experiment.population import ResourceCache
-from celora.experiment.trained import load
+from celora.experiment.trained import TrainedRun, load
 
 DIGITS = """
 [data]
@@ -29,6 +30,7 @@ rank = 2
 targets = ["q_proj", "v_proj"]
 [train]
 lr = 1e-2
+epochs = 4
 [plan]
 rounds = 1
 [algorithm]
@@ -36,22 +38,56 @@ name = "{name}"
 """
 
 
-def trained(tmp_path: Path, name: str) -> Path:
-    list(experiment.run(experiment.read(DIGITS.format(name=name)), tmp_path / "run", twin=False))
+def trained(tmp_path: Path, name: str, **adapter: Any) -> Path:
+    tree = tomllib.loads(DIGITS.format(name=name))
+    asked = experiment.resolve({**tree, "adapter": {**tree["adapter"], **adapter}}, tmp_path)
+    list(experiment.run(asked, tmp_path / "run", twin=False))
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("name", ["fedit", "ce-lora", "flora", "fedalt"])  # LoRA, a core, a merged rest, a gate
-def test_predictions_have_the_score_of_the_summary(name: str, tmp_path: Path) -> None:
-    run = load(str(trained(tmp_path, name)))
+def images(run: TrainedRun, client: str) -> Tensor:
+    """The images of a client's test rows."""
+    inputs: Any = run.data.table.inputs
+    return torch.stack([inputs[row] for row in run.data.clients[client].test])
+
+
+PATTERNS = {"rank_pattern": {"1.*q_proj": 3}, "alpha_pattern": {"v_proj": 9.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("fedit", {}),
+        ("ce-lora", {}),
+        ("flora", {}),  # something merged
+        ("fedalt", {}),  # a gate
+        ("fedit", {"init": "pissa", "dropout": 0.5, **PATTERNS}),
+        ("fedalt", PATTERNS),
+    ],
+)
+def test_predictions_have_the_score_of_the_summary(name: str, adapter: dict[str, Any], tmp_path: Path) -> None:
+    run = load(str(trained(tmp_path, name, **adapter)))
+    for client, model in run.items():
+        at = run.data.clients[client].test
+        answers = model.predict(images(run, client))
+        right = [answer == run.data.table.labels[row] for answer, row in zip(answers, at, strict=True)]
+        assert sum(right) / len(at) == pytest.approx(model.score)
+    assert sorted(run) == sorted(run.data.clients)
+
+
+@pytest.mark.parametrize("adapter", [{}, {"bases": "secret"}, {"init": "pissa"}])
+def test_before_training_all_clients_have_the_frozen_model_and_the_head_as_it_was_drawn(
+    adapter: dict[str, Any], tmp_path: Path
+) -> None:
+    run = load(trained(tmp_path, "local", **adapter))
     population = ResourceCache().population(run.experiment)
     for client, model in run.items():
-        at = population.federation.clients[client].test
-        inputs: Any = torch.stack([population.federation.table.inputs[row] for row in at])
-        answers = model.predict(inputs)
-        right = [answer == population.federation.table.labels[row] for answer, row in zip(answers, at, strict=True)]
-        assert sum(right) / len(at) == pytest.approx(model.score)
-    assert sorted(run) == population.clients
+        inputs = images(run, client)
+        start = population.models.predict(client, population.start(client), inputs)
+        before = model.outputs(inputs, trained=False)
+        assert torch.allclose(before, start, atol=1e-5)
+        assert not torch.allclose(before, model.outputs(inputs), atol=1e-2)
+        assert model.predict(inputs, trained=False) == run.task.answers(before)
 
 
 def test_the_package_offers_what_users_call(tmp_path: Path) -> None:

@@ -166,8 +166,13 @@ class CELoRA(Algorithm[Server, Local, Down, Up]):
         return shared(self.head, "C")
 
     def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
-        """Frozen bases must be ones that a core matters between; the debiased CKA needs cores of some size."""
-        if self.freeze_bases and adapter.init != "orthonormal":
+        """Frozen bases must be ones that a core matters between; CKA needs cores of one size, the debiased of some."""
+        if self.rule == "similarity" and adapter.rank_pattern:
+            yield (
+                "adapter.rank_pattern: ce-lora's CKA looks at the cores of all modules at once, which must be of one "
+                "size; expected none, or another algorithm.rule"
+            )
+        if self.freeze_bases and adapter.init not in ("orthonormal", "pissa"):
             yield (
                 f"algorithm.freeze_bases: with adapter.init = {adapter.init!r} B is 0 and no core could ever matter; "
                 "expected adapter.init = 'orthonormal'"

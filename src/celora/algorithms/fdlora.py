@@ -29,12 +29,22 @@ each client keeps a head of θ_s of its own.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from celora.core.adapters import Family, Lora
 from celora.core.aggregation import Heard
-from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import (
+    AdapterSettings,
+    Algorithm,
+    AlgorithmInfo,
+    ClientId,
+    Head,
+    Trained,
+    private,
+    shared,
+    trained,
+)
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, Score
 from celora.errors import ModelError
@@ -116,6 +126,14 @@ class FDLoRA(Algorithm[Server, Local, Down, Up]):
     def shares(self) -> Names:
         """A and B."""
         return shared(self.head, "A", "B")
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """What was taken out of frozen weights must not be scaled."""
+        if adapter.init == "pissa":
+            yield (
+                "adapter.init: found 'pissa', but fdlora's fusion scales B A, and with it what was taken out of the "
+                "frozen weights; expected 'kaiming'"
+            )
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nothing to send yet."""

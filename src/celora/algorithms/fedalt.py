@@ -19,12 +19,22 @@ head is private by default, and shared it is averaged over those heard in the ro
 the authors' code, unless `by_rows`. Their LoRA dropout of 0.05 is left out. Their code fails where a client is alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from celora.core.adapters import Family, Gated
 from celora.core.aggregation import Heard
-from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import (
+    AdapterSettings,
+    Algorithm,
+    AlgorithmInfo,
+    ClientId,
+    Head,
+    Trained,
+    private,
+    shared,
+    trained,
+)
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import setting, settings
@@ -98,6 +108,11 @@ class FedALT(Algorithm[Server, Local, Down, Up]):
     def shares(self) -> Names:
         """A and B."""
         return shared(self.head, "A", "B")
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """The gate must be read whole."""
+        if adapter.dropout:
+            yield "adapter.dropout: fedalt's gate reads what its adapters read, and would drop out, too; expected 0"
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nobody is known."""

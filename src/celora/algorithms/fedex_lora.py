@@ -19,12 +19,22 @@ is averaged unless told otherwise. R written with differences is the same R, in 
 not lose digits where clients are close to each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Residual, modules
 from celora.core.aggregation import Heard
-from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import (
+    AdapterSettings,
+    Algorithm,
+    AlgorithmInfo,
+    ClientId,
+    Head,
+    Trained,
+    private,
+    shared,
+    trained,
+)
 from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
 from celora.core.problems import ClientUpdate, Fit
@@ -100,6 +110,14 @@ class FedExLoRA(Algorithm[Server, Local, Down, Up]):
     def shares(self) -> Names:
         """A and B."""
         return shared(self.head, "A", "B")
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """What is merged must be read whole."""
+        if adapter.dropout:
+            yield (
+                "adapter.dropout: what fedex-lora has merged into the frozen weights reads what adapters read, and "
+                "would drop out, too; expected 0"
+            )
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """W = 0, and nothing to send yet."""

@@ -23,12 +23,22 @@ keeps p_0 A_0 alone; that is a baseline of theirs, and nothing like it is here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from celora.core.adapters import Family, Residual, modules
 from celora.core.aggregation import Heard
-from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import (
+    AdapterSettings,
+    Algorithm,
+    AlgorithmInfo,
+    ClientId,
+    Head,
+    Trained,
+    private,
+    shared,
+    trained,
+)
 from celora.core.learner import Learner
 from celora.core.merged import NOTHING, Delivery, Factors, Merged, MergeLog
 from celora.core.problems import ClientUpdate, Fit
@@ -102,6 +112,16 @@ class FLoRA(Algorithm[Server, Local, Down, Up]):
     def shares(self) -> Names:
         """A and B."""
         return shared(self.head, "A", "B")
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """What is merged must be what was trained, and nothing else."""
+        if adapter.dropout:
+            yield (
+                "adapter.dropout: what flora has merged into the frozen weights reads what adapters read, and would "
+                "drop out, too; expected 0"
+            )
+        if adapter.init == "pissa":
+            yield "adapter.init: found 'pissa', but flora draws A anew, over B = 0, in every round; expected 'kaiming'"
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """W = 0."""

@@ -19,13 +19,23 @@ module are 0, weights are by n_i. Rows and columns that no client heard in a rou
 were: an average of nothing would be 0 in A and in B, which no training leaves again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import hypot
 from typing import ClassVar, Literal
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.aggregation import Heard
-from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import (
+    AdapterSettings,
+    Algorithm,
+    AlgorithmInfo,
+    ClientId,
+    Head,
+    Trained,
+    private,
+    shared,
+    trained,
+)
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit
 from celora.fields import Count, Fraction, NonNegative, setting, settings
@@ -107,6 +117,14 @@ class HetLoRA(Algorithm[Server, Local, Down, Up]):
     def shares(self) -> Names:
         """A and B."""
         return shared(self.head, "A", "B")
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """What was taken out of frozen weights must not be pruned."""
+        if adapter.init == "pissa" and self.pruning:
+            yield (
+                "adapter.init: found 'pissa', but hetlora prunes what was taken out of the frozen weights; expected "
+                "'kaiming', or algorithm.pruning = false"
+            )
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """The seed's A and B."""

@@ -101,7 +101,12 @@ class PFedLoRA(Algorithm[Server, Local, Down, Up]):
         return only("A", "B")
 
     def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
-        """Two predictions of one model have logits to mix only where there are two."""
+        """Logits can be mixed only where there are two; the own model must be whole without the adapter."""
+        if adapter.init == "pissa":
+            yield (
+                "adapter.init: found 'pissa', but pfedlora's own model predicts without B A, which holds what was "
+                "taken out of the frozen weights; expected 'kaiming'"
+            )
         if self.mix == "logit" and not own_models:
             yield "algorithm.mix: logits can be mixed where the adapter stands beside the head; set [model] own"
 

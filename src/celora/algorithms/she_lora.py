@@ -36,7 +36,7 @@ and scores; all clients hold one key, so a client that sides with the server giv
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
@@ -44,7 +44,17 @@ from pydantic import Field
 
 from celora.core.adapters import Family, Lora, modules, truncated
 from celora.core.aggregation import Heard
-from celora.core.algorithm import Algorithm, AlgorithmInfo, ClientId, Head, Trained, private, shared, trained
+from celora.core.algorithm import (
+    AdapterSettings,
+    Algorithm,
+    AlgorithmInfo,
+    ClientId,
+    Head,
+    Trained,
+    private,
+    shared,
+    trained,
+)
 from celora.core.learner import Learner
 from celora.core.problems import ClientUpdate, Fit, InputNorms
 from celora.fields import Count, setting, settings
@@ -174,6 +184,11 @@ class SHELoRA(Algorithm[Server, Local, Down, Up]):
     def shares(self) -> Names:
         """A, some of its columns encrypted, and B."""
         return shared(self.head, "A", "B")
+
+    def conflicts(self, adapter: AdapterSettings, own_models: bool) -> Iterator[str]:
+        """P is cut to one rank."""
+        if adapter.rank_pattern:
+            yield "adapter.rank_pattern: she-lora cuts what it sends to one rank for all modules; expected none"
 
     def server_init(self, weights: Tensors, clients: Sequence[ClientId]) -> Server:
         """Nothing is agreed yet; who may encrypt how much."""

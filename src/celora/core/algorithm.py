@@ -129,7 +129,7 @@ class AdapterSettings(Protocol):
 
     @property
     def init(self) -> str:
-        """How A and B start: "kaiming", "normal" or "orthonormal"."""
+        """How A and B start: "kaiming", "normal", "orthonormal"; or "pissa", as what is taken out of frozen weights."""
 
     @property
     def bases(self) -> str:
@@ -138,6 +138,14 @@ class AdapterSettings(Protocol):
     @property
     def ranks(self) -> Mapping[str, int] | tuple[int, ...] | None:
         """The ranks of clients that have one of their own, by client or in tiers; None where all have `rank`."""
+
+    @property
+    def rank_pattern(self) -> Mapping[str, int] | None:
+        """The ranks of modules that have one of their own, by pattern; None where all have `rank`."""
+
+    @property
+    def dropout(self) -> float:
+        """The share of the numbers an adapter reads that is set to 0 while training."""
 
 
 class Algorithm(Protocol[S, L, D, U]):

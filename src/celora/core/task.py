@@ -14,11 +14,35 @@ from typing import Any, Literal, Protocol, Self
 
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.lazy import Tensor
+from celora.lazy import Tensor, torch
 from celora.tensors import Tensors
 
+Architecture = Literal["encoder", "causal-lm"]
+"""A transformer whose hidden states are pooled; or one with its head, which predicts the next token."""
 Trait = Literal["classes", "head"]
 """What a task may have and an algorithm may need: rows that fall into classes; a trainable head, `head.*`."""
+
+
+Content = Literal["text", "image", "value"]
+"""What a column holds: texts; image files; or values as JSON has them, such as lists of messages."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way in which a source may hold the rows of a task.
+
+    Attributes:
+        roles: what a row consists of -> what the column of this name, or the one `data.columns` names, holds.
+        optional: roles whose column may be absent, and its values missing.
+        labelled: whether every row needs a label; otherwise labels are read where there is such a column.
+    """
+
+    roles: Mapping[str, Content]
+    optional: frozenset[str] = frozenset()
+    labelled: bool = True
+
+
+TEXTS, IMAGES = Form({"text": "text"}), Form({"image": "image"})
 
 
 class Columns(Protocol):
@@ -26,11 +50,11 @@ class Columns(Protocol):
 
     @property
     def inputs(self) -> Any:
-        """What the model reads of each row: texts, or images."""
+        """Of each row: a text, an image, or where a form has several roles a mapping of what it consists of."""
 
     @property
     def labels(self) -> Sequence[str]:
-        """The label column of each row, as text."""
+        """The label column of each row, as text; "" where the source has none."""
 
 
 class Inputs(Protocol):
@@ -44,11 +68,96 @@ class Inputs(Protocol):
         """What the user should know of how they are read."""
 
 
+class Tokenizer(Protocol):
+    """What turns texts into token ids and back."""
+
+    @property
+    def start(self) -> Sequence[int]:
+        """The ids that every row begins with; none, or one."""
+
+    @property
+    def end(self) -> int | None:
+        """The id that ends an answer, if there is one."""
+
+    @property
+    def most(self) -> int:
+        """Tokens kept of a row."""
+
+    def ids(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Token ids of each text, special tokens neither added nor cut off."""
+
+    def dialogue(self, messages: Sequence[Mapping[str, str]], reply: bool) -> str:
+        """Messages (role, content) as one text, as the model's chat template writes them.
+
+        Args:
+            reply: whether the text is to end where an answer begins.
+
+        Raises:
+            ModelError: if the model has no chat template, or it refuses the messages.
+        """
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row of a language model.
+
+    Attributes:
+        ids: t token ids.
+        is_target: of each token, whether it is to be predicted from those before it; never of the first.
+        size: UTF-8 bytes of the text that is to be predicted.
+        cut: tokens that were left out so that the row fits.
+    """
+
+    ids: Sequence[int]
+    is_target: Sequence[bool]
+    size: int
+    cut: int = 0
+
+
+Encode = Callable[[Sequence[Any]], Sequence[TokenRow]]
+"""Rows of a source -> rows of a language model."""
+
+
+class TokenInputs(Inputs, Protocol):
+    """Rows of a language model, with what is to be predicted of them."""
+
+    def targets(self, rows: Sequence[int]) -> Tensors:
+        """`labels` (n, t) int64, -100 where a token is no target, and `bytes` (n,) int64, of some of the rows."""
+
+
 class Reader(Protocol):
     """A network, as far as a task needs it to read rows."""
 
     def read(self, inputs: Any) -> Inputs:
         """A column of texts or images as the network reads it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+            ModelError: if the network reads no texts.
+        """
+
+    def tokens(self, inputs: Any, encode: Encode) -> TokenInputs:
+        """A column of whatever `encode` makes rows of a language model of, when they are first needed."""
+
+
+class Encoded(Protocol):
+    """What a network made of a batch, under the adapters of those whose rows it holds."""
+
+    @property
+    def features(self) -> Tensor:
+        """Pooled features (rows, d), float32."""
+
+    def token_losses(self, labels: Tensor) -> Tensor:
+        """Negative log-likelihoods (rows, t) float32 by a language model's own head, 0 where there is no target.
+
+        Args:
+            labels: (rows, t) int64, the token id at each position that is to be predicted, else -100.
+
+        Raises:
+            ModelError: if the network is no language model.
+        """
 
 
 @dataclass(frozen=True)
@@ -110,6 +219,21 @@ class Task(Protocol):
     Attributes:
         targets: name -> tensor of targets in a batch.
     """
+
+    @property
+    def forms(self) -> Sequence[Form]:
+        """The forms in which a source may hold its rows; the first whose columns are there is read."""
+        return (TEXTS, IMAGES)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The kind of network that learns it."""
+        return "encoder"
+
+    @property
+    def read_as(self) -> str:
+        """What decides how rows become inputs, beside the network; tasks that read rows alike have the same."""
+        return ""
 
     @property
     def traits(self) -> frozenset[Trait]:
@@ -177,8 +301,8 @@ class Task(Protocol):
         """The head on features of this width, `head.*` by name; none while it cannot be known, before the agreement."""
         return {}
 
-    def outputs(self, features: Tensor, weights: Tensors) -> Tensor:
-        """Outputs (rows, ...) of features (rows, d).
+    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+        """Outputs (rows, ...) of what a network made of a batch.
 
         Args:
             weights: the head's, each with or without a leading client axis K; rows are then client-major.
@@ -198,6 +322,19 @@ class Task(Protocol):
     def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
         """What is to be known of each row, (rows, m) numbers: together `measure` makes a split's metrics of them."""
         ...
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that a model may answer with, where answers are generated to be graded; 0: they are not."""
+        return 0
+
+    def prompts(self, rows: Sequence[Any], tokenizer: Tokenizer) -> Sequence[Sequence[int]]:
+        """Token ids of rows without their answer, for which a language model is asked."""
+        return tokenizer.ids([str(row) for row in rows])
+
+    def grades(self, answers: Sequence[str], references: Sequence[str]) -> Tensor:
+        """What is to be known of generated answers, (rows, k) numbers: further columns of `outcomes`."""
+        return torch.zeros(len(answers), 0)
 
     def measure(self, outcomes: Tensor) -> dict[str, float]:
         """Each of `metrics`, by name, of n > 0 rows; "loss" is always among them.

@@ -1,6 +1,7 @@
 """Where the rows come from and who holds them: `load(Data(...), base, seed)` -> `FederatedDataset`.
 
-    files, hub, docstrings, digits     a source -> Table (`columns` judges the rows of a text source)
+    files, hub                         a source -> Table (`columns` judges its rows)
+    docstrings, instructions, digits   embedded sources -> Table
     partition                          a Table -> the rows of each client
     split                              a client's rows -> its own training, validation and test rows
 
@@ -8,17 +9,20 @@ Bad input is a `DataError`; what is merely odd (an empty client, a client of one
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from celora import fields
+from celora.core.task import IMAGES, TEXTS, Form
+from celora.core.task import Columns as TaskColumns
 from celora.data import partition
 from celora.data.columns import Columns
 from celora.data.digits import read_digits
 from celora.data.docstrings import read_docstrings
 from celora.data.files import read_files
 from celora.data.hub import read_hub
+from celora.data.instructions import read_instructions
 from celora.data.row_split import split_rows
 from celora.data.table import ClientRows, FederatedDataset, Table, counted, did_you_mean, listing
 from celora.errors import DataError
@@ -26,7 +30,7 @@ from celora.fields import Count, setting, settings
 
 __all__ = ["ClientRows", "Data", "FederatedDataset", "Table", "load", "read"]
 
-EMBEDDED = ("docstrings", "digits")
+EMBEDDED = ("docstrings", "instructions", "digits")
 
 
 @settings
@@ -35,11 +39,17 @@ class Data:
 
     source: str = setting(
         "docstrings",
-        "'docstrings', 'digits', 'hub:<name>', or a path or pattern of .csv, .jsonl or .parquet files",
+        "'docstrings', 'instructions', 'digits', 'hub:<name>', a path or pattern of .csv, .jsonl, .parquet, .npz or "
+        "image files, or a folder of images, <client>/<label>/<name>.png",
     )
     test: str | None = setting(None, "path or pattern of separate test files; none: each client splits its own rows")
     text: str = setting("text", "column of the texts", min_length=1)
-    image: str | None = setting(None, "column of images (bytes of JPEG or PNG files), instead of texts", min_length=1)
+    image: str | None = setting(
+        None, "column of images (bytes of JPEG or PNG files, or arrays), instead of texts", min_length=1
+    )
+    columns: Mapping[str, str] | None = setting(
+        None, 'columns of what else a task reads, such as {prompt = "question", completion = "answer"}'
+    )
     label: str = setting("label", "column of the labels", min_length=1)
     client: str | None = setting(None, "column that names the client of a row (natural partition)", min_length=1)
     split: str | None = setting(None, "column that says train, validation or test of a row", min_length=1)
@@ -73,27 +83,41 @@ class Data:
             raise ValueError("test and split both say which rows test; set one of them")
 
 
-Strata = Callable[[Table], Sequence[str] | None]
-"""What rows are dealt and split by: the stratum of each row; None: nothing (`celora.core.task.Task.strata`)."""
+class Reading(Protocol):
+    """What a task says of the rows it reads (`celora.core.task.Task`)."""
+
+    @property
+    def forms(self) -> Sequence[Form]:
+        """The forms in which a source may hold them."""
+
+    def strata(self, columns: TaskColumns) -> Sequence[str] | None:
+        """What rows are dealt and split by: the stratum of each row; None: nothing."""
 
 
-def by_label(table: Table) -> Sequence[str]:
-    """Strata of a classifier."""
-    return table.labels
+class Labelled:
+    """Texts or images with labels, by which they are dealt: as a classifier reads them."""
+
+    forms = (TEXTS, IMAGES)
+
+    def strata(self, columns: TaskColumns) -> Sequence[str]:
+        """The labels."""
+        return columns.labels
 
 
-def load(data: Data, base: Path, seed: int, strata: Strata = by_label) -> FederatedDataset:
+def load(data: Data, base: Path, seed: int, task: Reading | None = None) -> FederatedDataset:
     """Read the source, deal its rows to the clients, and split each client's rows.
 
     Args:
         base: the folder that relative paths start at: the one of the configuration file.
         seed: of every draw; the same data and seed give the same federation on any machine.
+        task: whose rows they are; none: rows have labels.
 
     Raises:
         DataError: saying what was found, what was expected and what to do.
     """
-    table = read(data, base)
-    of_rows = strata(table)
+    task = task or Labelled()
+    table = read(data, base, task.forms)
+    of_rows = task.strata(table)
     drawn: partition.Kind = "iid" if of_rows is None else "dirichlet"
     by_default: partition.Kind = drawn if table.groups is None else "natural"
     kind = by_default if data.partition == "auto" else data.partition
@@ -105,18 +129,19 @@ def load(data: Data, base: Path, seed: int, strata: Strata = by_label) -> Federa
     return _carved(table, of_rows, hands, data, seed, groups)
 
 
-def alone(data: Data, base: Path, client: str, seed: int, strata: Strata = by_label) -> FederatedDataset:
+def alone(data: Data, base: Path, client: str, seed: int, task: Reading | None = None) -> FederatedDataset:
     """One client with all rows of the source: a site. Its splits are those it has where all clients are read at once.
 
     Raises:
         DataError: as `load`.
     """
-    table = read(data, base)
+    task = task or Labelled()
+    table = read(data, base, task.forms)
     splits = table.splits or ["train"] * len(table)
     hand = ClientRows(
         *([row for row, of in enumerate(splits) if of == split] for split in ("train", "validation", "test"))
     )
-    return _carved(table, strata(table), {client: hand}, data, seed, {})
+    return _carved(table, task.strata(table), {client: hand}, data, seed, {})
 
 
 def _carved(
@@ -149,15 +174,25 @@ def _carved(
     )  # fmt: skip
 
 
-def read(data: Data, base: Path) -> Table:
+def read(data: Data, base: Path, forms: Sequence[Form] = Labelled.forms) -> Table:
     """The table of a source, before it is dealt out.
+
+    Args:
+        forms: in which the source may hold the rows.
 
     Raises:
         DataError: if the source does not exist or cannot be read.
     """
-    columns = Columns(data.text, data.label, data.client, data.split, data.image)
+    columns = named(data, forms)
     if data.source == "docstrings":
         return read_docstrings()
+    if data.source == "instructions":
+        if not any("prompt" in form.roles for form in forms):
+            raise DataError(
+                "source = 'instructions' holds prompts and completions, which the task does not read: "
+                'set task.name = "causal-lm", or take another source'
+            )
+        return read_instructions()
     if data.source == "digits":
         return read_digits()
     if data.source.startswith("hub:"):
@@ -165,9 +200,26 @@ def read(data: Data, base: Path) -> Table:
     if "." not in data.source and "*" not in data.source and not (base / data.source).exists():
         raise DataError(
             f"found source = {data.source!r}, expected {listing(EMBEDDED)}, 'hub:<name>', or the path of a "
-            f".csv, .jsonl or .parquet file.{did_you_mean(data.source, EMBEDDED)}"
+            f".csv, .jsonl, .parquet or .npz file or of a folder of images.{did_you_mean(data.source, EMBEDDED)}"
         )
     return read_files(data.source, base, columns, data.test)
+
+
+def named(data: Data, forms: Sequence[Form]) -> Columns:
+    """The columns that are read of a source.
+
+    Raises:
+        DataError: if a role is named that the task does not read.
+    """
+    of = {"text": data.text, **({"image": data.image} if data.image else {}), **(data.columns or {})}
+    known = {role for form in forms for role in form.roles}
+    if foreign := [role for role in data.columns or {} if role not in known]:
+        raise DataError(f"data.columns names {foreign[0]!r}, which the task does not read; expected {listing(known)}")
+    if data.image is None and len(forms) > 1:  # images are read where they are asked for
+        forms = [form for form in forms if form != IMAGES]
+    elif data.image is not None and IMAGES in forms:
+        forms = [IMAGES]
+    return Columns(forms, of, data.label, data.client, data.split)
 
 
 def _without(clients: Mapping[str, ClientRows], expected: list[str]) -> Iterable[str]:

@@ -7,12 +7,14 @@ read, judged and written away before the next one is read.
 import math
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
+from celora.core.task import Content, Form
 from celora.data.arrow import ArrowColumn
-from celora.data.inputs import ImageFiles, Images, Texts, size_of
+from celora.data.inputs import ImageFiles, Images, Records, Texts, record, size_of
 from celora.data.table import SPLITS, Origins, Table, counted, did_you_mean, listing
 from celora.errors import DataError
 from celora.lazy import Lazy
@@ -28,28 +30,58 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns that are read; `client` and `split` are optional, `image` takes the place of `text`."""
+    """What is read of a source, and the names of the columns that hold it.
 
-    text: str
+    Attributes:
+        forms: the task's; the first whose columns a source has is read.
+        of: role -> its column; a role that is not named here is its own column's name.
+        label, client, split: columns; `client` and `split` are optional.
+    """
+
+    forms: Sequence[Form]
+    of: Mapping[str, str]
     label: str
     client: str | None = None
     split: str | None = None
-    image: str | None = None
 
-    def settings(self) -> dict[str, str]:
-        """The columns that must exist -> the setting that chose them."""
-        content = {"text": self.text} if self.image is None else {"image": self.image}
-        chosen = {"split": self.split, "client": self.client, "label": self.label, **content}
-        return {name: setting for setting, name in reversed(chosen.items()) if name}
+    def column(self, role: str) -> str:
+        """The column of a role."""
+        return self.of.get(role, role)
 
     @property
-    def content(self) -> str:
-        """What a row holds, in a word."""
-        return "text" if self.image is None else "image"
+    def image(self) -> str | None:
+        """The column of images; None where no image is read."""
+        return self.column("image") if any("image" in form.roles for form in self.forms) else None
+
+    def setting(self, role: str) -> str:
+        """The setting in [data] that names a role's column."""
+        return role if role in ("text", "image") else f"columns.{role}"
+
+    def settings(self) -> dict[str, str]:
+        """The columns that must exist, as the first form has them -> the setting that chose them."""
+        form = self.forms[0]
+        chosen = {self.column(role): self.setting(role) for role in form.roles if role not in form.optional}
+        if form.labelled:
+            chosen.setdefault(self.label, "label")
+        named = {"client": self.client, "split": self.split}
+        return {**chosen, **{name: setting for setting, name in named.items() if name}}
 
     def names(self) -> list[str]:
         """The columns that must exist."""
         return list(self.settings())
+
+    def wanted(self) -> set[str]:
+        """All columns that may be read, whatever form a source has."""
+        roles = {self.column(role) for form in self.forms for role in form.roles}
+        return roles | {name for name in (self.label, self.client, self.split) if name}
+
+    def within(self, names: Collection[str]) -> "Columns":
+        """As a source with these columns has them: with the first form that fits, or the first where none does."""
+        for form in self.forms:
+            one = replace(self, forms=[form])
+            if all(self.column(role) in names for role in form.roles if role not in form.optional):
+                return one
+        return replace(self, forms=self.forms[:1])
 
 
 @dataclass(frozen=True)
@@ -77,10 +109,11 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
     Raises:
         DataError: a column is missing, a value is of the wrong kind, or nothing usable is left.
     """
+    sheets = [_begun(sheet) for sheet in sheets]
+    columns = columns.within({name for sheet in sheets for name in sheet.columns})
     _check_columns(sheets, columns)
     rows = _Rows(columns)
-    contents = (content for sheet in sheets for content in rows.of(sheet))
-    inputs: Texts | Images = Texts(contents) if columns.image is None else rows.images(ArrowColumn(contents))
+    inputs = rows.inputs(record for sheet in sheets for record in rows.of(sheet))
     _check_columns(sheets, columns)  # again: those of JSON Lines are known now
     if not rows.labels:
         raise DataError(
@@ -91,6 +124,13 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
         inputs=inputs, labels=rows.labels, groups=_complete(rows.groups), splits=_complete(rows.splits),
         rows=rows.origins, notices=tuple(rows.notices), empty=rows.empty,
     )  # fmt: skip
+
+
+def _begun(sheet: Sheet) -> Sheet:
+    """The sheet with its first record read, so that at least its columns are known."""
+    records = iter(sheet.records)
+    first = list(islice(records, 1))
+    return replace(sheet, records=chain(first, records))
 
 
 class _Rows:
@@ -107,27 +147,43 @@ class _Rows:
         self._size: tuple[int, int] | None = None
         self._unlike: str | None = None
 
-    def of(self, sheet: Sheet) -> Iterator[Any]:
-        """The text or the image file of each usable row of a sheet, the rest of which is noted."""
+    def inputs(self, contents: Iterable[Mapping[str, Any]]) -> Texts | Images | Records:
+        """The rows' contents: texts or images as they are, rows that consist of several things together."""
+        match list(self.columns.forms[0].roles.items()):
+            case [(role, "text")]:
+                return Texts(row[role] for row in contents)
+            case [(role, "image")]:
+                return self._images(ArrowColumn(row[role] for row in contents), role)
+            case _:
+                column = ArrowColumn(record(row) for row in contents)
+                return Records(column, None if self._size is None else self._images(column, "image"))
+
+    def of(self, sheet: Sheet) -> Iterator[Mapping[str, Any]]:
+        """What each usable row of a sheet consists of, by role; the rest of it is noted."""
         columns, before = self.columns, len(self.labels)
+        (form,) = columns.forms
         left_out: Counter[str] = Counter()
         first: dict[str, int] = {}
-        for number, record in sheet.records:
+        for number, values in sheet.records:
             where = f"{sheet.name}:{number}"
-            content = self._content(record, where)
-            label = _name(record.get(columns.label), columns.label, where)
+            content, missing = self._content(values, where)
+            label = _name(values.get(columns.label), columns.label, where)
+            if label is None and not form.labelled:
+                label = ""
             group, split = sheet.group, sheet.split
             if columns.client:
-                group = _name(record.get(columns.client), columns.client, where)
-            if content is None or label is None or (columns.client and group is None):
-                missing = columns.content if content is None else "label" if label is None else "client"
+                group = _name(values.get(columns.client), columns.client, where)
+            if missing is None and (label is None or (columns.client and group is None)):
+                missing = "label" if label is None else "client"
+            if missing is not None or label is None:
+                missing = missing or "label"
                 left_out[missing] += 1
                 first.setdefault(missing, number)
                 continue
             if columns.split:
-                split = _split(record.get(columns.split), columns.split, where)
-            if isinstance(content, bytes):
-                self._measure(content, where)
+                split = _split(values.get(columns.split), columns.split, where)
+            if isinstance(image := content.get("image"), bytes):
+                self._measure(image, where)
             self.labels.append(sys.intern(label))  # one string for each label, however many rows have it
             self.groups.append(group and sys.intern(group))
             self.splits.append(split)
@@ -146,16 +202,22 @@ class _Rows:
             else:
                 self.empty[sheet.group] = reason
 
-    def _content(self, record: Mapping[str, object], where: str) -> str | bytes | None:
-        """What the row holds; None if it is missing."""
-        name = self.columns.image
-        if name is None:
-            return _text(record.get(self.columns.text), self.columns.text, where)
-        return _image(record.get(name), name, where)
+    def _content(self, record: Mapping[str, object], where: str) -> tuple[dict[str, Any], str | None]:
+        """What the row consists of, by role; and the role that is missing, if one is."""
+        (form,) = self.columns.forms
+        found: dict[str, Any] = {}
+        for role, content in form.roles.items():
+            column = self.columns.column(role)
+            value = _READ[content](record.get(column), column, where)
+            if value is not None:
+                found[role] = value
+            elif role not in form.optional:
+                return found, role
+        return found, None
 
     def _measure(self, image: bytes, where: str) -> None:
         """Note the size of an image; whether all must be alike depends on the model."""
-        size = size_of(image, where, str(self.columns.image))
+        size = size_of(image, where, self.columns.column("image"))
         self._size = self._size or size
         if size != self._size and self._unlike is None:
             found, expected = (" × ".join(map(str, one)) for one in (size, self._size))
@@ -163,9 +225,9 @@ class _Rows:
                 f"{where}: found an image of {found} pixels, expected {expected} as before; resize them alike."
             )
 
-    def images(self, column: ArrowColumn) -> ImageFiles:
+    def _images(self, column: ArrowColumn, role: str) -> ImageFiles:
         """The images, whose files are in a column."""
-        return ImageFiles(column, self._size or (0, 0), str(self.columns.image), self.origins, self._unlike)
+        return ImageFiles(column, self._size or (0, 0), self.columns.column(role), self.origins, self._unlike)
 
 
 def _complete(values: list[str | None]) -> list[str] | None:
@@ -212,6 +274,11 @@ def _image(value: object, column: str, where: str) -> bytes | None:
     return value
 
 
+def _value(value: object, column: str, where: str) -> Any:
+    """A value as JSON has it; an empty one is missing."""
+    return None if value is None or value in ("", [], {}) else value
+
+
 def _name(value: object, column: str, where: str) -> str | None:
     """A label or client as a name: 1, 1.0 and "1" are the same, white space around it does not count."""
     if isinstance(value, float):
@@ -244,3 +311,6 @@ def _a(noun: str) -> str:
 
 def _kind(value: object) -> str:
     return "a list" if isinstance(value, list) else f"a value of type {type(value).__name__}"
+
+
+_READ: Mapping[Content, Callable[[object, str, str], Any]] = {"text": _text, "image": _image, "value": _value}

@@ -1,4 +1,4 @@
-"""A user's own files: CSV, JSON Lines and Parquet, one file for each client or one file for all.
+"""A user's own files: CSV, JSON Lines, Parquet, arrays (.npz) and images, one file for each client or one for all.
 
 Text files are UTF-8 (with or without a byte order mark) and may be packed with gzip. They are read record by record,
 never as a whole. What cannot be read is an error that names the file, the line, what was expected and what to do.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from celora.data.columns import Columns, Sheet, gather
+from celora.data.image_files import SUFFIXES, arrays, image_file
 from celora.data.table import Table, did_you_mean, listing, natural_key
 from celora.errors import DataError
 from celora.lazy import Lazy
@@ -35,7 +36,7 @@ def read_files(pattern: str, base: Path, columns: Columns, test: str | None = No
 
     With several files and no client column, each file is a client, called by the part of its path that tells
     the files apart: the stem, else the folder. `test` names the test file, or one test file for each client;
-    a file that `pattern` matches, too, is a test file only.
+    a file that `pattern` matches, too, is a test file only. An image file is a row, labelled by its folder.
 
     Args:
         pattern: relative to `base`, or absolute; `*`, `?`, `[…]` and `**` match as in a shell.
@@ -47,7 +48,7 @@ def read_files(pattern: str, base: Path, columns: Columns, test: str | None = No
     paths = [path for path in find(pattern, base) if path not in tests]
     if not paths:
         raise DataError(f"source = {pattern!r} and test = {test!r} name the same files; give other training files.")
-    client = _naming(paths, base) if len(paths) > 1 else None
+    client = _naming(paths, base) if len(paths) > 1 and _reader(paths[0]) is not _image else None
     sheets = []
     for path, split in [*((one, "train") for one in paths), *((one, "test") for one in tests)]:
         sheet = _reader(path)(path, _shown(path, base), columns)
@@ -66,7 +67,12 @@ def find(pattern: str, base: Path) -> list[Path]:
     """
     path = base / Path(pattern).expanduser()
     if path.is_dir():
-        raise DataError(f"{pattern!r} is a folder, expected a file or a pattern. Write for example '{pattern}/*.csv'.")
+        if images := [one for one in path.rglob("*") if one.name.lower().endswith(SUFFIXES) and one.is_file()]:
+            return sorted(images, key=lambda one: natural_key(str(one)))
+        raise DataError(
+            f"{pattern!r} is a folder that holds no image, expected a file or a pattern. Write for example "
+            f"'{pattern}/*.csv'."
+        )
     if path.is_file():
         _reader(path)
         return [path]
@@ -146,7 +152,7 @@ def _decoded(line: bytes, where: str, path: Path, start: bytes) -> str:
 def _csv(path: Path, name: str, columns: Columns) -> Sheet:
     with closing(_values(path, name)) as rows:
         header = [value.strip() for value in next(rows, (1, []))[1]]
-    if twice := next((one for one in columns.names() if header.count(one) > 1), None):
+    if twice := next((one for one in header if one in columns.wanted() and header.count(one) > 1), None):
         raise DataError(f"{name}: the header names the column {twice!r} twice; rename one of them.")
 
     def records() -> Records:
@@ -200,9 +206,10 @@ def _jsonl(path: Path, name: str, columns: Columns) -> Sheet:
                 hint = " One object a line is expected, not one array for the file." if line.lstrip()[0] == "[" else ""
                 raise DataError(f"{name}:{number}: not JSON: {error}.{hint} Correct or remove the line.") from None
             if not isinstance(record, dict):
+                example = ", ".join(f'"{column}": "…"' for column in columns.names())
                 raise DataError(
                     f"{name}:{number}: found a JSON {type(record).__name__}, expected one object a line, "
-                    f'such as {{"{columns.text}": "…", "{columns.label}": "…"}}.'
+                    f"such as {{{example}}}."
                 )
             keys.update(dict.fromkeys(record))
             yield number, record
@@ -216,7 +223,7 @@ def _parquet(path: Path, name: str, columns: Columns) -> Sheet:
 
     def records() -> Records:
         with _parquet_file(path, name) as file:
-            chosen = [one for one in columns.names() if one in names]
+            chosen = [one for one in names if one in columns.wanted()]
             batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=chosen)
             yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
 
@@ -232,6 +239,17 @@ def _parquet_file(path: Path, name: str) -> Iterator[Any]:
         raise DataError(f"{name} cannot be read as Parquet: {error}. Write the file again.") from error
 
 
+def _npz(path: Path, name: str, columns: Columns) -> Sheet:
+    return arrays(path, name, columns.image)
+
+
+def _image(path: Path, name: str, columns: Columns) -> Sheet:
+    if columns.image is None:
+        raise DataError(f'{name} is an image: set `image = "image"` in [data] to have images in place of texts.')
+    return image_file(path, name, columns.image, columns.label, columns.client)
+
+
 _READERS: Mapping[str, Read] = {
-    ".csv": _csv, ".csv.gz": _csv, ".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".parquet": _parquet,
+    ".csv": _csv, ".csv.gz": _csv, ".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".parquet": _parquet, ".npz": _npz,
+    **dict.fromkeys(SUFFIXES, _image),
 }  # fmt: skip

@@ -57,9 +57,10 @@ def _library() -> ModuleType:
 
 def _sheet(library: ModuleType, path: str, split: str, content: Any, columns: Columns) -> Sheet:
     names = list(content.column_names)
-    kept = content.select_columns([one for one in columns.names() if one in names])
-    if columns.image is not None and isinstance(content.features.get(columns.image), library.Image):
-        kept = kept.cast_column(columns.image, library.Image(decode=False))  # the files, as any other source has them
+    kept = content.select_columns([one for one in names if one in columns.wanted()])
+    image = columns.column("image")
+    if image in columns.wanted() and image in names and isinstance(content.features.get(image), library.Image):
+        kept = kept.cast_column(image, library.Image(decode=False))  # the files, as any other source has them
     feature = content.features.get(columns.label)
     classes = feature.names if isinstance(feature, library.ClassLabel) else None
 

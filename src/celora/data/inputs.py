@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 from celora.data.arrow import ArrowColumn
+from celora.data.pixels import decoded, measured
 from celora.errors import DataError
-from celora.lazy import Lazy, Tensor, np, torch
-
-pillow = Lazy("PIL.Image")
+from celora.lazy import Tensor, torch
 
 
 class Digest(Protocol):
@@ -94,7 +93,7 @@ class Images(ABC):
 
 
 class ImageFiles(Images):
-    """Images as they were found: JPEG, PNG or whatever else Pillow reads; their pixels are uint8 RGB.
+    """Images as they were found: JPEG, PNG or whatever else Pillow reads; their pixels are uint8 RGB (`pixels`).
 
     Args:
         column: the files' bytes.
@@ -116,8 +115,7 @@ class ImageFiles(Images):
             DataError: naming the row, if the image is damaged.
         """
         try:
-            with pillow.open(io.BytesIO(content)) as opened:
-                pixels = np.array(opened.convert("RGB"))
+            pixels = decoded(content)
         except (OSError, ValueError) as error:
             raise unreadable(self._origins[row], self._name, error) from error
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -134,15 +132,53 @@ class PixelArrays(Images):
         return torch.frombuffer(bytearray(content), dtype=self.dtype).view(self._shape)
 
 
+class Records:
+    """n rows that consist of several things: `records[row]` is a mapping, by role; iteration passes over all in order.
+
+    Args:
+        column: of each row what `record` makes of it.
+        images: those of the rows, if they have any.
+    """
+
+    kind: Literal["record"] = "record"
+
+    def __init__(self, column: ArrowColumn, images: Images | None = None) -> None:
+        self._column, self.images = column, images
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return _values(self._column[row])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(_values, self._column)
+
+    def add_to(self, digest: Digest) -> None:
+        """Hash all rows; of an image its file."""
+        add_strings(digest, len(self), self._column)
+
+
+def record(values: Mapping[str, Any]) -> bytes:
+    """A row that consists of several things as bytes: what JSON holds, its length before it and the image behind it."""
+    content = json.dumps({role: value for role, value in values.items() if role != "image"}).encode()
+    image: bytes = values.get("image", b"")
+    return len(content).to_bytes(8, "little") + content + image
+
+
+def _values(content: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return found
+
+
 def size_of(content: bytes, where: str, name: str) -> tuple[int, int]:
     """(height, width) of an image file, by its header alone.
 
     Raises:
-        DataError: if it is no image.
+        DataError: if it is no image, or one that cannot be read as it is meant.
     """
     try:
-        with pillow.open(io.BytesIO(content)) as opened:
-            return opened.height, opened.width
+        return measured(content)
     except (OSError, ValueError) as error:  # UnidentifiedImageError is an OSError
         raise unreadable(where, name, error) from error
 

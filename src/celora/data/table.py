@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from celora.data.inputs import Images, Texts, add_strings, encoded
+from celora.data.inputs import Images, Records, Texts, add_strings, encoded
 
 SPLITS = ("train", "validation", "test")
 
@@ -22,10 +22,10 @@ SPLITS = ("train", "validation", "test")
 class Table:
     """A labelled data set before it is dealt out; all columns have the same length n."""
 
-    inputs: Texts | Images
-    """n texts, or n images."""
+    inputs: Texts | Images | Records
+    """n texts, n images, or n rows that consist of several things."""
     labels: list[str]
-    """n label names."""
+    """n label names; "" where a row has none and the task needs none."""
     groups: list[str] | None
     """The natural client of each row (a column, or the file it came from); None if the source has none."""
     splits: list[str] | None

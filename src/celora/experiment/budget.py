@@ -21,8 +21,8 @@ from celora.experiment.config import Experiment
 from celora.models.settings import Adapter, Model
 
 Match = Literal["rank", "floats"]
-Shapes = Sequence[tuple[int, int]]
-"""(d_out, d_in) of every adapted module."""
+Shapes = Mapping[str, tuple[int, int]]
+"""Adapted module -> (d_out, d_in)."""
 Modules = Callable[[Experiment], Shapes]
 """The adapted modules of an experiment's backbone."""
 
@@ -52,12 +52,17 @@ def matched(experiment: Experiment, labels: Sequence[str], modules: Modules) -> 
         if variant.adapter.ranks is not None:
             problems.append(f"{label} has adapter.ranks; expected one rank for all clients")
             continue
+        if variant.adapter.rank_pattern or variant.adapter.alpha_pattern:
+            problems.append(
+                f"{label} has adapter.rank_pattern or alpha_pattern; expected one rank and one alpha for all modules"
+            )
+            continue
         rank = rank_within(most, variant, modules(variant))
         if rank != variant.adapter.rank:
             changed = tree.setdefault("overrides", {}).setdefault(label, {}).setdefault("adapter", {})
             changed["rank"] = rank
             if variant.adapter.alpha is not None:
-                changed["alpha"] = variant.adapter.scaling * rank
+                changed["alpha"] = variant.adapter.factor * variant.adapter.divisor(rank)
     found = replace(experiment, tree=tree)
     for label in labels if not problems else ():
         try:
@@ -72,22 +77,22 @@ def matched(experiment: Experiment, labels: Sequence[str], modules: Modules) -> 
 def budget(experiment: Experiment, modules: Modules) -> float:
     """Numbers that FedIT would send in a round at the rank and the modules of `[model]` and `[adapter]`."""
     plain = _as_written(experiment)
-    return _total(FedIT.info, plain.adapter.rank, modules(plain))
+    return _total(FedIT.info, plain.adapter, modules(plain))
 
 
 def rank_within(most: float, experiment: Experiment, shapes: Shapes) -> int:
     """The rank at which the algorithm sends as many numbers as it can within the budget; at least 1."""
-    info, own = experiment.algorithm.info, experiment.adapter.rank
-    if not _total(info, own, shapes):
-        return own
-    ranks = range(1, 1 + min(map(min, shapes)))
-    totals = {rank: _total(info, rank, shapes) for rank in ranks if _can(experiment.algorithm.family, rank, shapes)}
+    info, family, adapter = experiment.algorithm.info, experiment.algorithm.family, experiment.adapter
+    if not _total(info, adapter, shapes):
+        return adapter.rank
+    ranks = range(1, 1 + min(map(min, shapes.values())))
+    totals = {rank: _total(info, replace(adapter, rank=rank), shapes) for rank in ranks if _can(family, rank, shapes)}
     return max((rank for rank, total in totals.items() if total <= most), key=totals.__getitem__, default=1)
 
 
 def uplink(experiment: Experiment, match: Match, modules: Modules) -> dict[str, Any]:
     """For `summary.json`: the rank, the adapter's numbers that a client sends in a round, and the budget."""
-    sent = _total(experiment.algorithm.info, experiment.adapter.rank, modules(experiment))
+    sent = _total(experiment.algorithm.info, experiment.adapter, modules(experiment))
     most = budget(experiment, modules) if match == "floats" else None
     return {"match": match, "rank": experiment.adapter.rank, "floats": sent, "budget": most}
 
@@ -97,11 +102,12 @@ def notices(experiment: Experiment, sending: Mapping[str, Any]) -> list[str]:
     if sending["match"] == "rank" or not sending["floats"]:
         return []
     adapter, written = experiment.adapter, _as_written(experiment).adapter
+    root = "√" if adapter.scaling == "rslora" else ""
     return [
         f"--match floats: at rank {adapter.rank} a client of {experiment.label} sends {sending['floats']:,.0f} numbers "
         f"of the adapter in a round, as its info says; FedIT at rank {written.rank} would send "
         f"{sending['budget']:,.0f}. "
-        f"alpha is {adapter.lora_alpha:g}, so that s = alpha / rank stays {adapter.scaling:g}"
+        f"alpha is {adapter.lora_alpha:g}, so that s = alpha / {root}rank stays {adapter.factor:g}"
     ]
 
 
@@ -111,14 +117,14 @@ def _as_written(experiment: Experiment) -> Experiment:
     return replace(experiment, model=Model(**model), adapter=Adapter(**adapter))
 
 
-def _total(info: AlgorithmInfo, rank: int, shapes: Shapes) -> float:
-    return sum(info.floats(rank, d_in, d_out) for d_out, d_in in shapes)
+def _total(info: AlgorithmInfo, adapter: Adapter, shapes: Shapes) -> float:
+    return sum(info.floats(adapter.rank_at(module), d_in, d_out) for module, (d_out, d_in) in shapes.items())
 
 
 def _can(family: Family, rank: int, shapes: Shapes) -> bool:
     """Whether the modules have as many orthonormal directions as the family wants at this rank."""
     return all(
         (part.draw != "rows" or part.rows <= part.columns) and (part.draw != "columns" or part.columns <= part.rows)
-        for d_out, d_in in set(shapes)
+        for d_out, d_in in set(shapes.values())
         for part in family.parts(rank, d_in, d_out).values()
     )

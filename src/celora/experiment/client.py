@@ -67,7 +67,7 @@ def enter(name: ClientId, site: "Join", policy: Policy = NO_FILE) -> Callable[[J
                 f"{start.backbone[:16]}…: install the same weights at both ends"
             )
         task = experiment.task
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, task.strata)
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, task)
         if name not in federation.clients:
             raise DataError(f"{rows.source}: {name} {federation.excluded[name]}; a site needs rows to take part")
         proposal = task.propose(federation.table)
@@ -198,7 +198,7 @@ def check(site: Join) -> list[Finding]:
     resources = ResourceCache()
     try:
         experiment = local(offer["config"], site.rows, policy)
-        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, experiment.task.strata)
+        federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, experiment.task)
         share = federation.clients.get(name)
         train = len(share.train) if share else 0
         found = (

@@ -23,7 +23,6 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from celora.algorithms import ALGORITHMS
 from celora.algorithms.lookup import lookup
 from celora.core.algorithm import AlgorithmInfo, AnyAlgorithm
 from celora.core.channel import Channel
@@ -33,6 +32,7 @@ from celora.core.task import Task
 from celora.data import Data
 from celora.engines.embedded import EngineSettings
 from celora.errors import ConfigError
+from celora.experiment.conflicts import conflicts
 from celora.fields import did_you_mean, error_lines, unknown
 from celora.filters import filter_tables, read_filters
 from celora.models.settings import Adapter, Model
@@ -197,7 +197,7 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         values["algorithm"] = _validated("algorithm", algorithm, fields_of, problems)
         if None not in (values["algorithm"], values["adapter"], values["model"]):
             own = values["model"].own is not None
-            problems += _conflicts(name, values["algorithm"], values["adapter"], own=own)
+            problems += conflicts(name, values["algorithm"], values["adapter"], own=own)
         if None not in (values["model"], values["task"]):
             problems += _unmet(name, algorithm.info, values["task"], own=values["model"].own is not None)
     if problems:
@@ -245,31 +245,6 @@ def _filters(found: Any, problems: list[str]) -> Channel:
         if stage.packs
     ]
     return channel
-
-
-def _conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
-    """Settings that are fine alone and not together."""
-    info, found = algorithm.info, []
-    if adapter.bases == "secret" and not info.private_bases:
-        found.append(f"adapter.bases: found 'secret', but {name} needs the same A at every client; expected 'shared'")
-    draws = {part.draw for part in algorithm.family.parts(adapter.rank, adapter.rank, adapter.rank).values()}
-    if adapter.init == "orthonormal" and "core" not in draws:
-        found.append(
-            f"adapter.init: found 'orthonormal', which is for a core C between A and B; {name} draws its own way"
-        )
-    if own and not info.own_models:
-        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.own_models)
-        found.append(f"model.own: {name} is for adapters in a frozen backbone; expected one of {able}")
-    if own and (adapter.init, adapter.bases) != ("kaiming", "shared"):
-        found.append("model.own: needs adapter.init = 'kaiming' and adapter.bases = 'shared'")
-    if adapter.ranks is not None and not info.mixed_ranks:
-        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.mixed_ranks)
-        found.append(
-            f"adapter.ranks: {name} needs one rank for all clients; ranks of their own work with {able or 'none'}"
-        )
-    if adapter.ranks is not None and adapter.bases == "secret":
-        found.append("adapter.ranks: with adapter.bases = 'secret' no two clients share a base; expected 'shared'")
-    return [*found, *algorithm.conflicts(adapter, own)]
 
 
 def _validated(section: str, kind: type, table: Tree, problems: list[str]) -> Any:

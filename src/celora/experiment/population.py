@@ -81,7 +81,7 @@ class ResourceCache:
         dealt = (repr(experiment.data), repr(experiment.task), experiment.plan.seed)
         if dealt not in self._federations:
             self._federations[dealt] = data.load(
-                experiment.data, experiment.base, experiment.plan.seed, experiment.task.strata
+                experiment.data, experiment.base, experiment.plan.seed, experiment.task
             )
         return self._federations[dealt]
 
@@ -89,8 +89,8 @@ class ResourceCache:
         """What clients whose rows are all here agree on."""
         return experiment.task.merge(b"", experiment.task.propose(self.federation(experiment).table))
 
-    def modules(self, experiment: Experiment) -> Sequence[tuple[int, int]]:
-        """(d_out, d_in) of every adapted module."""
+    def modules(self, experiment: Experiment) -> Mapping[str, tuple[int, int]]:
+        """Adapted module -> (d_out, d_in)."""
         task = experiment.task
         if experiment.model.own is not None:  # there the adapter is as large as the head
             task = task.agreed(self.agreement(experiment))

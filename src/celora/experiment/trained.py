@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from celora import data
 from celora.core.adapters import Lora
 from celora.core.algorithm import ClientId
 from celora.core.task import Task
+from celora.data import FederatedDataset
 from celora.errors import RunFolderError
 from celora.experiment.config import Experiment, resolve
 from celora.experiment.job import SUMMARY
@@ -19,6 +21,7 @@ from celora.experiment.session import FILE
 from celora.models.export import load_export
 from celora.models.loader import ModelLoader
 from celora.models.protocol import ClientModels
+from celora.tensors import Tensors
 from celora.track.disk import folder_name
 from celora.track.folder import RunFolder
 
@@ -37,22 +40,38 @@ class ClientModel:
     folder: Path
     _run: "TrainedRun"
 
-    def outputs(self, inputs: Any) -> Tensor:
+    def outputs(self, inputs: Any, *, trained: bool = True) -> Tensor:
         """The task's outputs (n, ...): of a classifier its logits (n, classes).
 
         Args:
             inputs: n texts, or images (n, channels, height, width).
+            trained: False: those of the model as it was before any training.
 
         Raises:
             RunFolderError: if the adapter is missing or damaged.
             ModelError: if the backbone cannot be loaded, or reads something else.
         """
-        weights, plain = load_export(self.folder)
-        return self._run.models(plain=plain).predict(self.client, weights, inputs)
+        models, weights = self._model(trained)
+        return models.predict(self.client, weights, inputs)
 
-    def predict(self, inputs: Any) -> Sequence[Any]:
-        """What the model answers for each row: of a classifier the name of a class."""
-        return self._run.task.answers(self.outputs(inputs)) if len(inputs) else []
+    def predict(self, inputs: Any, *, trained: bool = True) -> Sequence[Any]:
+        """What the model answers for each row: of a classifier the name of a class, of a language model a text.
+
+        Args:
+            inputs: as `outputs`; for a language model prompts, as texts or as rows without their answer.
+            trained: as `outputs`.
+
+        Raises:
+            RunFolderError, ModelError: as `outputs`.
+        """
+        models, weights = self._model(trained)
+        return models.answers(self.client, weights, inputs) if len(inputs) else []
+
+    def _model(self, trained: bool) -> tuple[ClientModels, Tensors]:
+        """What predicts, and its weights: without training, whatever A is drawn from, B is 0."""
+        weights, plain = load_export(self.folder)
+        models = self._run.models(plain=plain)
+        return models, weights if trained else models.start(self.client, lambda: 0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,16 @@ class TrainedRun(Mapping[ClientId, ClientModel]):
         return resolve(tree, Path(session.get("base", ".")))
 
     @cached_property
+    def data(self) -> FederatedDataset:
+        """The clients' rows, read from their source again.
+
+        Raises:
+            DataError: if the source is no longer there.
+        """
+        of = self.experiment
+        return data.load(of.data, of.base, of.plan.seed, of.task)
+
+    @cached_property
     def task(self) -> Task:
         """As the clients agreed on it."""
         agreement = bytes.fromhex(RunFolder(self.folder).read_json("manifest.json")["agreement"])
@@ -100,7 +129,8 @@ class TrainedRun(Mapping[ClientId, ClientModel]):
         if plain not in self._loaded:
             of = self.experiment
             self._loaded[plain] = self._loader(
-                of.model, self.task, adapter=of.adapter, family=Lora() if plain else of.algorithm.family,
+                of.model, self.task, adapter=of.adapter.exported if plain else of.adapter,
+                family=Lora() if plain else of.algorithm.family,
                 seed=of.plan.seed, base=of.base, clients=list(self),
             )  # fmt: skip
         return self._loaded[plain]

@@ -4,7 +4,8 @@ Where only the top layers are adapted, what enters the first of them depends on 
 `LowerLayers` captures it there, and replays it: each layer below then returns at once what it once returned, a tensor,
 a tuple or whatever its family returns, with these activations in place of its own.
 
-A row gets the same bits on a CPU whatever rows it is computed with, because texts are padded to whole vector registers;
+A row gets the same bits on a CPU whatever rows it is computed with, because texts are padded to whole vector registers,
+and convolutions are given one image at a time;
 so a run that keeps activations equals one that computes them every time, to the last bit. Some architectures are not
 like that: tokens come before rows (XLNet), or the tokens of all rows share a product (a mixture of experts). The cache
 tries a few rows when it is made; where they disagree, it does without and says so.
@@ -27,6 +28,7 @@ from celora.core.learner import Batch
 from celora.errors import ModelError
 from celora.models.backbone import Backbone
 from celora.models.loading import reason
+from celora.models.rows import count_rows
 
 _REGISTER = 16
 """Tokens that a text is padded to a multiple of: float32 numbers in the widest vector register."""
@@ -55,9 +57,10 @@ class LowerLayers:
         self._at, self._leaves = handed[0], [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         found = tuple(leaves[self._at].shape)
         tokens = short["input_ids"].shape[1] if text else found[1]
-        if found[:-1] != (1, tokens):
+        if found[0] != 1 or (text and found[1:-1] != (tokens,)):
             raise ModelError(f"for 1 row of {tokens} tokens its layers pass on a tensor {found}, not (1, {tokens}, d)")
-        batch = self._filled(backbone.batch(sample, range(len(sample))))
+        together = [0] if backbone.positions else range(len(sample))  # a map's are captured row by row
+        batch = self._filled(backbone.batch(sample, together))
         rows = dict(enumerate(self.capture(batch)))
         with self.replayed(padded(rows, len(rows), batch["input_ids"].shape[1] if text else tokens)):
             features = backbone.encode(batch, {})
@@ -69,7 +72,14 @@ class LowerLayers:
 
     @torch.no_grad()
     def capture(self, batch: Batch) -> list[Tensor]:
-        """Hidden states (t, d) of each row where it enters the first adapted layer, on the CPU; no padding."""
+        """Hidden states (t, d) of each row where it enters the first adapted layer, on the CPU; no padding.
+
+        Those of a map (d, h, w) are made row by row on a CPU, whose convolutions add up otherwise in a larger batch.
+        """
+        count = count_rows(batch)
+        if self._backbone.positions and self._backbone.device.type == "cpu" and count > 1:
+            rows = ({name: tensor[at : at + 1] for name, tensor in batch.items()} for at in range(count))
+            return [hidden for row in rows for hidden in self.capture(row)]
         returned, _ = self._reached(self._filled(batch))
         hidden = pytree.tree_leaves(returned)[self._at].cpu()
         mask = batch.get("attention_mask")
@@ -135,9 +145,9 @@ class _ReachedError(Exception):
 
 
 def padded(rows: Mapping[int, Tensor], count: int, tokens: int) -> Tensor:
-    """(count, tokens, d) of these rows (t, d) at their positions, and 0 everywhere else."""
+    """(count, tokens, d) of these rows (t, d) at their positions, and 0 everywhere else; maps (d, h, w) likewise."""
     like = next(iter(rows.values()))
-    whole = like.new_zeros(count, tokens, like.shape[-1])
+    whole = like.new_zeros(count, tokens, *like.shape[1:])
     for at, row in rows.items():
         whole[at, : len(row)] = row
     return whole

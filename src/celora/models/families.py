@@ -25,7 +25,7 @@ def initial(
 
     Args:
         targets: adapted module -> (d_out, d_in).
-        adapter: rank, `init` and `bases`.
+        adapter: ranks of modules, `init` and `bases`.
         family: what stands at each adapted module.
         head: the task's.
         seed: the run's; both sides draw the same head, and the same bases where these are shared.
@@ -42,7 +42,7 @@ def initial(
     bases = secret if adapter.bases == "secret" and secret is not None else seed
     weights: dict[str, Tensor] = {}
     for module, (d_out, d_in) in targets.items():
-        parts = family.parts(adapter.rank, d_in, d_out)
+        parts = family.parts(adapter.rank_at(module), d_in, d_out)
         if adapter.init == "orthonormal" and not any(of.draw == "core" for of in parts.values()):
             raise ModelError(
                 f'adapter.init = "orthonormal" starts from C = 0; family "{family.name}" has no C: use "kaiming"'

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from celora.errors import ModelError
-from celora.models import loading
+from celora.models import efficientnet_lite, loading
 
 FILE = "preprocessor_config.json"
 """What `save_pretrained` of a processor writes beside a model."""
@@ -23,16 +23,18 @@ class ImageProcessor:
     Args:
         processor: of transformers.
         channels: how many the model reads; 1 makes images grey, 3 makes grey images RGB.
+        side: pixels of a side that images are resized to, instead of what the processor itself makes of them.
     """
 
-    def __init__(self, processor: Any, channels: int) -> None:
+    def __init__(self, processor: Any, channels: int, side: int | None = None) -> None:
         self._processor, self._channels = processor, channels
+        self._size = {} if side is None else {"size": {"height": side, "width": side}, "do_center_crop": False}
 
     def __call__(self, image: Tensor) -> NDArray[np.float32]:
         """Pixels (channels, height, width) for the model of an image (c, h, w), uint8 or float32 in [0, 1]."""
         whole = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
         pixels = _with_channels(whole, self._channels).numpy()
-        made = self._processor(images=pixels, return_tensors="np", input_data_format="channels_first")
+        made = self._processor(images=pixels, return_tensors="np", input_data_format="channels_first", **self._size)
         found: NDArray[np.float32] = np.asarray(made["pixel_values"][0], dtype=np.float32)
         return found
 
@@ -42,15 +44,19 @@ class ImageProcessor:
         return channels, height, width
 
 
-def image_processor(source: str, channels: int) -> ImageProcessor | None:
+def image_processor(source: str, channels: int, side: int | None = None) -> ImageProcessor | None:
     """The processor in the folder (or in the Hub's local cache) that a backbone came from; None if it brings none.
 
     Raises:
-        ModelError: if it cannot be loaded.
+        ModelError: if it cannot be loaded, or makes no images of `side` pixels a side.
     """
+    if source == efficientnet_lite.NAME:
+        return ImageProcessor(efficientnet_lite.processor(), channels, side)
     folder = Path(source)
     found = folder / FILE if folder.is_dir() else try_to_load_from_cache(source, FILE)
     if not isinstance(found, str | Path) or not Path(found).is_file():
+        if side is not None:
+            raise ModelError(f"model.image_size = {side}, but {source} brings no image processor ({FILE}): drop it")
         return None
     from transformers import AutoImageProcessor  # noqa: PLC0415  # its import costs what texts need not pay
 
@@ -60,7 +66,17 @@ def image_processor(source: str, channels: int) -> ImageProcessor | None:
             processor = loader.from_pretrained(Path(found).parent, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{found} cannot be read as an image processor: {error}") from error
-    return ImageProcessor(processor, channels)
+    made = ImageProcessor(processor, channels, side)
+    try:
+        made.shape_of((channels, 64, 64))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if side is None:
+            raise
+        what = type(processor).__name__
+        raise ModelError(
+            f"model.image_size = {side}: {what} makes no squares ({loading.reason(error)}): drop it"
+        ) from error
+    return made
 
 
 def _with_channels(image: Tensor, channels: int) -> Tensor:

@@ -97,7 +97,7 @@ class TokenisedTexts(Inputs):
     def __init__(self, tokenize: Tokenize, texts: Texts, budget: int) -> None:
         self._tokenize, self._texts = tokenize, texts
         self._lengths = np.zeros(len(texts), dtype=np.int32)  # 0: not known yet
-        self._kept = _Kept(budget)
+        self._kept = Kept(budget)
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -109,13 +109,13 @@ class TokenisedTexts(Inputs):
     def lengths(self, rows: Sequence[int]) -> list[int]:
         """Tokens in each of these rows."""
         at = np.asarray(rows, dtype=np.int64)
-        for some in _parts(at[self._lengths[at] == 0].tolist()):
+        for some in parts(at[self._lengths[at] == 0].tolist()):
             self.fetch(some)
         lengths: list[int] = self._lengths[at].tolist()
         return lengths
 
     def _made(self, rows: Sequence[int]) -> Iterator[Row]:
-        for some in _parts(rows):
+        for some in parts(rows):
             for row, ids in zip(some, self._tokenize([self._texts[row] for row in some]), strict=True):
                 self._lengths[row] = len(ids)
                 yield np.array(ids, dtype=np.uint16 if max(ids) < 1 << 16 else np.int32)
@@ -138,7 +138,7 @@ class DecodedImages(Inputs):
         self, images: Images, prepare: Callable[[Tensor], Row] | None, budget: int, notices: tuple[str, ...] = ()
     ) -> None:
         self._images, self._prepare, self.notices = images, prepare, notices
-        self._kept = _Kept(budget)
+        self._kept = Kept(budget)
         self.shape = images.shape if prepare is None else prepare(images[0]).shape
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ class ReadyInputs(Inputs):
         return [1 if self.kind == "image" else len(self._rows[row]) for row in rows]
 
 
-class _Kept:
+class Kept:
     """Rows by number, those used last, within a budget of bytes."""
 
     def __init__(self, budget: int) -> None:
@@ -257,5 +257,6 @@ def collate(rows: Sequence[Row], padding: int) -> dict[str, Tensor]:
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
-def _parts(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+def parts(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The rows, as many at a time as are made in one call."""
     return (rows[start : start + _TEXTS] for start in range(0, len(rows), _TEXTS))

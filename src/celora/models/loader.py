@@ -9,6 +9,7 @@ from celora.core.task import Task
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, load
 from celora.models.model_zoo import ModelZoo, private_models
+from celora.models.pissa import Start, principal
 from celora.models.private_model import PrivateModel
 from celora.models.protocol import ClientModels
 from celora.models.settings import Adapter, Model
@@ -22,6 +23,7 @@ class ModelLoader:
         self._backbones: dict[object, Backbone] = {}
         self._own: dict[object, list[PrivateModel]] = {}
         self._activations: dict[object, ActivationCache] = {}
+        self._starts: dict[object, Start] = {}
 
     def __call__(
         self,
@@ -57,11 +59,16 @@ class ModelLoader:
             if own not in self._own:
                 self._own[own] = private_models(model, base, seed)
             return ModelZoo(self._own[own], task, **given)
-        shape = (repr(model), base, repr(adapter.targets), adapter.layers, adapter.scaling)  # whatever the rank
+        adapted = (repr(adapter.targets), adapter.layers, adapter.factors)  # whatever the rank
+        shape = (repr(model), base, *adapted, task.architecture)
         if shape not in self._backbones:
-            self._backbones[shape] = load(model, adapter, base)
+            self._backbones[shape] = load(model, adapter, base, task.architecture)
         backbone = self._backbones[shape]
-        kept = (rows, repr(model), base, backbone.depth, cache_mb)
+        kept = (rows, repr(model), base, backbone.depth, cache_mb, task.read_as)
         if rows is not None and backbone.depth and kept not in self._activations:
             self._activations[kept] = ActivationCache(backbone, cache_mb << 20)
+        start = (shape, adapter.rank, repr(adapter.rank_pattern))
+        if adapter.init == "pissa" and start not in self._starts:
+            self._starts[start] = principal(backbone, adapter)
+        given["start"] = self._starts[start] if adapter.init == "pissa" else {}
         return SharedBackbone(backbone, task, model=model, activations=self._activations.get(kept), **given)

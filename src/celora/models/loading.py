@@ -10,8 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from celora.core.task import Architecture
 from celora.errors import ModelError
 from celora.lazy import Lazy
+from celora.models import efficientnet_lite
+from celora.models.smollm2 import smollm2
 from celora.rng import generator
 
 if TYPE_CHECKING:
@@ -31,16 +34,31 @@ def embedded() -> Path:
     return Path(MODEL_DIR)
 
 
-def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tuple[nn.Module, Any, str]:
+def fetch(
+    name: str, base: Path, allow_download: bool, dtype: torch.dtype, architecture: Architecture = "encoder"
+) -> tuple[nn.Module, Any, str]:
     """A transformer without its pooling layer, its tokenizer (None if it reads images), and its folder or Hub id.
+
+    Args:
+        architecture: "causal-lm" for a language model with its head.
 
     Raises:
         ModelError: saying what was found, what was expected and what to do.
     """
     if name == "random-vit":
         vit: nn.Module = random_vit()
-        return vit.to(dtype), None, "random-vit"
-    folder = embedded() if name == "minilm" else base / Path(name).expanduser()
+        return vit.to(dtype), None, name
+    if name == efficientnet_lite.NAME:
+        net: nn.Module = efficientnet_lite.efficientnet_lite0()
+        return net.to(dtype), None, name
+    match name:
+        case "minilm":
+            folder = embedded()
+        case "smollm2":
+            with quiet():
+                folder = smollm2()
+        case _:
+            folder = base / Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     if not folder.is_dir():
         folder = _from_hub(name, folder, allow_download)
@@ -50,8 +68,8 @@ def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tu
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
-            loaded = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-            transformer, report = loaded
+            kind_of: Any = transformers.AutoModelForCausalLM if architecture == "causal-lm" else transformers.AutoModel
+            transformer, report = kind_of.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
             texts = kind(transformer) == "text"
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options) if texts else None
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -61,7 +79,8 @@ def fetch(name: str, base: Path, allow_download: bool, dtype: torch.dtype) -> tu
         raise ModelError(f"{folder} is incomplete: it lacks {len(missing)} weights, such as {sorted(missing)[0]}")
     if transformer.config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder; expected an encoder (BERT) or a decoder (Llama)")
-    if isinstance(getattr(transformer, "pooler", None), nn.Module):
+    pooler = getattr(transformer, "pooler", None)
+    if isinstance(pooler, nn.Module) and list(pooler.parameters()):
         transformer.pooler = None  # features come from the last hidden states: to adapt it would be in vain
     config = transformer.config.get_text_config()
     if hasattr(config, "use_cache"):
@@ -77,7 +96,8 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(
             f'model.backbone = "{name}": no such folder ({folder.resolve()}); expected "minilm", '
-            '"random-vit", a folder that save_pretrained wrote, or a Hub id such as roberta-base'
+            '"smollm2", "efficientnet-lite0", "random-vit", a folder that save_pretrained wrote, or a Hub id such as '
+            "roberta-base"
         )
     try:
         found = huggingface_hub.snapshot_download(
@@ -91,7 +111,8 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
             raise ModelError(f'model.backbone = "{name}" could not be had from the Hub: {reason(error)}') from error
         raise ModelError(
             f'model.backbone = "{name}": no folder {folder.resolve()}, and no such model in the local Hub cache; '
-            'expected "minilm", "random-vit" or a folder; to ask the Hub, set model.allow_download = true'
+            'expected "minilm", "smollm2", "efficientnet-lite0", "random-vit" or a folder; to ask the Hub, set '
+            "model.allow_download = true"
         ) from error
     return Path(found)
 

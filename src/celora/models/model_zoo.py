@@ -15,16 +15,17 @@ from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.learner import Recipe, Split
-from celora.core.task import Task
+from celora.core.task import Encode, Task
 from celora.errors import ModelError
 from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_private
 from celora.models.families import initial
 from celora.models.inputs import Inputs
 from celora.models.learner import ModelLearner
-from celora.models.private_model import FC, PrivateModel, PrivateNetwork
+from celora.models.private_model import FC, NO_LANGUAGE, PrivateModel, PrivateNetwork
 from celora.models.rows import Rows, unlabelled
 from celora.models.settings import Adapter, Model
+from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
 
 
@@ -67,7 +68,7 @@ class ModelZoo:
         self._models, self._task, self._clients, self._seed = models, task, clients, seed
         self._budget = budget
         self._adapter, self._family = adapter, family
-        self._forwards = [BatchedForward(PrivateNetwork(one, family, adapter.scaling), task) for one in models]
+        self._forwards = [BatchedForward(PrivateNetwork(one, family, adapter.factor), task) for one in models]
 
     @property
     def name(self) -> str:
@@ -94,8 +95,8 @@ class ModelZoo:
         return digest.hexdigest()
 
     @property
-    def modules(self) -> Sequence[tuple[int, int]]:
-        """(outputs, d) of the head.
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """`fc` -> (outputs, d) of the head.
 
         Raises:
             ModelError: if the task has no head, or not before the clients have agreed.
@@ -103,17 +104,29 @@ class ModelZoo:
         head = self._task.head(self._models[0].width)
         if not head:
             raise ModelError("model.own: the adapter stands beside the task's head, and there is none yet")
-        return [(max(tensor.shape[0] for tensor in head.values()), self._models[0].width)]
+        return {FC: (max(tensor.shape[0] for tensor in head.values()), self._models[0].width)}
 
     def read(self, inputs: Any) -> Inputs:
         """As `PrivateModel.read`: all architectures read alike."""
         return self._models[0].read(inputs, self._budget)
 
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """
+        Raises:
+            ModelError: always, as no network of a client's own is a language model.
+        """
+        raise ModelError(NO_LANGUAGE)
+
+    def tokens(self, inputs: Any, encode: Encode) -> TokenRows:
+        """As `tokenizer`."""
+        raise ModelError(NO_LANGUAGE)
+
     @cached_property
     def initial(self) -> Tensors:
         """What all clients have in common at round 0: the adapter `fc.*` (B = 0), and the head."""
         head = self._task.head(self._models[0].width)
-        return initial({FC: self.modules[0]}, self._adapter, self._family, head, self._seed)
+        return initial(self.modules, self._adapter, self._family, head, self._seed)
 
     def start(self, client: str, secret: Callable[[], int]) -> Tensors:
         """A client's own network, and what all have in common."""
@@ -128,8 +141,12 @@ class ModelZoo:
 
     def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
         """As `ClientModels.predict`."""
-        network = PrivateNetwork(self._models[self._place(client)], self._family, self._adapter.scaling)
+        network = PrivateNetwork(self._models[self._place(client)], self._family, self._adapter.factor)
         return predict(network, self._task, weights, unlabelled(self.read(inputs)))
+
+    def answers(self, client: str, weights: Tensors, inputs: Any) -> Sequence[Any]:
+        """As `ClientModels.answers`."""
+        return self._task.answers(self.predict(client, weights, inputs))
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's own network and the adapter beside it."""

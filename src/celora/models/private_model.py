@@ -7,6 +7,7 @@ FC is the task's linear head. Weights of the body are named `own.<parameter>`, t
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ WIDTH = 500
 """Their last hidden layer."""
 _ROWS = 256
 """Rows in a pass that trains nothing."""
+NO_LANGUAGE = "a client's own network is no language model, so it predicts no tokens: set model.backbone to one"
 _READ = ("input_ids", "attention_mask", "pixel_values")
 
 
@@ -138,6 +140,16 @@ class PrivateModel:
         return [ids or [0] for ids in found]
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """As `celora.core.task.Encoded`."""
+
+    features: Tensor
+
+    def token_losses(self, labels: Tensor) -> Tensor:
+        raise ModelError(NO_LANGUAGE)
+
+
 class PrivateNetwork:
     """An architecture with the weights of whoever has it (a `Network`), and the adapter beside its head.
 
@@ -179,7 +191,18 @@ class PrivateNetwork:
     def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """y (rows, outputs)."""
         z = self.features(weights, batch)
-        return task.outputs(z, weights) + self._scaling * self._family.delta(z, modules(weights)[FC])
+        return task.outputs(_Encoded(z), weights, batch) + self._scaling * self._family.delta(z, modules(weights)[FC])
+
+    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+        """
+        Raises:
+            ModelError: always, as no network of a client's own is a language model.
+        """
+        raise ModelError(NO_LANGUAGE)
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """As `answers`."""
+        raise ModelError(NO_LANGUAGE)
 
     def squares(self, batch: Batch) -> Mapping[str, Tensor]:
         """Σ z² (d,), as z is what the adapter reads."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from celora.core.learner import Batch, Learner, Recipe, Split
-from celora.core.task import Inputs, Task
+from celora.core.task import Encode, Inputs, Task, TokenInputs, Tokenizer
 from celora.models.rows import Rows
 from celora.tensors import Tensors
 
@@ -54,6 +54,16 @@ class Network(Protocol):
     def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """The task's outputs (rows, ...) of those features."""
 
+    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+        """What a language model answers to each prompt, greedily, in at most so many tokens.
+
+        Args:
+            weights: with a leading client axis, if prompts are of several clients; they are then client-major.
+        """
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of token ids."""
+
     def squares(self, batch: Batch) -> Mapping[str, Tensor]:
         """Adapted module -> sum over all tokens of its squared inputs (d_in,), float64 on the CPU; nothing adapted."""
 
@@ -77,8 +87,8 @@ class ClientModels(Protocol):
         """SHA-256 of all weights before training, adapters and head excepted."""
 
     @property
-    def modules(self) -> Sequence[tuple[int, int]]:
-        """(d_out, d_in) of every adapted module."""
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Adapted module -> (d_out, d_in)."""
 
     def read(self, inputs: Any) -> Inputs:
         """A column of texts or images, as `celora.core.task.Reader`.
@@ -86,6 +96,13 @@ class ClientModels(Protocol):
         Raises:
             ModelError: if the models read something else.
         """
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """As `celora.core.task.Reader`."""
+
+    def tokens(self, inputs: Any, encode: Encode) -> TokenInputs:
+        """As `celora.core.task.Reader`."""
 
     @property
     def initial(self) -> Tensors:
@@ -109,6 +126,13 @@ class ClientModels(Protocol):
 
         Raises:
             ModelError: if the models read something else.
+        """
+
+    def answers(self, client: str, weights: Tensors, inputs: Any) -> Sequence[Any]:
+        """What a client's model answers for each of n texts, prompts or images, as the task says it.
+
+        Raises:
+            ModelError: as `predict`.
         """
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:

@@ -1,18 +1,37 @@
 """What a user sets: `[model]`, the frozen backbone, and `[adapter]`, what is trained on it."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field
 
 from celora.fields import Count, Positive, setting, settings
 
+V = TypeVar("V")
 LAYERS = r"^(all|last:[1-9][0-9]*)$"
+
+
+def _no_gradients(init: Any) -> Any:
+    """Say why one start that users of PEFT know is none of ours."""
+    if init == "lora-ga":
+        raise ValueError(
+            "'lora-ga' starts from the gradient of every frozen weight over all clients' rows, d_out · d_in numbers a "
+            "module, and clients send no such thing; expected 'pissa', which starts from the frozen weights themselves"
+        )
+    return init
 
 
 @settings
 class Model:
     """The frozen backbone."""
 
-    backbone: str = setting("minilm", '"minilm" (embedded), "random-vit", a local folder, or a Hub id')
+    backbone: str = setting(
+        "minilm",
+        '"minilm" (embedded), "smollm2", "efficientnet-lite0" (packages), "random-vit", a local folder, or a Hub id',
+    )
     own: tuple[str, ...] | None = setting(
         None,
         'instead of one backbone, whole models of the clients\' own, dealt to them in turn: "cnn-1" … "cnn-5", '
@@ -22,6 +41,9 @@ class Model:
     allow_download: bool = setting(False, "may the Hub be asked? otherwise only its local cache is read")
     pooling: Literal["mean", "cls", "last"] = setting("mean", "how a row's token vectors become one vector")
     max_length: Count = setting(128, "tokens kept of a text")
+    image_size: Count | None = setting(
+        None, "pixels of a side that images are resized to; none: as the backbone's own image processor says"
+    )
     dropout: bool = setting(False, "the backbone's own dropout while training")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of the frozen weights; adapters are float32")
     device: str = setting("auto", '"auto": CUDA if there is one, else "cpu"; or a torch device')
@@ -29,20 +51,33 @@ class Model:
 
 @settings
 class Adapter:
-    """The low-rank adapter at each adapted module, ΔW = s · B (C) A with s = alpha / rank, one s for all clients."""
+    """The low-rank adapter at each adapted module, ΔW = s · B (C) A, one s for all clients, whatever their rank."""
 
     rank: Count = setting(8, "r; where clients have ranks of their own, the largest of them")
     ranks: Mapping[str, Count] | tuple[Count, ...] | None = setting(
         None,
         "{client = r, …}, others having `rank`; or tiers such as [2, 4, 8], each for as many clients; none: all `rank`",
     )
-    alpha: Positive | None = setting(None, "s = alpha / rank; by default 2 · rank, as is common, so s = 2")
+    alpha: Positive | None = setting(None, "s follows from it; by default 2 · rank, as is common, so s = 2")
+    scaling: Literal["standard", "rslora"] = setting("standard", "s = alpha / rank; or rsLoRA's s = alpha / √rank")
+    rank_pattern: Mapping[str, Count] | None = setting(
+        None,
+        "{pattern = r, …} for some modules, matched as PEFT does: a regular expression, the end of a module's name",
+    )
+    alpha_pattern: Mapping[str, Positive] | None = setting(None, "{pattern = alpha, …} for some modules, likewise")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "LoRA dropout: the share of the numbers an adapter reads that is set to 0 while training"
+    )
     targets: tuple[str, ...] | str = setting(
-        ("query", "value"), 'PEFT\'s way: suffixes of module names, one regular expression, or "all-linear"'
+        "auto",
+        'PEFT\'s way: suffixes of module names, one regular expression, or "all-linear"; "auto": PEFT\'s own '
+        "default for the architecture",
     )
     layers: str = setting("all", 'which transformer layers: "all", or the topmost n as "last:n"', pattern=LAYERS)
-    init: Literal["kaiming", "normal", "orthonormal"] = setting(
-        "kaiming", "A as PEFT draws it; N(0, 1e-3²) as CE-LoRA's code; or A and B orthonormal with C = 0"
+    init: Annotated[Literal["kaiming", "normal", "orthonormal", "pissa"], BeforeValidator(_no_gradients)] = setting(
+        "kaiming",
+        "A as PEFT draws it; N(0, 1e-3²) as CE-LoRA's code; A and B orthonormal with C = 0; or both from the largest "
+        "singular values of the frozen weight",
     )
     bases: Literal["shared", "secret"] = setting("shared", "A from the run's seed, or from each client's secret")
 
@@ -52,6 +87,16 @@ class Adapter:
         given = self.ranks.values() if isinstance(self.ranks, Mapping) else self.ranks or ()
         if over := [rank for rank in given if rank > self.rank]:
             raise ValueError(f"ranks: found {max(over)}, expected at most rank = {self.rank}, the largest")
+        if self.scaling == "rslora" and self.alpha is None:
+            raise ValueError(
+                "alpha: found none, expected a number: with scaling = 'rslora', s = alpha / √rank, alpha is what stays "
+                "when the rank is another, so it has no default that follows the rank"
+            )
+        for pattern in (*(self.rank_pattern or ()), *(self.alpha_pattern or ())):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"found the pattern {pattern!r}, expected a regular expression: {error}") from error
 
     def rank_of(self, client: str, clients: Sequence[str]) -> int:
         """The rank of a client among all: its own, or its tier's, the first tier going to the first clients."""
@@ -61,12 +106,46 @@ class Adapter:
             return self.ranks.get(client, self.rank)
         return self.ranks[clients.index(client) * len(self.ranks) // len(clients)]
 
+    def rank_at(self, module: str) -> int:
+        """The rank of an adapted module."""
+        return _of(self.rank_pattern, module, self.rank)
+
+    def factor_at(self, module: str) -> float:
+        """s at an adapted module."""
+        return _of(self.alpha_pattern, module, self.lora_alpha) / self.divisor(self.rank_at(module))
+
     @property
     def lora_alpha(self) -> float:
         """`alpha`, or its default."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     @property
-    def scaling(self) -> float:
-        """s, the factor of ΔW."""
-        return self.lora_alpha / self.rank
+    def factor(self) -> float:
+        """s, the factor of ΔW, at modules that match no pattern."""
+        return self.lora_alpha / self.divisor(self.rank)
+
+    def divisor(self, rank: int) -> float:
+        """alpha / s at this rank."""
+        return rank if self.scaling == "standard" else math.sqrt(rank)
+
+    @property
+    def factors(self) -> tuple[object, ...]:
+        """What decides s at every module: adapters that agree on it can share a backbone, whatever their rank."""
+        if not self.rank_pattern and not self.alpha_pattern:
+            return (self.factor,)
+        return self.factor, self.lora_alpha, self.scaling, repr(self.rank_pattern), repr(self.alpha_pattern)
+
+    @property
+    def exported(self) -> "Adapter":
+        """How an export is read: plain LoRA with one s, that of no pattern, over the frozen weights as they are."""
+        return replace(self, rank_pattern=None, alpha_pattern=None, init="kaiming")
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a module's name ends in the pattern, as `peft.utils.other.get_pattern_key` sees it."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _of(patterns: Mapping[str, V] | None, module: str, otherwise: V) -> V:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in (patterns or {}).items() if matches(pattern, module)), otherwise)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
 from celora.core.learner import Batch, Recipe, Split
-from celora.core.task import Task
+from celora.core.task import Encode, Task
+from celora.errors import ModelError
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone
 from celora.models.batching import BatchedForward, predict
@@ -20,9 +21,15 @@ from celora.models.export import export_peft
 from celora.models.families import initial
 from celora.models.inputs import Inputs, inputs_of
 from celora.models.learner import ModelLearner
+from celora.models.pissa import Start
 from celora.models.rows import Rows, unlabelled, well_filled
 from celora.models.settings import Adapter, Model
+from celora.models.slots import Update, dropping, less
+from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
+
+_ANSWER = 64
+"""Tokens of an answer, at most, where the task does not say."""
 
 
 class AdaptedBackbone:
@@ -33,14 +40,23 @@ class AdaptedBackbone:
         activations: those below the first adapted layer, by row; None where there are none to keep, because the lowest
             layer is adapted, or rows are of several data sets.
         budget: bytes of token ids or pixels in memory.
+        rate: of LoRA dropout.
+        start: where A and B start from the frozen weights, what adapters add is over it.
     """
 
     def __init__(
-        self, backbone: Backbone, family: Family, activations: ActivationCache | None = None, budget: int = 0
+        self,
+        backbone: Backbone,
+        family: Family,
+        activations: ActivationCache | None = None,
+        budget: int = 0,
+        rate: float = 0.0,
+        start: Start | None = None,
     ) -> None:
         self.backbone, self.family, self.activations = backbone, family, activations
-        self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout
-        self.joins, self._budget = backbone.rows_first, budget
+        self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout or rate > 0
+        self.joins, self.budget, self._rate = backbone.rows_first, budget, rate
+        self._start = {module: (a.to(self.device), b.to(self.device)) for module, (a, b) in (start or {}).items()}
 
     @property
     def capacity(self) -> int:
@@ -49,7 +65,7 @@ class AdaptedBackbone:
 
     def read(self, inputs: Any) -> Inputs:
         """As `Backbone.read`."""
-        return self.backbone.read(inputs, self._budget)
+        return self.backbone.read(inputs, self.budget)
 
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows; images are all alike."""
@@ -73,17 +89,57 @@ class AdaptedBackbone:
 
     def features(self, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """Pooled features (rows, d); of the frozen backbone where there are no weights."""
-        updates = {name: partial(self.family.delta, w=w) for name, w in modules(weights).items()}
-        with self.activations.replayed(batch) if self.activations else nullcontext():
-            return self.backbone.encode(batch, updates, dropout_seed)
+        return self._encoded(weights, batch, dropout_seed).features
+
+    def _update(self, module: str, w: Tensors, rate: float) -> Update:
+        """What is added to a module's output, over s."""
+        update: Update = partial(self.family.delta, w=w)
+        if rate:
+            update = dropping(update, rate)
+        return less(update, *self._start[module]) if module in self._start else update
 
     def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
-        """The task's outputs of those features."""
-        return task.outputs(self.features(weights, batch, dropout_seed), weights)
+        """The task's outputs of hidden states."""
+        return task.outputs(self._encoded(weights, batch, dropout_seed), weights, batch)
+
+    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+        """As `Backbone.answers`."""
+        return self.backbone.answers(prompts, self._updates(weights), most)
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of ids."""
+        tokenizer = self.backbone.text_tokenizer
+        return [tokenizer.text(ids) for ids in rows]
+
+    def _encoded(self, weights: Tensors, batch: Batch, dropout_seed: int | None) -> "_Encoded":
+        with self.activations.replayed(batch) if self.activations else nullcontext():
+            updates = self._updates(weights, 0.0 if dropout_seed is None else self._rate)
+            return _Encoded(self.backbone, *self.backbone.states(batch, updates, dropout_seed))
+
+    def _updates(self, weights: Tensors, rate: float = 0.0) -> dict[str, Update]:
+        return {name: self._update(name, w, rate) for name, w in modules(weights).items()}
 
     def squares(self, batch: Batch) -> Mapping[str, Tensor]:
         """Adapted module -> sum over all tokens of its squared inputs (d_in,), padding and adapters aside."""
         return self.backbone.squares(batch)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """As `celora.core.task.Encoded`."""
+
+    backbone: Backbone
+    states: Tensor
+    mask: Tensor | None
+
+    @property
+    def features(self) -> Tensor:
+        return self.backbone.pool(self.states, self.mask)
+
+    def token_losses(self, labels: Tensor) -> Tensor:
+        if self.backbone.head is None:
+            raise ModelError(f"{self.backbone.name} is no language model, so it predicts no tokens")
+        return self.backbone.head.losses(self.states, labels.to(self.states.device, non_blocking=True))
 
 
 class SharedBackbone:
@@ -96,6 +152,7 @@ class SharedBackbone:
             asked for.
         activations: those below the first adapted layer, of the rows of one data set.
         budget: bytes of token ids or pixels in memory.
+        start: where A and B start, with `adapter.init = "pissa"`.
     """
 
     def __init__(
@@ -110,8 +167,10 @@ class SharedBackbone:
         clients: Sequence[str] = (),
         activations: ActivationCache | None = None,
         budget: int = 0,
+        start: Start | None = None,
     ) -> None:
-        self._backbone, self._network = backbone, AdaptedBackbone(backbone, family, activations, budget)
+        self._backbone, self._start = backbone, start or {}
+        self._network = AdaptedBackbone(backbone, family, activations, budget, adapter.dropout, start)
         self._forward = BatchedForward(self._network, task)
         self._task, self._model, self._adapter, self._family = task, model, adapter, family
         self._seed, self._clients, self._activations = seed, clients, activations
@@ -136,13 +195,22 @@ class SharedBackbone:
         return self._backbone.fingerprint()
 
     @property
-    def modules(self) -> Sequence[tuple[int, int]]:
-        """(d_out, d_in) of every adapted module."""
-        return list(self._backbone.targets.values())
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Adapted module -> (d_out, d_in)."""
+        return self._backbone.targets
 
     def read(self, inputs: Any) -> Inputs:
         """As `AdaptedBackbone.read`."""
         return self._network.read(inputs)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The backbone's."""
+        return self._backbone.text_tokenizer
+
+    def tokens(self, inputs: Any, encode: Encode) -> TokenRows:
+        """As `celora.core.task.Reader`."""
+        return TokenRows(encode, inputs, self._network.budget)
 
     @cached_property
     def initial(self) -> Tensors:
@@ -159,18 +227,30 @@ class SharedBackbone:
 
     def _drawn(self, adapter: Adapter, secret: int | None = None) -> Tensors:
         head = self._task.head(self._backbone.width)
-        return initial(self._backbone.targets, adapter, self._family, head, self._seed, secret)
+        weights = initial(self._backbone.targets, adapter, self._family, head, self._seed, secret)
+        for module, (a, b) in self._start.items():
+            weights |= {f"{module}.A": a, f"{module}.B": b}
+        return weights
 
     def learner(
         self, client: str, round: int, splits: Mapping[Split, Rows], start: Tensors, recipe: Recipe
     ) -> ModelLearner:
-        """A client in a round; all share passes, unless the backbone drops out."""
+        """A client in a round; all share passes, unless something drops out."""
         return ModelLearner(self._forward, splits, start, recipe, seed=self._seed, client=client, round=round)
 
     def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
         """As `ClientModels.predict`; activations are not kept."""
-        network = AdaptedBackbone(self._backbone, self._family)
+        network = AdaptedBackbone(self._backbone, self._family, start=self._start)
         return predict(network, self._task, weights, unlabelled(self.read(inputs)))
+
+    def answers(self, client: str, weights: Tensors, inputs: Any) -> Sequence[Any]:
+        """As `ClientModels.answers`."""
+        if self._backbone.head is None:
+            return self._task.answers(self.predict(client, weights, inputs))
+        network = AdaptedBackbone(self._backbone, self._family, start=self._start)
+        prompts = self._task.prompts(inputs, self.tokenizer)
+        most = self._task.answer_tokens or _ANSWER
+        return [answer for prompt in prompts for answer in network.answers(weights, [prompt], most)]
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's adapter as plain PEFT LoRA."""
@@ -182,4 +262,5 @@ class SharedBackbone:
             card=self._task.card(),
             model=self._model,
             adapter=self._adapter,
+            start=self._start,
         )

@@ -12,9 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from celora.core.adapters import linear
 from celora.lazy import Lazy
+from celora.models.settings import Adapter
 
 peft = Lazy("peft")
 _ADAPTER = "default"
@@ -24,18 +27,33 @@ Update = Callable[[Tensor], Tensor]
 """x (rows, ..., d_in) -> Δ(x) (rows, ..., d_out)."""
 
 
-class Slot(nn.Module):
-    """Δ, handed in for one pass."""
+def dropping(update: Update, rate: float) -> Update:
+    """LoRA dropout: Δ of x with this share of its numbers set to 0, and the others scaled up."""
+    return lambda x: update(F.dropout(x, rate))
 
-    def __init__(self) -> None:
+
+def less(update: Update, a: Tensor, b: Tensor) -> Update:
+    """Δ(x) − B A x."""
+    return lambda x: update(x) - linear(linear(x, a), b)
+
+
+class Slot(nn.Module):
+    """Δ, handed in for one pass.
+
+    Args:
+        map: whether it reads maps (rows, d_in, h, w), as a convolution does.
+    """
+
+    def __init__(self, *, map: bool = False) -> None:
         super().__init__()
         self.update: Update | None = None
+        self._map = map
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, ..., d_in) -> (rows, ..., d_out)."""
+        """(rows, ..., d_in) -> (rows, ..., d_out); or (rows, d_in, h, w) -> (rows, d_out, h, w)."""
         if self.update is None:
             raise RuntimeError("this module's adapter is not bound")
-        return self.update(x)
+        return self.update(x.movedim(1, -1)).movedim(-1, 1) if self._map else self.update(x)
 
 
 class _Passing(nn.Module):
@@ -55,12 +73,22 @@ Layers = Mapping[str, Any]
 """Module path -> PEFT's LoRA layer there (peft does not type their attributes)."""
 
 
-def inject(transformer: nn.Module, targets: list[str], rank: int, alpha: Any) -> Layers:
-    """Let stock PEFT adapt exactly the linear modules named in `targets`, and put Slots into them.
+def inject(transformer: nn.Module, targets: list[str], adapter: Adapter) -> Layers:
+    """Let stock PEFT adapt exactly the modules named in `targets`, each with its s, and put Slots into them.
 
-    PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator.
+    PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator. A wrapped
+    convolution says its geometry as it did before, because transformers' MobileNets pad by it.
     """
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
+    alpha: Any = adapter.lora_alpha  # PEFT declares an int and takes a float
+    config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        use_rslora=adapter.scaling == "rslora",
+        rank_pattern=dict(adapter.rank_pattern or {}),
+        alpha_pattern=dict(adapter.alpha_pattern or {}),
+    )
     with warnings.catch_warnings():  # PEFT sees for itself that GPT-2 stores Wᵀ, and says so
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         peft.inject_adapter_in_model(config, transformer, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
@@ -68,8 +96,21 @@ def inject(transformer: nn.Module, targets: list[str], rank: int, alpha: Any) ->
         name: module for name, module in transformer.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     for layer in layers.values():
-        layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER] = _Passing(), Slot()
+        layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER] = _Passing(), Slot(map=reads_maps(layer))
+        if reads_maps(layer):
+            base = layer.get_base_layer()
+            layer.kernel_size, layer.stride, layer.dilation = base.kernel_size, base.stride, base.dilation
     return layers
+
+
+def reads_maps(layer: Any) -> bool:
+    """Whether one of PEFT's LoRA layers adapts a convolution."""
+    return isinstance(layer, peft.tuners.lora.Conv2d)
+
+
+def transposed(layer: Any) -> bool:
+    """Whether one of PEFT's LoRA layers adapts a module that stores Wᵀ."""
+    return isinstance(layer, peft.tuners.lora.Linear) and bool(layer.fan_in_fan_out)
 
 
 @contextmanager
@@ -89,10 +130,10 @@ def bound(layers: Layers, updates: Mapping[str, Update]) -> Iterator[None]:
 
 @contextmanager
 def watched(layers: Layers, look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within this context no layer adapts, and `look` is called with each one's name and what it reads."""
+    """Within this context no layer adapts, and `look` is called with each one's name and what it reads, (..., d_in)."""
 
     def show(name: str, module: nn.Module, args: Any) -> None:
-        look(name, args[0])
+        look(name, args[0].movedim(1, -1) if reads_maps(module) else args[0])
 
     hooks = [layer.register_forward_pre_hook(partial(show, name)) for name, layer in layers.items()]
     try:

@@ -1,4 +1,4 @@
-"""Which modules of a transformer can be adapted: its linear ones, named as PEFT does, and its layers."""
+"""Which modules of a transformer can be adapted: its linear ones and convolutions of 1 × 1, and its layers."""
 
 import difflib
 import re
@@ -10,18 +10,27 @@ from torch import nn
 
 from celora.errors import ModelError
 from celora.lazy import Lazy
+from celora.models.feature_maps import described, pointwise
+from celora.models.settings import Adapter, matches
 
+peft_utils = Lazy("peft.utils")
 pytorch_utils = Lazy("transformers.pytorch_utils")
 
 
 def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) -> list[str]:
-    """The linear modules `targets` names as PEFT does: suffixes, one regular expression, or "all-linear".
+    """The linear modules `targets` names as PEFT does: suffixes, one regular expression, "all-linear", or "auto".
+
+    A convolution of 1 × 1 without stride and groups counts as linear.
 
     Raises:
-        ModelError: if a target matches nothing, or a module that is not linear.
+        ModelError: if a target matches nothing, or a module that is not linear, or PEFT knows none for "auto".
     """
     modules = _used(transformer)
-    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | pytorch_utils.Conv1D)]
+    linear = [path for path, module in modules.items() if _linear(module)]
+    counts = Counter(path.rpartition(".")[2] for path in linear)
+    known = ", ".join(f"{suffix} ({count})" for suffix, count in counts.items())
+    if targets == "auto":
+        targets = _defaults(transformer, name, known)
     if isinstance(targets, str):
         everything = targets.lower() == "all-linear"
         found = linear if everything else [path for path in modules if _fullmatch(targets, path)]
@@ -29,8 +38,6 @@ def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) 
     else:
         found = [path for path in modules if any(_suffix(target, path) for target in targets)]
         unmatched = [target for target in targets if not any(_suffix(target, path) for path in modules)]
-    counts = Counter(path.rpartition(".")[2] for path in linear)
-    known = ", ".join(f"{suffix} ({count})" for suffix, count in counts.items())
     if unmatched or not found:
         close = [match for target in unmatched for match in difflib.get_close_matches(target, counts, n=1)]
         hint = f" Did you mean {', '.join(close)}?" if close else ""
@@ -44,11 +51,30 @@ def matching(transformer: nn.Module, targets: tuple[str, ...] | str, name: str) 
         )
     for path in found:
         if path not in linear:
-            kind_found = type(modules[path]).__name__
+            wanted, hint = "linear modules", ""
+            if isinstance(modules[path], nn.Conv2d):
+                wanted = "linear modules or 1 × 1 convolutions of stride 1"
+                hint = ' Write "all-linear" for all of them, or a regular expression that matches no other.'
+            found_one = described(modules[path])
             raise ModelError(
-                f"adapter.targets matches {path} in {name}, a {kind_found}; expected linear modules: {known}."
+                f"adapter.targets matches {path} in {name}, a {found_one}; expected {wanted}: {known}.{hint}"
             )
     return found
+
+
+def check_patterns(names: list[str], adapter: Adapter, name: str) -> None:
+    """Look whether every pattern of ranks and alphas means some of the adapted modules.
+
+    Raises:
+        ModelError: if one means none.
+    """
+    for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns or ():
+            if not any(matches(pattern, path) for path in names):
+                raise ModelError(
+                    f'adapter.{key}: "{pattern}" matches none of the {len(names)} adapted modules of {name}, such as '
+                    f"{names[0]}; expected the end of a name, as a regular expression"
+                )
 
 
 def layers(transformer: nn.Module) -> dict[str, nn.Module]:
@@ -87,11 +113,27 @@ def below(names: list[str], layers: Iterable[str]) -> int:
     return min(next((at for at, path in enumerate(layers) if name.startswith(f"{path}.")), 0) for name in names)
 
 
+def _defaults(transformer: Any, name: str, known: str) -> tuple[str, ...] | str:
+    """PEFT's own targets for the architecture or, where it reads more than texts, for its language model's."""
+    kinds = dict.fromkeys((transformer.config.model_type, transformer.config.get_text_config().model_type))
+    for kind in kinds:
+        if found := peft_utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind):
+            return found if isinstance(found, str) else tuple(found)
+    raise ModelError(
+        f'adapter.targets = "auto": PEFT has no default targets for the architecture "{next(iter(kinds))}" of {name}; '
+        f"expected some of its linear modules: {known}."
+    )
+
+
 def _used(transformer: Any) -> dict[str, nn.Module]:
     """Path -> module; where a model of texts reads images, too, those of its language model."""
     root = transformer.get_decoder() if transformer.main_input_name == "input_ids" else transformer
     inner = set(root.modules())
     return {path: module for path, module in transformer.named_modules() if module in inner}
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | pytorch_utils.Conv1D) or pointwise(module)
 
 
 def _suffix(target: str, path: str) -> bool:

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 
 from celora.core.task import Task
+from celora.tasks.causal_lm import CausalLm
 from celora.tasks.classify import Classify
 
 TASKS: Mapping[str, type[Task]] = {
     "classify": Classify,
+    "causal-lm": CausalLm,
 }
 """Name in configuration files -> the task."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
-from celora.core.task import Card, Columns, Examples, HeadTensor, Reader, Target, Task, Trait
+from celora.core.task import Card, Columns, Encoded, Examples, HeadTensor, Reader, Target, Task, Trait
 from celora.errors import DataError
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
@@ -126,9 +126,9 @@ class Classify(Task):
         count, bound = len(self.classes), 1 / math.sqrt(width)
         return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
 
-    def outputs(self, features: Tensor, weights: Tensors) -> Tensor:
+    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
         """Logits (rows, classes)."""
-        return linear(features, weights["head.weight"], weights["head.bias"])
+        return linear(encoded.features, weights["head.weight"], weights["head.bias"])
 
     def count(self, batch: Batch) -> int:
         """Rows."""

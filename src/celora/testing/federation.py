@@ -35,6 +35,8 @@ class ToyAdapter:
     rank: int = RANK
     bases: str = "shared"
     ranks: None = None
+    rank_pattern: None = None
+    dropout: float = 0.0
 
 
 def population_of(algorithm: AnyAlgorithm, **options: Any) -> Population:

@@ -1,0 +1,48 @@
+"""Settings of an algorithm and its adapters that are fine alone and do not go together."""
+
+from celora.algorithms import ALGORITHMS
+from celora.core.algorithm import AnyAlgorithm
+from celora.models.settings import Adapter
+
+
+def conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
+    """Settings that are fine alone and not together."""
+    info, found = algorithm.info, []
+    if adapter.bases == "secret" and not info.private_bases:
+        found.append(f"adapter.bases: found 'secret', but {name} needs the same A at every client; expected 'shared'")
+    draws = {part.draw for part in algorithm.family.parts(adapter.rank, adapter.rank, adapter.rank).values()}
+    if adapter.init == "orthonormal" and "core" not in draws:
+        found.append(
+            f"adapter.init: found 'orthonormal', which is for a core C between A and B; {name} draws its own way"
+        )
+    if adapter.init == "pissa":
+        if not {"down", "up"} <= draws <= {"down", "up", "core", "zero"}:
+            found.append(f"adapter.init: found 'pissa', but {name} cannot start from B A alone; expected 'kaiming'")
+        apart = "bases = 'secret'" if adapter.bases == "secret" else None if adapter.ranks is None else "ranks"
+        if apart is not None:
+            found.append(
+                f"adapter.init: found 'pissa' with adapter.{apart}, but what is left of the frozen weights must be one "
+                "for all clients; expected 'kaiming'"
+            )
+    if own and not info.own_models:
+        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.own_models)
+        found.append(f"model.own: {name} is for adapters in a frozen backbone; expected one of {able}")
+    if own and (adapter.init, adapter.bases) != ("kaiming", "shared"):
+        found.append("model.own: needs adapter.init = 'kaiming' and adapter.bases = 'shared'")
+    if own and (adapter.rank_pattern or adapter.alpha_pattern or adapter.dropout):
+        found.append(
+            "model.own: one adapter stands beside the head, and nothing drops out; expected no adapter.rank_pattern, "
+            "adapter.alpha_pattern or adapter.dropout"
+        )
+    if adapter.ranks is not None and not info.mixed_ranks:
+        able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.mixed_ranks)
+        found.append(
+            f"adapter.ranks: {name} needs one rank for all clients; ranks of their own work with {able or 'none'}"
+        )
+    if adapter.ranks is not None and adapter.bases == "secret":
+        found.append("adapter.ranks: with adapter.bases = 'secret' no two clients share a base; expected 'shared'")
+    if adapter.ranks is not None and adapter.rank_pattern:
+        found.append(
+            "adapter.ranks: ranks are of clients or of modules (adapter.rank_pattern); expected one of the two"
+        )
+    return [*found, *algorithm.conflicts(adapter, own)]

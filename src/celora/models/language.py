@@ -1,0 +1,153 @@
+"""The head of a causal language model: what tokens cost, and what it answers. It is frozen, and so is the vocabulary.
+
+    −log p(x_{t+1} | x_{≤t}) = logsumexp(z) − z[x_{t+1}]        z = W h_t, capped or scaled where the family does
+
+Logits are computed at target positions alone and in chunks, forward and backward, so that vocabulary × tokens never
+stands in memory. As W is frozen, the gradient of a chunk with respect to its hidden states is taken while its logits
+are there: backward then costs one product with a number for each token.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from celora.errors import ModelError
+from celora.lazy import Lazy
+
+cache_utils = Lazy("transformers.cache_utils")
+ABSENT = -100
+"""The label of a token that is no target."""
+_LOGITS = 1 << 23
+"""Numbers in the logits of a chunk: 32 MB."""
+
+
+class LanguageHead:
+    """A causal language model's own head.
+
+    Args:
+        whole: the model with its head, such as `AutoModelForCausalLM` gives it.
+
+    Raises:
+        ModelError: if it has no linear head.
+    """
+
+    def __init__(self, whole: Any) -> None:
+        self._linear = whole.get_output_embeddings()
+        if not isinstance(self._linear, nn.Linear):
+            raise ModelError(f"{type(whole).__name__} has no linear head on hidden states; expected a language model")
+        settings = whole.config.get_text_config().to_dict()
+        self._cap: float | None = settings.get("final_logit_softcapping")
+        self._factor = float(settings.get("logit_scale") or 1.0) / float(settings.get("logits_scaling") or 1.0)
+        self.vocabulary: int = self._linear.out_features
+        self.chunk = max(1, _LOGITS // self.vocabulary)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, vocabulary) float32 of hidden states (n, d)."""
+        found: Tensor = self._linear(states.to(self._linear.weight.dtype)).float() * self._factor
+        return found if self._cap is None else self._cap * torch.tanh(found / self._cap)
+
+    def losses(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Negative log-likelihood of each target, 0 elsewhere: (rows, t) float32.
+
+        Args:
+            states: (rows, t, d).
+            labels: (rows, t), the id at each position, `ABSENT` where it is no target; the first of a row never is.
+        """
+        at = labels[:, 1:] != ABSENT
+        found = torch.zeros(labels.shape, dtype=torch.float32, device=states.device)
+        chosen = (states[:, :-1][at], labels[:, 1:][at])
+        if not len(chosen[1]):
+            return found + 0 * states.sum()  # nothing counts, and the gradient is 0
+        return found.index_put((F.pad(at, (1, 0)),), _Losses.apply(*chosen, self))  # type: ignore[no-untyped-call]
+
+    def each(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Losses (n,) of hidden states (n, d) before labels (n,), all logits at once."""
+        return F.cross_entropy(self.logits(states), labels, reduction="none")
+
+
+class _Losses(torch.autograd.Function):
+    """`LanguageHead.each`, chunk by chunk; twice differentiable in the states."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, labels: Tensor, head: LanguageHead) -> Tensor:
+        losses, slopes = list[Tensor](), list[Tensor]()
+        for part, ids in zip(torch.split(states, head.chunk), torch.split(labels, head.chunk), strict=True):
+            if not ctx.needs_input_grad[0]:
+                losses.append(head.each(part, ids))
+                continue
+            with torch.enable_grad():
+                x = part.detach().requires_grad_(True)
+                found = head.each(x, ids)
+                slopes += torch.autograd.grad(found.sum(), x)
+            losses.append(found.detach())
+        ctx.head = head
+        ctx.save_for_backward(states, labels, *([torch.cat(slopes)] if slopes else []))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        states, labels, slopes = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return slopes * upstream.unsqueeze(1), None, None
+        size, parts = (
+            ctx.head.chunk,
+            list[Tensor](),
+        )  # a second derivative is asked for: the slopes as a function of the states
+        for x, ids, up in zip(*(torch.split(one, size) for one in (states, labels, upstream)), strict=True):
+            parts += torch.autograd.grad(ctx.head.each(x, ids), x, up, create_graph=True)
+        return torch.cat(parts), None, None
+
+
+@torch.no_grad()
+def answered(
+    transformer: Any,
+    head: LanguageHead,
+    prompts: Sequence[Sequence[int]],
+    *,
+    most: int,
+    end: Sequence[int],
+    padding: int,
+) -> list[list[int]]:
+    """What a model answers to each prompt, greedily: the ids before one that ends an answer, at most `most`.
+
+    All prompts are one batch, filled up from the left, and every token is read once: keys and values are kept.
+
+    Args:
+        transformer: without its head, its adapters bound.
+    """
+    device = next(transformer.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), padding, device=device)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, longest - len(prompt) :] = 1
+    positions = _takes_positions(transformer.forward)
+    kept, ends = cache_utils.DynamicCache(config=transformer.config), torch.tensor(list(end), device=device)
+    found: list[Tensor] = []
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(most):
+        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positions else {}
+        states = transformer(input_ids=ids, attention_mask=mask, past_key_values=kept, use_cache=True, **more)
+        ids = head.logits(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+        found.append(ids.squeeze(1))
+        done |= torch.isin(ids.squeeze(1), ends)
+        if done.all():
+            break
+        mask = F.pad(mask, (0, 1), value=1)
+    answers = torch.stack(found, dim=1).tolist() if found else [[] for _ in prompts]
+    return [_before(answer, set(end)) for answer in answers]
+
+
+def _before(answer: list[int], end: set[int]) -> list[int]:
+    stop = next((at for at, token in enumerate(answer) if token in end), len(answer))
+    return answer[:stop]
+
+
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    """Whether a family counts positions by ids that it is given; others have relative ones."""
+    return "position_ids" in inspect.signature(forward).parameters

