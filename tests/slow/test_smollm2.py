@@ -66,9 +66,10 @@ def test_it_classifies_texts_as_any_backbone_does(folder: Path, tmp_path: Path) 
     assert summary["bytes"]["up_payload"] == 4 * 460_800
     assert summary["metrics"]["mean"] >= 0
 
+
 def test_the_demo_in_small_learns_and_tells_what_each_client_answers_before_and_after(tmp_path: Path) -> None:
     sets = ["data.partition=iid", "data.clients=2", "data.rows=16", "data.max_test=1", "plan.rounds=1"]
-    sets += ["plan.evaluate_every=1", "adapter.layers=last:4"]
+    sets += ["plan.evaluate_every=1", "train.batch_size=4"]
     words = ["run", str(EXAMPLES / "demo-llm.toml"), "--out", str(tmp_path / "run"), "--quiet"]
     result = CliRunner().invoke(app, [*words, *(word for one in sets for word in ("--set", one))])
     assert result.exit_code == 0, result.stderr
@@ -82,7 +83,11 @@ def test_the_demo_in_small_learns_and_tells_what_each_client_answers_before_and_
     run = load(tmp_path / "run")
     for client in ("client-00", "client-01"):
         row = run.data.table.inputs[run.data.clients[client].test[0]]
-        said = told.partition(f"{client}: {row['prompt']}\n")[2].split("\n\n")[0]
-        reference, before, after = re.split(r"\n *before  |\n *after  ", said)
-        assert reference.split() == ["reference", *row["completion"].split()]
-        assert before and after != before
+        block = (
+            re.escape(f"{client}: {row['prompt']}\n") + r" +reference  (.*?)\n +before  (.*?)\n +after  (.*?)\n(\n|\Z)"
+        )
+        found = re.search(block, told, re.DOTALL)
+        assert found is not None, told
+        reference, before, after, _ = found.groups()
+        assert reference == row["completion"]
+        assert before and after and after != before
