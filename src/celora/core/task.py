@@ -43,6 +43,8 @@ class Form:
 
 
 TEXTS, IMAGES = Form({"text": "text"}), Form({"image": "image"})
+PAIRS = Form({"text": "text", "pair": "text"})
+"""Two texts a row; read where `data.columns` names the column of the second."""
 
 
 class Columns(Protocol):
@@ -129,7 +131,7 @@ class Reader(Protocol):
     """A network, as far as a task needs it to read rows."""
 
     def read(self, inputs: Any) -> Inputs:
-        """A column of texts or images as the network reads it."""
+        """A column of texts, pairs of texts, or images as the network reads it."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -223,7 +225,7 @@ class Task(Protocol):
     @property
     def forms(self) -> Sequence[Form]:
         """The forms in which a source may hold its rows; the first whose columns are there is read."""
-        return (TEXTS, IMAGES)
+        return (PAIRS, TEXTS, IMAGES)
 
     @property
     def architecture(self) -> Architecture:

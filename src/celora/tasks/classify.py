@@ -1,4 +1,4 @@
-"""Classification: one class for each text or image, by a linear head on its features.
+"""Classification: one class for each text, pair of texts or image, by a linear head on its features.
 
     logits = h Wᵀ + b        h (d,) the pooled features, W (classes, d), b (classes,)
     loss     cross entropy, a mean over rows
@@ -103,7 +103,7 @@ class Classify(Task):
         return columns.labels
 
     def read(self, columns: Columns, reader: Reader) -> Examples:
-        """The text or image of each row, and the id of its class.
+        """The text, pair or image of each row, and the id of its class.
 
         Raises:
             ModelError: if the network cannot read the rows.
