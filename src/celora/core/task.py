@@ -58,6 +58,10 @@ class Columns(Protocol):
     def labels(self) -> Sequence[str]:
         """The label column of each row, as text; "" where the source has none."""
 
+    @property
+    def rows(self) -> Sequence[str]:
+        """Where each row came from, for messages."""
+
 
 class Inputs(Protocol):
     """Rows as a network reads them; only the network that read them looks inside."""

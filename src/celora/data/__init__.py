@@ -212,12 +212,12 @@ def named(data: Data, forms: Sequence[Form]) -> Columns:
     known = {role for form in forms for role in form.roles}
     if foreign := [role for role in data.columns or {} if role not in known]:
         raise DataError(f"data.columns names {foreign[0]!r}, which the task does not read; expected {listing(known)}")
-    if PAIRS in forms:  # pairs and images are read where they are asked for
-        forms = [PAIRS] if "pair" in (data.columns or {}) else [form for form in forms if form != PAIRS]
-    if data.image is None and len(forms) > 1:
-        forms = [form for form in forms if form != IMAGES]
-    elif data.image is not None and IMAGES in forms:
-        forms = [IMAGES]
+    for role, is_named in (("pair", "pair" in (data.columns or {})), ("image", data.image is not None)):
+        having = [form for form in forms if role in form.roles]  # pairs and images are read where they are asked for
+        if is_named or len(having) == len(forms):
+            forms = having or forms
+        else:
+            forms = [form for form in forms if role not in form.roles]
     return Columns(forms, of, data.label, data.client, data.split)
 
 

@@ -236,6 +236,20 @@ class TextPairs:
                 raise ModelError(f"found {str(other)[:80]!r} at row {row + 1}; expected a pair of texts, (text, pair)")
 
 
+class _RecordTexts:
+    kind: Literal["text"] = "text"
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> str:
+        text: str = self._rows[row]["text"]
+        return text
+
+
 class _StackedImages:
     kind: Literal["image"] = "image"
 
@@ -250,12 +264,23 @@ class _StackedImages:
 
 
 def source_of(rows: Any) -> Texts | Images:
-    """Rows of a source; lists of texts or pairs, and a tensor (n, channels, height, width), are taken as one."""
+    """Rows of a source; lists of texts or pairs, and a tensor (n, channels, height, width), are taken as one;
+    of records their images, their pairs or their texts.
+    """
     if isinstance(rows, Tensor):
         return _StackedImages(rows)
     if isinstance(rows, list | tuple):
         return _ListedTexts(rows) if not rows or isinstance(rows[0], str) else TextPairs(rows)
-    return TextPairs(rows) if rows.kind == "record" and len(rows) and "pair" in rows[0] else rows
+    source: Texts | Images = rows
+    if rows.kind == "record":
+        roles = rows[0].keys()
+        if rows.images is not None:
+            source = rows.images
+        elif "pair" in roles:
+            source = TextPairs(rows)
+        elif "text" in roles:
+            source = _RecordTexts(rows)
+    return source
 
 
 def inputs_of(rows: Inputs | Sequence[Sequence[int]] | Tensor) -> Inputs:
