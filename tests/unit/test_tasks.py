@@ -36,7 +36,8 @@ from celora.models.rows import Rows
 from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import AdaptedBackbone
 from celora.tasks import TASKS
-from celora.tasks.classify import Classes, Classify
+from celora.tasks.classes import Classes
+from celora.tasks.classify import Classify
 from celora.tensors import but, only
 from celora.track.folder import RunFolder
 from celora.wire import Schema, pack

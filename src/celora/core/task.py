@@ -43,6 +43,8 @@ class Form:
 
 
 TEXTS, IMAGES = Form({"text": "text"}), Form({"image": "image"})
+PAIRS = Form({"text": "text", "pair": "text"})
+"""Two texts a row; read where `data.columns` names the column of the second."""
 
 
 class Columns(Protocol):
@@ -55,6 +57,10 @@ class Columns(Protocol):
     @property
     def labels(self) -> Sequence[str]:
         """The label column of each row, as text; "" where the source has none."""
+
+    @property
+    def rows(self) -> Sequence[str]:
+        """Where each row came from, for messages."""
 
 
 class Inputs(Protocol):
@@ -129,7 +135,7 @@ class Reader(Protocol):
     """A network, as far as a task needs it to read rows."""
 
     def read(self, inputs: Any) -> Inputs:
-        """A column of texts or images as the network reads it."""
+        """A column of texts, pairs of texts, or images as the network reads it."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -223,7 +229,7 @@ class Task(Protocol):
     @property
     def forms(self) -> Sequence[Form]:
         """The forms in which a source may hold its rows; the first whose columns are there is read."""
-        return (TEXTS, IMAGES)
+        return (PAIRS, TEXTS, IMAGES)
 
     @property
     def architecture(self) -> Architecture:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from celora import fields
-from celora.core.task import IMAGES, TEXTS, Form
+from celora.core.task import IMAGES, PAIRS, TEXTS, Form
 from celora.core.task import Columns as TaskColumns
 from celora.data import partition
 from celora.data.columns import Columns
@@ -97,7 +97,7 @@ class Reading(Protocol):
 class Labelled:
     """Texts or images with labels, by which they are dealt: as a classifier reads them."""
 
-    forms = (TEXTS, IMAGES)
+    forms = (PAIRS, TEXTS, IMAGES)
 
     def strata(self, columns: TaskColumns) -> Sequence[str]:
         """The labels."""
@@ -215,10 +215,12 @@ def named(data: Data, forms: Sequence[Form]) -> Columns:
     known = {role for form in forms for role in form.roles}
     if foreign := [role for role in data.columns or {} if role not in known]:
         raise DataError(f"data.columns names {foreign[0]!r}, which the task does not read; expected {listing(known)}")
-    if data.image is None and len(forms) > 1:  # images are read where they are asked for
-        forms = [form for form in forms if form != IMAGES]
-    elif data.image is not None and IMAGES in forms:
-        forms = [IMAGES]
+    for role, is_named in (("pair", "pair" in (data.columns or {})), ("image", data.image is not None)):
+        having = [form for form in forms if role in form.roles]  # pairs and images are read where they are asked for
+        if is_named or len(having) == len(forms):
+            forms = having or forms
+        else:
+            forms = [form for form in forms if role not in form.roles]
     return Columns(forms, of, data.label, data.client, data.split)
 
 

@@ -44,7 +44,7 @@ class ClientModel:
         """The task's outputs (n, ...): of a classifier its logits (n, classes).
 
         Args:
-            inputs: n texts, or images (n, channels, height, width).
+            inputs: n texts, pairs (text, pair), or images (n, channels, height, width).
             trained: False: those of the model as it was before any training.
 
         Raises:

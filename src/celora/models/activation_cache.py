@@ -28,7 +28,7 @@ from celora.core.learner import Batch
 from celora.errors import ModelError
 from celora.models.backbone import Backbone
 from celora.models.loading import reason
-from celora.models.rows import count_rows
+from celora.models.rows import ALONG_TOKENS, count_rows
 
 _REGISTER = 16
 """Tokens that a text is padded to a multiple of: float32 numbers in the widest vector register."""
@@ -132,8 +132,12 @@ class LowerLayers:
             return batch
         tokens = batch["input_ids"].shape[1]
         more = (0, min(-(-tokens // _REGISTER) * _REGISTER, longest) - tokens)
-        ids = F.pad(batch["input_ids"], more, value=self._backbone.padding)
-        return {"input_ids": ids, "attention_mask": F.pad(batch["attention_mask"], more)}
+        fillers = {"input_ids": self._backbone.padding}
+        return {
+            name: F.pad(tensor, more, value=fillers.get(name, 0))
+            for name, tensor in batch.items()
+            if name in ALONG_TOKENS
+        }
 
 
 class _ReachedError(Exception):

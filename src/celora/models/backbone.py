@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,13 +20,13 @@ from celora.models import loading, targets
 from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
 from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.image_processor import ImageProcessor, image_processor
-from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
+from celora.models.inputs import DecodedImages, Inputs, TextPairs, TokenisedTexts, collate, inputs_of, source_of
 from celora.models.language import LanguageHead, answered
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
 from celora.models.tokens import TextTokenizer
 
-_ACCEPTED = ("input_ids", "attention_mask", "pixel_values")
+_ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 _PASS = 1024 * 384
 """Numbers in one hidden state of a pass on a CPU: MiniLM, 384 wide, is fastest at 512 to 1024 tokens."""
 _LEAST = 512
@@ -186,6 +187,17 @@ class Backbone:
         found = self.tokenizer(list(texts), truncation=True, max_length=self._model.max_length)["input_ids"]
         return [list(ids) or [self.padding] for ids in found]
 
+    def tokenize_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+        """Token ids (t,) of each pair as the tokenizer joins two texts, the longer cut first; (2, t) with their types,
+        where tokenizer and transformer both have types.
+        """
+        texts, others = map(list, zip(*pairs, strict=True))
+        found = self.tokenizer(texts, others, truncation="longest_first", max_length=self._model.max_length)
+        ids = [row or [self.padding] for row in found["input_ids"]]
+        if "token_type_ids" not in found or "token_type_ids" not in signature(self._transformer.forward).parameters:
+            return ids
+        return [[row, types or [0]] for row, types in zip(ids, found["token_type_ids"], strict=True)]
+
     @property
     def padding(self) -> int:
         """A token to pad with; which one does not matter, for padding is masked."""
@@ -228,7 +240,8 @@ class Backbone:
         """The rows of a source as this backbone reads them, made when they are first needed.
 
         Args:
-            rows: n texts or images: `Texts`, `Images`, a list of texts, or a tensor (n, channels, height, width).
+            rows: n texts, pairs or images: `Texts`, `Images`, `Records` with a `text` and a `pair`, a list of texts or
+                of pairs (text, pair), or a tensor (n, channels, height, width).
             budget: bytes of token ids or pixels in memory.
 
         Raises:
@@ -239,7 +252,8 @@ class Backbone:
         if source.kind != self.kind:
             raise ModelError(f"{self.name} reads {self.kind}s; found {source.kind}s: choose another model.backbone")
         if source.kind == "text":
-            return TokenisedTexts(self.tokenize, source, budget)
+            tokenize = self.tokenize_pairs if isinstance(source, TextPairs) else self.tokenize
+            return TokenisedTexts(tokenize, source, budget)
         plain = self.processor is None and source[0].dtype == torch.uint8
         notice = f"pixels are divided by 255: {self.name} brings no image processor ({PROCESSOR})"
         inputs = DecodedImages(source, self.processor, budget, (notice,) if plain else ())

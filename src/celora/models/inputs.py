@@ -18,9 +18,9 @@ from torch import Tensor
 from celora.errors import ModelError
 
 Row = NDArray[Any]
-"""Token ids (t,), or pixels (channels, height, width)."""
-Tokenize = Callable[[Sequence[str]], Sequence[Sequence[int]]]
-"""Texts -> the token ids of each."""
+"""Token ids (t,); ids and their types (2, t); or pixels (channels, height, width)."""
+Tokenize = Callable[[Sequence[Any]], Sequence[Any]]
+"""Texts, or pairs of texts -> the token ids (t,) of each; of pairs with their types (2, t), where a model has types."""
 
 _TEXTS = 1024
 """Texts that are tokenised in one call: enough for a tokenizer's threads, and its own notes on them stay small."""
@@ -36,8 +36,8 @@ class Texts(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def __getitem__(self, row: int, /) -> str:
-        """One of them."""
+    def __getitem__(self, row: int, /) -> str | tuple[str, str]:
+        """One of them, or one pair."""
 
 
 class Images(Protocol):
@@ -117,8 +117,9 @@ class TokenisedTexts(Inputs):
     def _made(self, rows: Sequence[int]) -> Iterator[Row]:
         for some in parts(rows):
             for row, ids in zip(some, self._tokenize([self._texts[row] for row in some]), strict=True):
-                self._lengths[row] = len(ids)
-                yield np.array(ids, dtype=np.uint16 if max(ids) < 1 << 16 else np.int32)
+                made = np.array(ids, dtype=np.int32)
+                self._lengths[row] = made.shape[-1]
+                yield made.astype(np.uint16) if made.max() < 1 << 16 else made
 
 
 class DecodedImages(Inputs):
@@ -216,6 +217,39 @@ class _ListedTexts(list[str]):
     kind: Literal["text"] = "text"
 
 
+class TextPairs:
+    """Two texts a row: of records with a `text` and a `pair`, or of pairs as they are."""
+
+    kind: Literal["text"] = "text"
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> tuple[str, str]:
+        match self._rows[row]:
+            case {"text": str(text), "pair": str(pair)} | [str(text), str(pair)]:
+                return text, pair
+            case other:
+                raise ModelError(f"found {str(other)[:80]!r} at row {row + 1}; expected a pair of texts, (text, pair)")
+
+
+class _RecordTexts:
+    kind: Literal["text"] = "text"
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> str:
+        text: str = self._rows[row]["text"]
+        return text
+
+
 class _StackedImages:
     kind: Literal["image"] = "image"
 
@@ -230,10 +264,23 @@ class _StackedImages:
 
 
 def source_of(rows: Any) -> Texts | Images:
-    """Rows of a source; a list of texts and a tensor of images (n, channels, height, width) are taken as one."""
+    """Rows of a source; lists of texts or pairs, and a tensor (n, channels, height, width), are taken as one;
+    of records their images, their pairs or their texts.
+    """
     if isinstance(rows, Tensor):
         return _StackedImages(rows)
-    return _ListedTexts(rows) if isinstance(rows, list | tuple) else rows
+    if isinstance(rows, list | tuple):
+        return _ListedTexts(rows) if not rows or isinstance(rows[0], str) else TextPairs(rows)
+    source: Texts | Images = rows
+    if rows.kind == "record":
+        roles = rows[0].keys()
+        if rows.images is not None:
+            source = rows.images
+        elif "pair" in roles:
+            source = TextPairs(rows)
+        elif "text" in roles:
+            source = _RecordTexts(rows)
+    return source
 
 
 def inputs_of(rows: Inputs | Sequence[Sequence[int]] | Tensor) -> Inputs:
@@ -245,16 +292,22 @@ def collate(rows: Sequence[Row], padding: int) -> dict[str, Tensor]:
     """Rows as the tensors of a batch, on the CPU; texts are padded to the longest, and uint8 pixels are over 255.
 
     Returns:
-        `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`.
+        `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`, and `token_type_ids
+        (b, t)` where rows have them.
     """
-    if rows[0].ndim > 1:
+    if rows[0].ndim > 2:
         pixels = torch.from_numpy(np.stack(rows))
         return {"pixel_values": pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels}
-    lengths = np.array([len(row) for row in rows])
+    lengths = np.array([row.shape[-1] for row in rows])
     mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.full(mask.shape, padding)
-    ids[mask] = np.concatenate(rows)
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    ids, types = np.full(mask.shape, padding), np.zeros(mask.shape, dtype=np.int64)
+    whole = np.concatenate(rows, axis=-1)
+    batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    if whole.ndim == 1:
+        ids[mask] = whole
+        return batch
+    ids[mask], types[mask] = whole
+    return {**batch, "token_type_ids": torch.from_numpy(types)}
 
 
 def parts(rows: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -122,7 +122,7 @@ class ClientModels(Protocol):
         """The task's outputs (n, ...) under a client's weights, on the CPU.
 
         Args:
-            inputs: n texts, or images (n, channels, height, width).
+            inputs: n texts, pairs (text, pair), or images (n, channels, height, width).
 
         Raises:
             ModelError: if the models read something else.

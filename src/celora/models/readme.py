@@ -21,7 +21,7 @@ from peft import PeftModel
 base, texts = {base}, ["a text", "and another one"]
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
 options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt")
-inputs = AutoTokenizer.from_pretrained(base)(texts, **options)
+inputs = AutoTokenizer.from_pretrained(base)(texts, **options)  # of pairs: (texts, pairs, **options)
 hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
 {code}"""
 _IMAGE = """\

@@ -13,7 +13,7 @@ from celora.tensors import Tensors
 
 _WINDOW = 8
 """Batches among which rows are sorted by length: enough to bucket well, few enough to stay shuffled."""
-ALONG_TOKENS = frozenset({"input_ids", "attention_mask"})
+ALONG_TOKENS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 """What a network reads of a text: tensors whose second axis is that of the tokens."""
 
 

@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from celora.core.task import Task
 from celora.tasks.causal_lm import CausalLm
 from celora.tasks.classify import Classify
+from celora.tasks.multilabel import MultiLabel
+from celora.tasks.regress import Regress
 
 TASKS: Mapping[str, type[Task]] = {
     "classify": Classify,
     "causal-lm": CausalLm,
+    "regress": Regress,
+    "multi-label": MultiLabel,
 }
 """Name in configuration files -> the task."""

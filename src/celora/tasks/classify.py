@@ -1,4 +1,4 @@
-"""Classification: one class for each text or image, by a linear head on its features.
+"""Classification: one class for each text, pair of texts or image, by a linear head on its features.
 
     logits = h Wᵀ + b        h (d,) the pooled features, W (classes, d), b (classes,)
     loss     cross entropy, a mean over rows
@@ -17,11 +17,10 @@ from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
 from celora.core.task import Card, Columns, Encoded, Examples, HeadTensor, Reader, Target, Task, Trait
-from celora.errors import DataError
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
+from celora.tasks import classes
 from celora.tensors import Tensors
-from celora.wire import pack, record, unpack
 
 _ABSENT = -100
 """The label of a row that only fills up a batch; cross entropy ignores it."""
@@ -31,13 +30,6 @@ METRICS: Mapping[str, Metric] = {
     "balanced_accuracy": Metric("balanced_accuracy"),
     "loss": LOSS,
 }
-
-
-@record
-class Classes:
-    """The names of classes, sorted; the id of a class is its position."""
-
-    names: tuple[str, ...]
 
 
 @settings
@@ -67,22 +59,11 @@ class Classify(Task):
         Raises:
             DataError: if a label occurs that is not listed.
         """
-        found = sorted(set(columns.labels))
-        if self.classes is None:
-            return pack(Classes(tuple(found)))
-        if foreign := [label for label in found if label not in self.classes]:
-            expected = ", ".join(repr(label) for label in self.classes[:8]) + (", …" if len(self.classes) > 8 else "")
-            raise DataError(
-                f"found the label {foreign[0]!r}, which task.classes does not list; expected one of {expected}"
-            )
-        return b""
+        return classes.propose(columns.labels, self.classes)
 
     def merge(self, agreement: bytes, proposal: bytes) -> bytes:
         """All labels of both."""
-        if self.classes is not None or not proposal:
-            return agreement
-        known = unpack(Classes, agreement).names if agreement else ()
-        return pack(Classes(tuple(sorted({*known, *unpack(Classes, proposal).names}))))
+        return classes.merge(agreement, proposal, self.classes)
 
     def agreed(self, agreement: bytes) -> Self:
         """With all classes, sorted.
@@ -90,20 +71,14 @@ class Classify(Task):
         Raises:
             DataError: if nobody has told any label.
         """
-        names = self.classes or (unpack(Classes, agreement).names if agreement else ())
-        if not names:
-            raise DataError(
-                "no site has told its labels, and task.classes lists none; list them, or allow the field 'proposal' of "
-                "'remote.ClientFacts' in the sites' policies"
-            )
-        return replace(self, classes=tuple(sorted(names)))
+        return replace(self, classes=classes.agreed(agreement, self.classes))
 
     def strata(self, columns: Columns) -> Sequence[str]:
         """The labels."""
         return columns.labels
 
     def read(self, columns: Columns, reader: Reader) -> Examples:
-        """The text or image of each row, and the id of its class.
+        """The text, pair or image of each row, and the id of its class.
 
         Raises:
             ModelError: if the network cannot read the rows.
@@ -169,8 +144,8 @@ class Classify(Task):
 
     def answers(self, outputs: Tensor) -> list[str]:
         """The name of the likeliest class of each row."""
-        classes = self.classes or ()
-        return [classes[answer] for answer in outputs.argmax(1).tolist()]
+        names = self.classes or ()
+        return [names[answer] for answer in outputs.argmax(1).tolist()]
 
     @property
     def facts(self) -> Mapping[str, Any]:
