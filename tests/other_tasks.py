@@ -11,7 +11,7 @@ from torch import Tensor
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.core.task import Card, Columns, Encoded, Examples, HeadTensor, Reader, Target, Task, Trait
+from celora.core.task import Columns, Examples, HeadTensor, ModelCard, Reader, Representation, Target, Task, Trait
 from celora.fields import setting, settings
 from celora.tensors import Tensors
 
@@ -46,8 +46,8 @@ class Regress(Task):
     def head(self, width: int) -> Mapping[str, HeadTensor]:
         return {"head.weight": HeadTensor((1, width), 1 / math.sqrt(width)), "head.bias": HeadTensor((1,), 0.0)}
 
-    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
-        return linear(encoded.features, weights["head.weight"], weights["head.bias"]).squeeze(-1)
+    def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
+        return linear(of.features, weights["head.weight"], weights["head.bias"]).squeeze(-1)
 
     def count(self, batch: Batch) -> int:
         return len(batch["y"])
@@ -73,8 +73,10 @@ class Regress(Task):
     def answers(self, outputs: Tensor) -> list[float]:
         return [number * self.scale for number in outputs.tolist()]
 
-    def card(self) -> Card:
-        return Card("numbers", 'y = {features} @ head["head.weight"].T + head["head.bias"]\n', "`y` is the number.")
+    def model_card(self) -> ModelCard:
+        return ModelCard(
+            "numbers", 'y = {features} @ head["head.weight"].T + head["head.bias"]\n', "`y` is the number."
+        )
 
 
 @settings
@@ -88,11 +90,11 @@ class Level(Regress):
     def head(self, width: int) -> Mapping[str, HeadTensor]:
         return {}
 
-    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
-        return encoded.features.mean(-1)
+    def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
+        return of.features.mean(-1)
 
-    def card(self) -> Card:
-        return Card("levels", "y = {features}.mean(1)\n", "`y` is the level.")
+    def model_card(self) -> ModelCard:
+        return ModelCard("levels", "y = {features}.mean(1)\n", "`y` is the level.")
 
 
 @settings
@@ -125,8 +127,8 @@ class Words(Task):
     def head(self, width: int) -> Mapping[str, HeadTensor]:
         return {"head.weight": HeadTensor((VOCABULARY, width), 1 / math.sqrt(width))}
 
-    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
-        return linear(encoded.features, weights["head.weight"])
+    def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
+        return linear(of.features, weights["head.weight"])
 
     def count(self, batch: Batch) -> int:
         return int((batch["words"] != NO_WORD).sum())
@@ -154,6 +156,8 @@ class Words(Task):
     def answers(self, outputs: Tensor) -> list[int]:
         return outputs.argmax(1).tolist()
 
-    def card(self) -> Card:
+    def model_card(self) -> ModelCard:
         facts: dict[str, Any] = {"vocabulary": VOCABULARY}
-        return Card("words", 'logits = {features} @ head["head.weight"].T\n', "`logits[:, k]` scores bucket k.", facts)
+        return ModelCard(
+            "words", 'logits = {features} @ head["head.weight"].T\n', "`logits[:, k]` scores bucket k.", facts
+        )

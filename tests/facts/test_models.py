@@ -27,7 +27,7 @@ from tests.classifier import rows as rows_of
 from tests.unit.test_models_architectures import ARCHITECTURES, saved
 
 TEXTS = ["a text", "and another one"]  # as in the README of an export
-CARD = Classify(classes=tuple("abcde")).card()
+CARD = Classify(classes=tuple("abcde")).model_card()
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def test_its_pointwise_convolutions_are_adapted_and_images_of_any_size_read() ->
 def test_an_export_holds_the_network_that_stock_transformers_load(tmp_path: Path) -> None:
     adapter = Adapter(targets="all-linear", layers="last:1", rank=2)
     backbone = load(MODEL, adapter, tmp_path)
-    weights, card = initial(backbone, adapter, Lora(), 2, seed=0), Classify(classes=("no", "yes")).card()
+    weights, card = initial(backbone, adapter, Lora(), 2, seed=0), Classify(classes=("no", "yes")).model_card()
     export_peft(tmp_path / "out", backbone, weights, family=Lora(), card=card, model=MODEL, adapter=adapter)
     export_peft(tmp_path / "other", backbone, weights, family=Lora(), card=card, model=MODEL, adapter=adapter)
     files = [tmp_path / name / "backbone" / "model.safetensors" for name in ("out", "other")]

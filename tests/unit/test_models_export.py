@@ -62,7 +62,7 @@ def test_an_export_tells_what_it_is(tmp_path: Path) -> None:
     model = Model(backbone="random-vit", device="cpu", pooling="cls")
     adapter = Adapter(targets=r".*1\..*(q|v)_proj", rank=3, alpha=6)
     backbone = load(model, adapter, tmp_path)
-    weights, card = initial(backbone, adapter, Tri(), 2, seed=0), Classify(classes=("no", "yes")).card()
+    weights, card = initial(backbone, adapter, Tri(), 2, seed=0), Classify(classes=("no", "yes")).model_card()
     export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=card, model=model, adapter=adapter)
     about = json.loads((tmp_path / "out" / "celora.json").read_text())
     assert about["classes"] == ["no", "yes"]

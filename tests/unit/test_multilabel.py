@@ -122,6 +122,8 @@ def test_the_code_of_an_exports_readme_gives_the_same_logits(tmp_path: Path, mon
     models = SharedBackbone(backbone, task, model=model, adapter=adapter, family=Lora(), seed=0)
     draw = torch.Generator().manual_seed(2)
     weights = {name: w + 0.1 * torch.randn(w.shape, generator=draw) for name, w in models.initial.items()}
-    export_peft(tmp_path / "out", backbone, weights, family=Lora(), card=task.card(), model=model, adapter=adapter)
+    export_peft(
+        tmp_path / "out", backbone, weights, family=Lora(), card=task.model_card(), model=model, adapter=adapter
+    )
     theirs = run_readme(tmp_path / "out", monkeypatch)["logits"]
     assert (models.predict("a", weights, TEXTS) - theirs).abs().max() < 1e-5

@@ -156,7 +156,9 @@ def test_predictions_of_pairs_are_those_of_the_code_in_an_exports_readme(
     models = SharedBackbone(backbone, task, model=model, adapter=adapter, family=Lora(), seed=0)
     draw = torch.Generator().manual_seed(2)
     weights = {name: w + 0.1 * torch.randn(w.shape, generator=draw) for name, w in models.initial.items()}
-    export_peft(tmp_path / "out", backbone, weights, family=Lora(), card=task.card(), model=model, adapter=adapter)
+    export_peft(
+        tmp_path / "out", backbone, weights, family=Lora(), card=task.model_card(), model=model, adapter=adapter
+    )
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     texts, others = map(list, zip(*PAIRS, strict=True))
     code = code.replace('["a text", "and another one"]', repr(texts)).replace(

@@ -103,7 +103,9 @@ def test_the_code_of_an_exports_readme_answers_in_the_units_of_the_labels(
     models = SharedBackbone(backbone, task, model=model, adapter=adapter, family=Lora(), seed=0)
     draw = torch.Generator().manual_seed(2)
     weights = {name: w + 0.1 * torch.randn(w.shape, generator=draw) for name, w in models.initial.items()}
-    export_peft(tmp_path / "out", backbone, weights, family=Lora(), card=task.card(), model=model, adapter=adapter)
+    export_peft(
+        tmp_path / "out", backbone, weights, family=Lora(), card=task.model_card(), model=model, adapter=adapter
+    )
     theirs = run_readme(tmp_path / "out", monkeypatch)["y"]
     assert models.answers("a", weights, TEXTS) == pytest.approx(theirs.tolist(), abs=1e-4)
 

@@ -148,7 +148,7 @@ class Reader(Protocol):
         """A column of whatever `encode` makes rows of a language model of, when they are first needed."""
 
 
-class Encoded(Protocol):
+class Representation(Protocol):
     """What a network made of a batch, under the adapters of those whose rows it holds."""
 
     @property
@@ -202,7 +202,7 @@ class HeadTensor:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a reader of an exported adapter needs to know of the task.
 
     Attributes:
@@ -307,7 +307,7 @@ class Task(Protocol):
         """The head on features of this width, `head.*` by name; none while it cannot be known, before the agreement."""
         return {}
 
-    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+    def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """Outputs (rows, ...) of what a network made of a batch.
 
         Args:
@@ -373,6 +373,6 @@ class Task(Protocol):
         """What the clients have agreed on, for the manifest."""
         return {}
 
-    def card(self) -> Card:
+    def model_card(self) -> ModelCard:
         """What an exported adapter says of the task."""
         ...

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from celora.core.adapters import Family, Lora, modules
-from celora.core.task import Card
+from celora.core.task import ModelCard
 from celora.errors import ModelError, RunFolderError
 from celora.lazy import Lazy
 from celora.models import efficientnet_lite, loading
@@ -46,7 +46,7 @@ def export_peft(
     weights: Tensors,
     *,
     family: Family,
-    card: Card,
+    card: ModelCard,
     model: Model,
     adapter: Adapter,
     start: Start | None = None,
@@ -156,7 +156,7 @@ def _check(
         )
 
 
-def export_private(folder: Path, architecture: str, weights: Tensors, *, card: Card) -> None:
+def export_private(folder: Path, architecture: str, weights: Tensors, *, card: ModelCard) -> None:
     """Write a client's own model with the adapter beside it: `model.safetensors`, `celora.json`, `README.md`."""
     text = (
         f"# A model for {card.title}: {architecture}\n\n"

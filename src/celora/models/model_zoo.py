@@ -150,7 +150,7 @@ class ModelZoo:
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's own network and the adapter beside it."""
-        export_private(folder, self._models[self._place(client)].name, weights, card=self._task.card())
+        export_private(folder, self._models[self._place(client)].name, weights, card=self._task.model_card())
 
     def _place(self, client: str) -> int:
         return self._clients.index(client) % len(self._models)

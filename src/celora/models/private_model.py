@@ -141,8 +141,8 @@ class PrivateModel:
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """As `celora.core.task.Encoded`."""
+class _Representation:
+    """As `celora.core.task.Representation`."""
 
     features: Tensor
 
@@ -191,7 +191,9 @@ class PrivateNetwork:
     def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """y (rows, outputs)."""
         z = self.features(weights, batch)
-        return task.outputs(_Encoded(z), weights, batch) + self._scaling * self._family.delta(z, modules(weights)[FC])
+        return task.outputs(_Representation(z), weights, batch) + self._scaling * self._family.delta(
+            z, modules(weights)[FC]
+        )
 
     def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
         """

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from celora.core.adapters import Family
-from celora.core.task import Card
+from celora.core.task import ModelCard
 from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
 from celora.models.settings import Model
@@ -71,7 +71,7 @@ def source_of(backbone: Backbone) -> str:
     return str(Path(backbone.source).resolve()) if Path(backbone.source).is_dir() else backbone.source
 
 
-def readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
+def readme(backbone: Backbone, card: ModelCard, model: Model, *, head: bool) -> str:
     """README.md of an adapter that is plain LoRA: code that loads it with stock libraries and makes predictions."""
     if backbone.head is not None:
         return _language(backbone, card, model)
@@ -109,7 +109,7 @@ def readme(backbone: Backbone, card: Card, model: Model, *, head: bool) -> str:
     )
 
 
-def _language(backbone: Backbone, card: Card, model: Model) -> str:
+def _language(backbone: Backbone, card: ModelCard, model: Model) -> str:
     code = _LANGUAGE.format(base=repr(source_of(backbone)), dtype=model.dtype)
     return (
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "

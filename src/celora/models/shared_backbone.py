@@ -111,10 +111,10 @@ class AdaptedBackbone:
         tokenizer = self.backbone.text_tokenizer
         return [tokenizer.text(ids) for ids in rows]
 
-    def _encoded(self, weights: Tensors, batch: Batch, dropout_seed: int | None) -> "_Encoded":
+    def _encoded(self, weights: Tensors, batch: Batch, dropout_seed: int | None) -> "_Representation":
         with self.activations.replayed(batch) if self.activations else nullcontext():
             updates = self._updates(weights, 0.0 if dropout_seed is None else self._rate)
-            return _Encoded(self.backbone, *self.backbone.states(batch, updates, dropout_seed))
+            return _Representation(self.backbone, *self.backbone.states(batch, updates, dropout_seed))
 
     def _updates(self, weights: Tensors, rate: float = 0.0) -> dict[str, Update]:
         return {name: self._update(name, w, rate) for name, w in modules(weights).items()}
@@ -125,8 +125,8 @@ class AdaptedBackbone:
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """As `celora.core.task.Encoded`."""
+class _Representation:
+    """As `celora.core.task.Representation`."""
 
     backbone: Backbone
     states: Tensor
@@ -259,7 +259,7 @@ class SharedBackbone:
             self._backbone,
             weights,
             family=self._family,
-            card=self._task.card(),
+            card=self._task.model_card(),
             model=self._model,
             adapter=self._adapter,
             start=self._start,

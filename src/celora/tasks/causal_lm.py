@@ -17,12 +17,12 @@ from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
 from celora.core.task import (
     Architecture,
-    Card,
     Columns,
-    Encoded,
     Examples,
     Form,
+    ModelCard,
     Reader,
+    Representation,
     Target,
     Task,
     Tokenizer,
@@ -123,9 +123,9 @@ class CausalLm(Task):
         """Token ids (n, t) int64, and bytes (n,)."""
         return {"labels": Target(filler=_ABSENT, along_tokens=True), "bytes": Target(filler=0)}
 
-    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+    def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """−log p (rows, t) of each target, 0 elsewhere."""
-        return encoded.token_losses(batch["labels"])
+        return of.token_losses(batch["labels"])
 
     def count(self, batch: Batch) -> int:
         """Target tokens."""
@@ -165,9 +165,9 @@ class CausalLm(Task):
         found: list[float] = outputs.sum(1).tolist()
         return found
 
-    def card(self) -> Card:
+    def model_card(self) -> ModelCard:
         """What the adapter continues, and how prompts are written."""
         written = {"auto": "the template of the data's form", "plain": "prompts as they are"}
         title = "a causal language model"
         said = f"Prompts are written with {written.get(self.template, self.template)}."
-        return Card(title, "", said, {"template": self.template, "answer_tokens": self.answer_tokens})
+        return ModelCard(title, "", said, {"template": self.template, "answer_tokens": self.answer_tokens})

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
-from celora.core.task import Card, Columns, Encoded, Examples, HeadTensor, Reader, Target, Task, Trait
+from celora.core.task import Columns, Examples, HeadTensor, ModelCard, Reader, Representation, Target, Task, Trait
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
 from celora.tasks import classes
@@ -101,9 +101,9 @@ class Classify(Task):
         count, bound = len(self.classes), 1 / math.sqrt(width)
         return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
 
-    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+    def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """Logits (rows, classes)."""
-        return linear(encoded.features, weights["head.weight"], weights["head.bias"])
+        return linear(of.features, weights["head.weight"], weights["head.bias"])
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -152,9 +152,9 @@ class Classify(Task):
         """The classes."""
         return {"classes": list(self.classes or ())}
 
-    def card(self) -> Card:
+    def model_card(self) -> ModelCard:
         """Logits by name of the class."""
-        return Card(
+        return ModelCard(
             title=f"{len(self.classes or ())} classes",
             code='logits = {features} @ head["head.weight"].T + head["head.bias"]\n',
             reading="`logits[:, k]` scores class k of `celora.json`.",

@@ -22,13 +22,13 @@ from celora.core.task import (
     IMAGES,
     PAIRS,
     TEXTS,
-    Card,
     Columns,
-    Encoded,
     Examples,
     Form,
     HeadTensor,
+    ModelCard,
     Reader,
+    Representation,
     Target,
     Task,
     Trait,
@@ -143,9 +143,9 @@ class MultiLabel(Task):
         count, bound = len(self.classes), 1 / math.sqrt(width)
         return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
 
-    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+    def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """Logits (rows, classes)."""
-        return linear(encoded.features, weights["head.weight"], weights["head.bias"])
+        return linear(of.features, weights["head.weight"], weights["head.bias"])
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -195,9 +195,9 @@ class MultiLabel(Task):
         """The classes."""
         return {"classes": list(self.classes or ())}
 
-    def card(self) -> Card:
+    def model_card(self) -> ModelCard:
         """Logits by name of the class."""
-        return Card(
+        return ModelCard(
             title=f"any of {len(self.classes or ())} classes",
             code='logits = {features} @ head["head.weight"].T + head["head.bias"]\n',
             reading="Where `logits[:, k] > 0` a row has class k of `celora.json`.",

@@ -13,7 +13,7 @@ from typing import Literal
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.core.task import Card, Columns, Encoded, Examples, HeadTensor, Reader, Target, Task, Trait
+from celora.core.task import Columns, Examples, HeadTensor, ModelCard, Reader, Representation, Target, Task, Trait
 from celora.errors import DataError
 from celora.fields import Positive, setting, settings
 from celora.lazy import Tensor, torch
@@ -68,9 +68,9 @@ class Regress(Task):
         bound = 1 / math.sqrt(width)
         return {"head.weight": HeadTensor((1, width), bound), "head.bias": HeadTensor((1,), bound)}
 
-    def outputs(self, encoded: Encoded, weights: Tensors, batch: Batch) -> Tensor:
+    def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """(ŷ − mean) / scale, (rows,)."""
-        return linear(encoded.features, weights["head.weight"], weights["head.bias"]).squeeze(-1)
+        return linear(of.features, weights["head.weight"], weights["head.bias"]).squeeze(-1)
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -112,10 +112,10 @@ class Regress(Task):
         found: list[float] = (outputs.double() * self.scale + self.mean).tolist()
         return found
 
-    def card(self) -> Card:
+    def model_card(self) -> ModelCard:
         """ŷ in the units of the labels."""
         linear_head = '({features} @ head["head.weight"].T + head["head.bias"]).squeeze(-1)'
-        return Card(
+        return ModelCard(
             title="a number",
             code=f"y = {self.mean!r} + {self.scale!r} * {linear_head}\n",
             reading="`y` is the number of each row.",
