@@ -58,9 +58,9 @@ def export_peft(
     say so; alphas of modules' own are folded into B, so that s is one for all: vLLM reads no patterns.
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds the task's head, if it
-    has one; `celora.json` the facts of its model card, pooling and the backbone's fingerprint; `README.md` how to load
-    it all without celora. An earlier folder of this name is replaced once the new one is complete. An adapter that is no matrix (`Family.lora` gives none) is written as it is, `celora.safetensors`,
-    which only celora reads.
+    has one; `celora.json` the facts of its model card, the pooling and the backbone's fingerprint; `README.md` how to
+    load it all without celora. An earlier folder of this name is replaced once the new one is complete. An adapter that
+    is no matrix (`Family.lora` gives none) is written as it is, `celora.safetensors`, which only celora reads.
     """
     factors = {module: family.lora(w) for module, w in modules(weights).items()}
     pairs = {module: pair for module, pair in factors.items() if pair is not None}
