@@ -192,7 +192,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
             saved(ARCHITECTURES[name].config, folder / name)
         if (name, layers, wanted) not in found:
             adapter = Adapter(layers=layers, targets=wanted, rank=RANK)
-            found[name, layers, wanted] = load(Model(backbone=name, device="cpu", max_length=LENGTH), adapter, folder)
+            model = Model(backbone=name, device="cpu", max_length=LENGTH, pooling="mean")
+            found[name, layers, wanted] = load(model, adapter, folder)
         return found[name, layers, wanted]
 
     return backbone

@@ -23,6 +23,8 @@ Trait = Literal["classes", "head"]
 """What a task may have and an algorithm may need: rows that fall into classes; a trainable head, `head.*`."""
 
 
+HeadOf = Literal["sequence", "token"]
+"""What a linear head classifies: a row as a whole, or each of its tokens."""
 Content = Literal["text", "image", "value"]
 """What a column holds: texts; image files; or values as JSON has them, such as lists of messages."""
 
@@ -155,6 +157,14 @@ class Representation(Protocol):
     def features(self) -> Tensor:
         """Pooled features (rows, d), float32."""
 
+    @property
+    def states(self) -> Tensor:
+        """Hidden states of all tokens (rows, t, d), float32.
+
+        Raises:
+            ModelError: if the network keeps no tokens apart.
+        """
+
     def token_losses(self, labels: Tensor) -> Tensor:
         """Negative log-likelihoods (rows, t) float32 by a language model's own head, 0 where there is no target.
 
@@ -208,7 +218,8 @@ class ModelCard:
     Attributes:
         title: what the adapter is for, after "LoRA adapter for ".
         code: Python lines that make predictions of pooled features (rows, d), for which the expression `{features}`
-            stands; `head` holds the head's tensors by name.
+            stands; `head` holds the head's tensors by name. A task with `head_of` makes them of the head's logits,
+            `{logits}`.
         reading: a sentence that says what the predictions are.
         facts: for `celora.json`.
     """
@@ -306,6 +317,14 @@ class Task(Protocol):
     def head(self, width: int) -> Mapping[str, HeadTensor]:
         """The head on features of this width, `head.*` by name; none while it cannot be known, before the agreement."""
         return {}
+
+    @property
+    def head_of(self) -> HeadOf | None:
+        """What the head classifies, if it is linear, `head.weight` (n, d) and `head.bias` (n,), and no more.
+
+        The task then does without the bias where transformers' own class for the network does.
+        """
+        return None
 
     def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """Outputs (rows, ...) of what a network made of a batch.

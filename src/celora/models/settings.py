@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from celora.fields import Count, Positive, setting, settings
 
 V = TypeVar("V")
+Pooling = Literal["mean", "cls", "last"]
 LAYERS = r"^(all|last:[1-9][0-9]*)$"
 
 
@@ -39,7 +40,11 @@ class Model:
         min_length=1,
     )
     allow_download: bool = setting(False, "may the Hub be asked? otherwise only its local cache is read")
-    pooling: Literal["mean", "cls", "last"] = setting("mean", "how a row's token vectors become one vector")
+    pooling: Pooling | None = setting(
+        None,
+        "how a row's token vectors become one vector; none: the last token of a decoder that transformers has a "
+        "sequence classifier of, else the mean",
+    )
     max_length: Count = setting(128, "tokens kept of a text")
     image_size: Count | None = setting(
         None, "pixels of a side that images are resized to; none: as the backbone's own image processor says"

@@ -173,6 +173,7 @@ class SharedBackbone:
         self._network = AdaptedBackbone(backbone, family, activations, budget, adapter.dropout, start)
         self._forward = BatchedForward(self._network, task)
         self._task, self._model, self._adapter, self._family = task, model, adapter, family
+        self._class = backbone.class_of(task.head_of)
         self._seed, self._clients, self._activations = seed, clients, activations
 
     @property
@@ -226,7 +227,9 @@ class SharedBackbone:
         return self._drawn(self._adapter, secret())  # again each round: milliseconds, and no client costs memory
 
     def _drawn(self, adapter: Adapter, secret: int | None = None) -> Tensors:
-        head = self._task.head(self._backbone.width)
+        head = dict(self._task.head(self._backbone.width))
+        if self._class and not self._class.bias:
+            head.pop("head.bias", None)
         weights = initial(self._backbone.targets, adapter, self._family, head, self._seed, secret)
         for module, (a, b) in self._start.items():
             weights |= {f"{module}.A": a, f"{module}.B": b}
@@ -263,4 +266,5 @@ class SharedBackbone:
             model=self._model,
             adapter=self._adapter,
             start=self._start,
+            fits=self._class,
         )

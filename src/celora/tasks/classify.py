@@ -16,7 +16,18 @@ from typing import Any, Literal, Self
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
-from celora.core.task import Columns, Examples, HeadTensor, ModelCard, Reader, Representation, Target, Task, Trait
+from celora.core.task import (
+    Columns,
+    Examples,
+    HeadOf,
+    HeadTensor,
+    ModelCard,
+    Reader,
+    Representation,
+    Target,
+    Task,
+    Trait,
+)
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
 from celora.tasks import classes
@@ -101,9 +112,14 @@ class Classify(Task):
         count, bound = len(self.classes), 1 / math.sqrt(width)
         return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
 
+    @property
+    def head_of(self) -> HeadOf:
+        """A row as a whole."""
+        return "sequence"
+
     def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """Logits (rows, classes)."""
-        return linear(of.features, weights["head.weight"], weights["head.bias"])
+        return linear(of.features, weights["head.weight"], weights.get("head.bias"))
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -156,7 +172,7 @@ class Classify(Task):
         """Logits by name of the class."""
         return ModelCard(
             title=f"{len(self.classes or ())} classes",
-            code='logits = {features} @ head["head.weight"].T + head["head.bias"]\n',
+            code="logits = {logits}\n",
             reading="`logits[:, k]` scores class k of `celora.json`.",
             facts=self.facts,
         )

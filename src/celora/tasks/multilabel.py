@@ -25,6 +25,7 @@ from celora.core.task import (
     Columns,
     Examples,
     Form,
+    HeadOf,
     HeadTensor,
     ModelCard,
     Reader,
@@ -143,9 +144,14 @@ class MultiLabel(Task):
         count, bound = len(self.classes), 1 / math.sqrt(width)
         return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
 
+    @property
+    def head_of(self) -> HeadOf:
+        """A row as a whole."""
+        return "sequence"
+
     def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """Logits (rows, classes)."""
-        return linear(of.features, weights["head.weight"], weights["head.bias"])
+        return linear(of.features, weights["head.weight"], weights.get("head.bias"))
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -199,7 +205,7 @@ class MultiLabel(Task):
         """Logits by name of the class."""
         return ModelCard(
             title=f"any of {len(self.classes or ())} classes",
-            code='logits = {features} @ head["head.weight"].T + head["head.bias"]\n',
+            code="logits = {logits}\n",
             reading="Where `logits[:, k] > 0` a row has class k of `celora.json`.",
             facts=self.facts,
         )

@@ -13,7 +13,18 @@ from typing import Literal
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.core.task import Columns, Examples, HeadTensor, ModelCard, Reader, Representation, Target, Task, Trait
+from celora.core.task import (
+    Columns,
+    Examples,
+    HeadOf,
+    HeadTensor,
+    ModelCard,
+    Reader,
+    Representation,
+    Target,
+    Task,
+    Trait,
+)
 from celora.errors import DataError
 from celora.fields import Positive, setting, settings
 from celora.lazy import Tensor, torch
@@ -68,9 +79,14 @@ class Regress(Task):
         bound = 1 / math.sqrt(width)
         return {"head.weight": HeadTensor((1, width), bound), "head.bias": HeadTensor((1,), bound)}
 
+    @property
+    def head_of(self) -> HeadOf:
+        """A row as a whole."""
+        return "sequence"
+
     def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """(ŷ − mean) / scale, (rows,)."""
-        return linear(of.features, weights["head.weight"], weights["head.bias"]).squeeze(-1)
+        return linear(of.features, weights["head.weight"], weights.get("head.bias")).squeeze(-1)
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -114,10 +130,9 @@ class Regress(Task):
 
     def model_card(self) -> ModelCard:
         """ŷ in the units of the labels."""
-        linear_head = '({features} @ head["head.weight"].T + head["head.bias"]).squeeze(-1)'
         return ModelCard(
             title="a number",
-            code=f"y = {self.mean!r} + {self.scale!r} * {linear_head}\n",
+            code=f"y = {self.mean!r} + {self.scale!r} * ({{logits}}).squeeze(-1)\n",
             reading="`y` is the number of each row.",
             facts={"mean": self.mean, "scale": self.scale},
         )
