@@ -139,6 +139,15 @@ class Reader(Protocol):
     def read(self, inputs: Any) -> Inputs:
         """A column of texts, pairs of texts, or images as the network reads it."""
 
+    def words(self, rows: Any) -> Inputs:
+        """Rows of words: lists, or records that have such a list as `tokens`.
+
+        Their batches have `word_numbers` (n, t) int64: k where the first piece of a row's k-th word is, from 1; else 0.
+
+        Raises:
+            ModelError: if the network or its tokenizer reads no words.
+        """
+
     @property
     def tokenizer(self) -> Tokenizer:
         """
@@ -221,6 +230,7 @@ class ModelCard:
             stands; `head` holds the head's tensors by name. A task with `head_of` makes them of the head's logits,
             `{logits}`.
         reading: a sentence that says what the predictions are.
+        words: whether rows are lists of words; `{logits}` are then those of each token.
         facts: for `celora.json`.
     """
 
@@ -228,6 +238,7 @@ class ModelCard:
     code: str
     reading: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    words: bool = False
 
 
 class Task(Protocol):
@@ -306,6 +317,10 @@ class Task(Protocol):
             DataError, ModelError: if the task, or the network, cannot read them.
         """
         ...
+
+    def inputs(self, rows: Any, reader: Reader) -> Inputs:
+        """Rows without targets, for which predictions are asked."""
+        return reader.read(rows)
 
     @property
     def targets(self) -> Mapping[str, Target]:

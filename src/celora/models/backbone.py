@@ -26,6 +26,7 @@ from celora.models.settings import Adapter, Model, Pooling
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
 from celora.models.task_classes import TaskClass, task_class
 from celora.models.tokens import TextTokenizer
+from celora.models.words import TokenisedWords
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 _PASS = 1024 * 384
@@ -282,6 +283,12 @@ class Backbone:
             raise ModelError(f"{self.name} reads images of shape {self.image_shape}; found {inputs.shape}: resize them")
         return inputs
 
+    def words(self, rows: Any, budget: int) -> Inputs:
+        """As `celora.core.task.Reader`; arguments as `read`."""
+        if self.tokenizer is None or not self.tokenizer.is_fast:
+            raise ModelError(f"{self.name} has no tokenizer that tells which word a piece is of; found words")
+        return TokenisedWords(self.tokenizer, rows, most=self._model.max_length, padding=self.padding, budget=budget)
+
     @cached_property
     def capacity(self) -> int:
         """Tokens in one pass: what is fastest on a CPU; on CUDA what half of the free memory holds.
@@ -305,7 +312,8 @@ class Backbone:
 
     def batch(self, rows: Inputs | Sequence[Sequence[int]] | Tensor, chosen: Sequence[int]) -> dict[str, Tensor]:
         """Some of the rows as tensors on the CPU, as `collate` makes them."""
-        return collate(inputs_of(rows).fetch(chosen), self.padding if self.kind == "text" else 0)
+        inputs = inputs_of(rows)
+        return collate(inputs.fetch(chosen), self.padding if self.kind == "text" else 0, inputs.second)
 
     def sample(self) -> list[list[int]] | Tensor:
         """A few unlike rows to try the backbone on; texts have an odd number of tokens."""

@@ -1,9 +1,11 @@
 """Forward passes through one network, for one client or for many: which rows go together, and what comes out."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from celora.core.learner import Batch, Metrics, Split
@@ -131,8 +133,9 @@ class BatchedForward:
             batch = batches[0] if len(batches) == 1 else self.join(batches)
             of_all = work({name: w.to(device) for name, w in held.items()}, batch)
             for (client, chosen), own in zip(members, of_all.reshape(len(members), -1, *of_all.shape[1:]), strict=True):
-                whole = found.setdefault(client, own.new_zeros(len(rows[client]), *own.shape[1:]))
-                whole[torch.tensor(chosen).to(device, non_blocking=True)] = own[: len(chosen)]
+                whole = found.get(client, own.new_zeros(len(rows[client]), *own.shape[1:]))
+                found[client], filled = _alike(whole, own)
+                found[client][torch.tensor(chosen).to(device, non_blocking=True)] = filled[: len(chosen)]
         return [found[client].cpu() if client in found else torch.zeros(0) for client in range(len(rows))]
 
     @torch.no_grad()
@@ -160,6 +163,15 @@ class BatchedForward:
             for name, found in self.network.squares(self.batch(rows, chosen)).items():
                 squares[name] = squares[name] + found if name in squares else found
         return {name: found.sqrt().float() for name, found in squares.items()}
+
+
+def _alike(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the longer second axis, that of words; what a row does not have is NaN."""
+    if one.shape[1:] == two.shape[1:]:
+        return one, two
+    longest = max(one.shape[1], two.shape[1])
+    filled = [F.pad(x, (0, 0, 0, longest - x.shape[1]), value=math.nan) for x in (one, two)]
+    return filled[0], filled[1]
 
 
 def predict(network: Network, task: Task, weights: Tensors, rows: Rows) -> Tensor:

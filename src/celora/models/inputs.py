@@ -36,8 +36,8 @@ class Texts(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def __getitem__(self, row: int, /) -> str | tuple[str, str]:
-        """One of them, or one pair."""
+    def __getitem__(self, row: int, /) -> str | tuple[str, str] | list[str]:
+        """One of them, one pair, or the words of one."""
 
 
 class Images(Protocol):
@@ -63,11 +63,13 @@ class Inputs(ABC):
         kind: what they are.
         shape: (channels, height, width) of an image; () of a text.
         notices: what the user should know of how they are made.
+        second: what stands beside the token ids, where a row has two lines.
     """
 
     kind: Literal["text", "image"]
     shape: tuple[int, ...] = ()
     notices: tuple[str, ...] = ()
+    second: str = "token_type_ids"
 
     @abstractmethod
     def __len__(self) -> int:
@@ -288,12 +290,14 @@ def inputs_of(rows: Inputs | Sequence[Sequence[int]] | Tensor) -> Inputs:
     return rows if isinstance(rows, Inputs) else ReadyInputs(rows)
 
 
-def collate(rows: Sequence[Row], padding: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row], padding: int, second: str = "token_type_ids") -> dict[str, Tensor]:
     """Rows as the tensors of a batch, on the CPU; texts are padded to the longest, and uint8 pixels are over 255.
 
+    Args:
+        second: what stands beside the ids where rows have two lines.
+
     Returns:
-        `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`, and `token_type_ids
-        (b, t)` where rows have them.
+        `pixel_values (b, channels, h, w)`, or `input_ids (b, t)` and `attention_mask (b, t)`, and `second (b, t)`.
     """
     if rows[0].ndim > 2:
         pixels = torch.from_numpy(np.stack(rows))
@@ -307,7 +311,7 @@ def collate(rows: Sequence[Row], padding: int) -> dict[str, Tensor]:
         ids[mask] = whole
         return batch
     ids[mask], types[mask] = whole
-    return {**batch, "token_type_ids": torch.from_numpy(types)}
+    return {**batch, second: torch.from_numpy(types)}
 
 
 def parts(rows: Sequence[int]) -> Iterator[Sequence[int]]:

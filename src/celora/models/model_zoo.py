@@ -22,7 +22,7 @@ from celora.models.export import export_private
 from celora.models.families import initial
 from celora.models.inputs import Inputs
 from celora.models.learner import ModelLearner
-from celora.models.private_model import FC, NO_LANGUAGE, PrivateModel, PrivateNetwork
+from celora.models.private_model import FC, NO_LANGUAGE, NO_TOKENS, PrivateModel, PrivateNetwork
 from celora.models.rows import Rows, unlabelled
 from celora.models.settings import Adapter, Model
 from celora.models.tokens import TextTokenizer, TokenRows
@@ -110,6 +110,13 @@ class ModelZoo:
         """As `PrivateModel.read`: all architectures read alike."""
         return self._models[0].read(inputs, self._budget)
 
+    def words(self, rows: Any) -> Inputs:
+        """
+        Raises:
+            ModelError: always, as networks of clients' own make one vector of a row.
+        """
+        raise ModelError(NO_TOKENS)
+
     @property
     def tokenizer(self) -> TextTokenizer:
         """
@@ -142,7 +149,7 @@ class ModelZoo:
     def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
         """As `ClientModels.predict`."""
         network = PrivateNetwork(self._models[self._place(client)], self._family, self._adapter.factor)
-        return predict(network, self._task, weights, unlabelled(self.read(inputs)))
+        return predict(network, self._task, weights, unlabelled(self._task.inputs(inputs, self)))
 
     def answers(self, client: str, weights: Tensors, inputs: Any) -> Sequence[Any]:
         """As `ClientModels.answers`."""

@@ -41,6 +41,7 @@ WIDTH = 500
 _ROWS = 256
 """Rows in a pass that trains nothing."""
 NO_LANGUAGE = "a client's own network is no language model, so it predicts no tokens: set model.backbone to one"
+NO_TOKENS = "a client's own network keeps no tokens apart: set model.backbone to one that does"
 _READ = ("input_ids", "attention_mask", "pixel_values")
 
 
@@ -148,7 +149,7 @@ class _Representation:
 
     @property
     def states(self) -> Tensor:
-        raise ModelError("a client's own network keeps no tokens apart: set model.backbone to one that does")
+        raise ModelError(NO_TOKENS)
 
     def token_losses(self, labels: Tensor) -> Tensor:
         raise ModelError(NO_LANGUAGE)

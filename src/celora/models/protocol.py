@@ -97,6 +97,9 @@ class ClientModels(Protocol):
             ModelError: if the models read something else.
         """
 
+    def words(self, rows: Any) -> Inputs:
+        """As `celora.core.task.Reader`."""
+
     @property
     def tokenizer(self) -> Tokenizer:
         """As `celora.core.task.Reader`."""

@@ -19,10 +19,10 @@ import torch
 from peft import PeftModel
 {safetensors}from transformers import AutoModel, AutoTokenizer
 {extra}
-base, texts = {base}, ["a text", "and another one"]
+base, texts = {base}, {texts}
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
 options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt")
-inputs = AutoTokenizer.from_pretrained(base)(texts, **options)  # of pairs: (texts, pairs, **options)
+inputs = AutoTokenizer.from_pretrained(base)(texts, {options}**options){pairs}
 hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
 {code}"""
 _IMAGE = """\
@@ -96,7 +96,8 @@ def readme(backbone: Backbone, card: ModelCard, model: Model, head: bool) -> str
     base, extra, note = _base(backbone)
     image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
     pooled = (_POOLED if backbone.kind == "text" else image)[backbone.pooling]
-    logits = f'({pooled}) @ head["head.weight"].T + head["head.bias"]'
+    features = "hidden" if card.words else f"({pooled})"
+    logits = f'{features} @ head["head.weight"].T + head["head.bias"]'
     code = card.code.replace("{features}", f"({pooled})").replace("{logits}", logits)
     common = {
         "base": base,
@@ -105,7 +106,7 @@ def readme(backbone: Backbone, card: ModelCard, model: Model, head: bool) -> str
         "code": f'head = load_file("head.safetensors")\n{code}' if head else code,
     }
     if backbone.kind == "text":
-        code = _TEXT.format(**common, extra=extra, length=model.max_length)
+        code = _TEXT.format(**common, **_rows(card), extra=extra, length=model.max_length)
     else:
         own = "as `AutoImageProcessor.from_pretrained(base)` prepares them"
         note = f"\nImages are pixels {'in [0, 1]' if backbone.processor is None else own}.\n"
@@ -127,7 +128,6 @@ def served(backbone: Backbone, card: ModelCard, model: Model, fits: TaskClass, c
         classes: outputs of the head.
     """
     base, extra, note = _base(backbone)
-    of_words = fits.of == "token"
     code = _SERVED.format(
         base=base,
         extra=extra,
@@ -136,12 +136,18 @@ def served(backbone: Backbone, card: ModelCard, model: Model, fits: TaskClass, c
         dtype=model.dtype,
         length=model.max_length,
         padding=backbone.tokenizer.convert_ids_to_tokens(backbone.padding),
-        texts='[["some", "words"], ["and", "others"]]' if of_words else '["a text", "and another one"]',
-        options="is_split_into_words=True, " if of_words else "",
-        pairs="" if of_words else "  # of pairs: (texts, pairs, **options)",
+        **_rows(card),
         code=card.code.replace("{logits}", "model(**inputs).logits.float()"),
     )
     return _page(card, code, note)
+
+
+def _rows(card: ModelCard) -> dict[str, str]:
+    """Two rows in Python, how they are tokenised, and a comment on pairs of texts."""
+    if card.words:
+        return {"texts": '[["some", "words"], ["and", "others"]]', "options": "is_split_into_words=True, ", "pairs": ""}
+    pairs = "  # of pairs: (texts, pairs, **options)"
+    return {"texts": '["a text", "and another one"]', "options": "", "pairs": pairs}
 
 
 def _base(backbone: Backbone) -> tuple[str, str, str]:

@@ -13,8 +13,8 @@ from celora.tensors import Tensors
 
 _WINDOW = 8
 """Batches among which rows are sorted by length: enough to bucket well, few enough to stay shuffled."""
-ALONG_TOKENS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
-"""What a network reads of a text: tensors whose second axis is that of the tokens."""
+ALONG_TOKENS = frozenset({"input_ids", "attention_mask", "token_type_ids", "word_numbers"})
+"""What is read of a text: tensors whose second axis is that of the tokens."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class AdaptedBackbone:
         """As `Backbone.read`."""
         return self.backbone.read(inputs, self.budget)
 
+    def words(self, rows: Any) -> Inputs:
+        """As `Backbone.words`."""
+        return self.backbone.words(rows, self.budget)
+
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows; images are all alike."""
         if self.backbone.kind == "image":
@@ -204,6 +208,10 @@ class SharedBackbone:
         """As `AdaptedBackbone.read`."""
         return self._network.read(inputs)
 
+    def words(self, rows: Any) -> Inputs:
+        """As `celora.core.task.Reader`."""
+        return self._network.words(rows)
+
     @property
     def tokenizer(self) -> TextTokenizer:
         """The backbone's."""
@@ -244,7 +252,7 @@ class SharedBackbone:
     def predict(self, client: str, weights: Tensors, inputs: Any) -> Tensor:
         """As `ClientModels.predict`; activations are not kept."""
         network = AdaptedBackbone(self._backbone, self._family, start=self._start)
-        return predict(network, self._task, weights, unlabelled(self.read(inputs)))
+        return predict(network, self._task, weights, unlabelled(self._task.inputs(inputs, self)))
 
     def answers(self, client: str, weights: Tensors, inputs: Any) -> Sequence[Any]:
         """As `ClientModels.answers`."""

@@ -7,11 +7,13 @@ from celora.tasks.causal_lm import CausalLm
 from celora.tasks.classify import Classify
 from celora.tasks.multilabel import MultiLabel
 from celora.tasks.regress import Regress
+from celora.tasks.tag import Tag
 
 TASKS: Mapping[str, type[Task]] = {
     "classify": Classify,
     "causal-lm": CausalLm,
     "regress": Regress,
     "multi-label": MultiLabel,
+    "tag": Tag,
 }
 """Name in configuration files -> the task."""
