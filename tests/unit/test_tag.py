@@ -28,10 +28,9 @@ from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import AdaptedBackbone, SharedBackbone
 from celora.tasks.entities import entities
 from celora.tasks.tag import Tag
-from celora.tensors import but, only
+from celora.tensors import but, only, part
 from tests.facts.test_models import run_readme, stock
 from tests.unit.test_models_architectures import ARCHITECTURES, saved
-from tests.unit.test_solve import close
 
 ROWS: list[dict[str, Any]] = [
     {"tokens": ["Ada", "Lovelace", "lived", "in", "London"], "tags": ["B-PER", "I-PER", "O", "O", "B-LOC"]},
@@ -173,25 +172,38 @@ def test_predictions_have_a_tag_for_each_word_whatever_passes_they_are_made_in(t
 
 
 @pytest.mark.parametrize("name", ["minilm", "llama", "xlnet"])
-def test_a_fit_is_the_same_alone_and_together(tmp_path: Path, name: str) -> None:
+def test_losses_gradients_and_scores_are_the_same_alone_and_together(tmp_path: Path, name: str) -> None:
     of = shared(tmp_path, name, layers="last:1", max_length=40)
-    examples, weights = of._task.read(table(tmp_path), of), moved(of)
-    recipe = Recipe(batch_size=3, steps=2)  # type: ignore[call-arg]
+    examples, weights, clients = of._task.read(table(tmp_path), of), moved(of), ([0, 1, 2], [2, 3, 4, 1, 0])
     forward = BatchedForward(of._network, of._task)
+    trained = [name for name in weights if part(name) in ("B", "head")]
+    batches = [forward.batch(Rows(examples, range(5)), at) for at in clients]
+
+    def derived(held: Any, batch: Any) -> tuple[Any, Any]:
+        held = {name: w.clone().requires_grad_(name in trained) for name, w in held.items()}
+        losses = forward.losses(held, batch)
+        return losses, torch.autograd.grad(losses.sum(), [held[name] for name in trained])
+
+    alone = [derived(weights, batch) for batch in batches]
+    if of._network.joins:
+        losses, gradients = derived({n: torch.stack([w, w]) for n, w in weights.items()}, forward.join(batches))
+        for client, (loss, own) in enumerate(alone):
+            torch.testing.assert_close(losses[client], loss, atol=1e-5, rtol=1e-5)
+            for found, expected in zip(gradients, own, strict=True):
+                torch.testing.assert_close(found[client], expected, atol=1e-5, rtol=1e-4)
+    recipe = Recipe(batch_size=3, steps=2)  # type: ignore[call-arg]
 
     def learners() -> list[ModelLearner]:
         return [
             ModelLearner(forward, {"train": Rows(examples, at)}, weights, recipe, seed=0, client=str(at), round=1)
-            for at in ([0, 1, 2], [2, 3, 4, 1, 0])
+            for at in clients
         ]
 
-    asked = [(it, Fit({}, only("B", "head"))) for it in learners()]
-    for found, it in zip(Fit.together(asked, forward), learners(), strict=True):
-        alone = Fit({}, only("B", "head")).alone(it)
+    fits = [Fit({}, only("B", "head")) for _ in clients]
+    for found, it in zip(Fit.together(list(zip(learners(), fits, strict=True)), forward), learners(), strict=True):
         assert not isinstance(found, Exception)
-        assert found.metrics["loss"] == pytest.approx(alone.metrics["loss"], abs=1e-5)
-        close(found.weights, alone.weights)
-        assert not torch.equal(alone.weights["head.weight"], weights["head.weight"])
+        assert found.metrics["loss"] == pytest.approx(fits[0].alone(it).metrics["loss"], abs=1e-5)
+        assert not torch.equal(found.weights["head.weight"], weights["head.weight"])
     together = forward.scores([(it, weights, "train", None) for it in learners()])
     for one, it in zip(together, learners(), strict=True):
         assert one == pytest.approx(it.test(weights, "train"), abs=1e-5)
