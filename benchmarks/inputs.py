@@ -165,7 +165,7 @@ def main() -> None:
             show(f"{count:,} rows, {kind}", medians, note)
             rows = {name: {what: one.json() for what, one in spread.items()} for name, spread in spreads.items()}
             sections[kind] = {"rows": count, "trees": rows}
-    save("inputs", sections, settings=vars(options))
+    save("inputs", sections, settings={**vars(options), "tree": list(trees)})
 
 
 if __name__ == "__main__":

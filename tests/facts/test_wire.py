@@ -51,19 +51,35 @@ def imports(tree: ast.AST) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
+def weights_only(call: ast.Call) -> bool:
+    """Whether a call of `torch.load` admits nothing but tensors."""
+    return any(
+        keyword.arg == "weights_only" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+        for keyword in call.keywords
+    )
+
+
 def unsafe(tree: ast.AST) -> list[str]:
     """Whatever runs or unpickles what it reads."""
     found = sorted(imports(tree) & PICKLERS)
+    tensors_alone = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and weights_only(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
-            found += [name] if name in ("torch.load", "torch.save") else []
+            found += [name] if name in ("torch.load", "torch.save") and id(node) not in tensors_alone else []
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
             found.append(node.func.id)
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             safe = isinstance(node.value, ast.Constant) and node.value.value is False
             found += [] if safe else ["allow_pickle"]
     return found
+
+
+def test_loading_with_torch_counts_unless_it_admits_nothing_but_tensors() -> None:
+    assert (
+        unsafe(ast.parse("torch.load(f)")) == unsafe(ast.parse("torch.load(f, weights_only=False)")) == ["torch.load"]
+    )
+    assert not unsafe(ast.parse("torch.load(f, weights_only=True)"))
 
 
 def test_no_module_pickles_or_runs_what_it_reads() -> None:

@@ -174,6 +174,16 @@ def test_the_form_of_a_source_is_found_by_its_columns(tmp_path: Path) -> None:
         read(*ROWS, columns={"answer": "completion"})
 
 
+def test_labels_of_rows_that_need_none_are_groups_and_no_cause_for_a_notice(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"a {at}", "completion": "b", "label": f"group {at % 2}", "site": f"s{at % 2}"} for at in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = data.load(data.Data(source="rows.jsonl", client="site"), tmp_path, 0, CausalLm())
+    assert not held.notices
+    assert len(held.clients) == 2
+
+
 # --- what it costs -------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from celora.experiment.client import Join, SiteData, enter, hold, local, own_sec
 from celora.experiment.config import dump, resolve
 from celora.experiment.population import ResourceCache
 from celora.models.backbone import Backbone
-from celora.tasks.classify import Classes
+from celora.tasks.classes import Classes
 from celora.wire import unpack
 
 TREE = {

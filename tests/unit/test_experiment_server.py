@@ -12,7 +12,7 @@ from celora.experiment.config import Experiment, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.server import SiteRuntime, SitesEngine
 from celora.site.certificates import development
-from celora.tasks.classify import Classes
+from celora.tasks.classes import Classes
 from celora.track.client_stores import ClientStores
 from celora.track.folder import RunFolder
 from celora.wire import NOTHING, pack

@@ -126,7 +126,7 @@ def load(data: Data, base: Path, seed: int, task: Reading | None = None) -> Fede
         clients_per_group=data.clients_per_group, seed=seed,
     )  # fmt: skip
     groups = table.empty if kind == "natural" else {}
-    return _carved(table, of_rows, hands, data, seed, groups)
+    return _carved(table, of_rows, hands, data, seed, groups, task)
 
 
 def alone(data: Data, base: Path, client: str, seed: int, task: Reading | None = None) -> FederatedDataset:
@@ -141,7 +141,7 @@ def alone(data: Data, base: Path, client: str, seed: int, task: Reading | None =
     hand = ClientRows(
         *([row for row, of in enumerate(splits) if of == split] for split in ("train", "validation", "test"))
     )
-    return _carved(table, task.strata(table), {client: hand}, data, seed, {})
+    return _carved(table, task.strata(table), {client: hand}, data, seed, {}, task)
 
 
 def _carved(
@@ -151,6 +151,7 @@ def _carved(
     data: Data,
     seed: int,
     empty: Mapping[str, str],
+    task: Reading,
 ) -> FederatedDataset:
     """Each client's own training, validation and test rows."""
     labels = [""] * len(table) if strata is None else strata
@@ -168,9 +169,10 @@ def _carved(
     }  # fmt: skip
     excluded = {**{client: "has no training rows" for client, held in hands.items() if not held.train}, **empty}
     expected = [name for name in ("validation", "test") if name in fixed or wanted[name] > 0]
+    learned = strata if any(form.labelled for form in task.forms) else None  # elsewhere a label is a group of rows
     return FederatedDataset(
         table=table, clients=clients, excluded=excluded,
-        notices=(*table.notices, *(_oddities(strata, clients) if strata else ()), *_without(clients, expected)),
+        notices=(*table.notices, *(_oddities(learned, clients) if learned else ()), *_without(clients, expected)),
     )  # fmt: skip
 
 
