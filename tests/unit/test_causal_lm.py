@@ -262,6 +262,7 @@ def test_metrics_of_a_split_are_sums_over_tokens_and_bytes(loaded: Loaded) -> No
 
 def test_a_model_that_reads_the_tokens_it_predicts_is_refused(tmp_path: Path) -> None:
     with quiet(), torch.random.fork_rng():
+        torch.manual_seed(0)
         config = t.BertConfig(
             vocab_size=len(VOCABULARY), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
             intermediate_size=32, initializer_range=0.5,

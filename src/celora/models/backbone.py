@@ -155,7 +155,8 @@ class Backbone:
         short = {name: tensor[:, :-1] for name, tensor in batch.items()}
         states, _ = self.states(batch, {})
         before, _ = self.states(short, {})
-        near = partial(torch.allclose, rtol=1e-2, atol=1e-2 * float(states.abs().max()))
+        rounding = 1e-3 if self.dtype == torch.float32 else 1e-2
+        near = partial(torch.allclose, rtol=rounding, atol=rounding * float(states.abs().max()))
         what = f"{self.name}, a {type(whole).__name__},"
         if not near(states[:, :-1], before):
             raise ModelError(f"{what} reads the tokens after those that it predicts; expected a causal language model")
