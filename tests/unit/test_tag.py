@@ -191,7 +191,7 @@ def test_losses_gradients_and_scores_are_the_same_alone_and_together(tmp_path: P
             torch.testing.assert_close(losses[client], loss, atol=1e-5, rtol=1e-5)
             for found, expected in zip(gradients, own, strict=True):
                 torch.testing.assert_close(found[client], expected, atol=1e-5, rtol=1e-4)
-    recipe = Recipe(batch_size=3, steps=2)  # type: ignore[call-arg]
+    recipe = Recipe(batch_size=3, steps=2)
 
     def learners() -> list[ModelLearner]:
         return [
@@ -214,7 +214,7 @@ def test_activations_of_words_are_kept_without_changing_a_bit(tmp_path: Path) ->
     for activations in (ActivationCache(of._backbone, ROOM << 6), ActivationCache(of._backbone, 0)):
         network = AdaptedBackbone(of._backbone, Lora(), activations, ROOM)
         examples = of._task.read(rows, network)
-        recipe = Recipe(batch_size=3, steps=3)  # type: ignore[call-arg]
+        recipe = Recipe(batch_size=3, steps=3)
         forward = BatchedForward(network, of._task)
         it = ModelLearner(forward, {"train": Rows(examples, range(5))}, moved(of), recipe, seed=0, client="a", round=1)
         found.append(Fit({}, but()).alone(it).weights)
