@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from celora.data import Data, load, read
+from celora.core.task import TEXTS, Form
+from celora.data import Data, load, named, read
+from celora.data.columns import Sheet, gather
 from celora.data.inputs import ImageFiles
 from celora.data.table import Table
 from celora.errors import DataError
@@ -314,3 +317,29 @@ def test_an_image_that_is_damaged_behind_its_header_is_named_when_it_is_decoded(
     for decode in (lambda: table.inputs[1], table.fingerprint):
         with pytest.raises(DataError, match=r"a\.parquet:2: column 'image' holds no readable image: "):
             decode()
+
+
+def test_of_many_files_one_is_open_at_a_time() -> None:
+    open_now: set[str] = set()
+    most = 0
+
+    def records(name: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+        nonlocal most
+        open_now.add(name)
+        most = max(most, len(open_now))
+        columns_of[name].append("text")
+        yield 1, {"text": f"of {name}", "label": "x"}
+        open_now.discard(name)
+
+    columns_of: dict[str, list[str]] = {f"{number}.jsonl": [] for number in range(50)}
+    sheets = [Sheet(name, known, records(name)) for name, known in columns_of.items()]
+    table = gather(sheets, named(Data(source="*.jsonl", label="text"), [TEXTS]))
+    assert len(table) == 50
+    assert most == 1
+
+
+def test_where_no_form_fits_the_message_is_about_the_one_that_fits_best(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    forms = [Form(dict.fromkeys(roles, "text")) for roles in (("messages",), ("prompt", "completion"))]
+    with pytest.raises(DataError, match="has no column 'completion'"):
+        read(Data(source="rows.jsonl"), tmp_path, forms)

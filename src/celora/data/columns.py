@@ -76,12 +76,13 @@ class Columns:
         return roles | {name for name in (self.label, self.client, self.split) if name}
 
     def within(self, names: Collection[str]) -> "Columns":
-        """As a source with these columns has them: with the first form that fits, or the first where none does."""
-        for form in self.forms:
-            one = replace(self, forms=[form])
-            if all(self.column(role) in names for role in form.roles if role not in form.optional):
-                return one
-        return replace(self, forms=self.forms[:1])
+        """As a source with these columns has them: with the first form that fits, or the one that fits best."""
+
+        def share(form: Form) -> float:
+            needed = [self.column(role) for role in form.roles if role not in form.optional]
+            return sum(column in names for column in needed) / len(needed)
+
+        return replace(self, forms=[max(self.forms, key=share)])  # the first of those that fit alike
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
     Raises:
         DataError: a column is missing, a value is of the wrong kind, or nothing usable is left.
     """
-    sheets = [_begun(sheet) for sheet in sheets]
+    sheets = _known(sheets)
     columns = columns.within({name for sheet in sheets for name in sheet.columns})
     _check_columns(sheets, columns)
     rows = _Rows(columns)
@@ -126,11 +127,19 @@ def gather(sheets: Sequence[Sheet], columns: Columns) -> Table:
     )  # fmt: skip
 
 
-def _begun(sheet: Sheet) -> Sheet:
-    """The sheet with its first record read, so that at least its columns are known."""
-    records = iter(sheet.records)
-    first = list(islice(records, 1))
-    return replace(sheet, records=chain(first, records))
+def _known(sheets: Sequence[Sheet]) -> list[Sheet]:
+    """The sheets, at least one of which knows its columns: the first record of one is read where none does.
+
+    No more than one file is then open, however many there are.
+    """
+    found = list(sheets)
+    for at, sheet in enumerate(found):
+        if any(one.columns for one in found):
+            break
+        records = iter(sheet.records)
+        first = list(islice(records, 1))
+        found[at] = replace(sheet, records=chain(first, records))
+    return found
 
 
 class _Rows:
