@@ -371,8 +371,9 @@ def test_stock_peft_gives_the_exported_adapters_logits_to_the_task_class(tmp_pat
         assert set(again) == set(weights)
 
 
-def test_the_code_of_an_exports_readme_answers_as_celora_does(tmp_path: Path, loaded: Loaded) -> None:
-    backbone, task = loaded(), CausalLm(answer_tokens=64)
+@pytest.mark.parametrize("template", ["auto", "alpaca", "chat"])
+def test_the_code_of_an_exports_readme_answers_as_celora_does(template: Any, tmp_path: Path, loaded: Loaded) -> None:
+    backbone, task = loaded(max_length=200, begins=True), CausalLm(template=template, answer_tokens=7)
     weights = {name: 8 * weight for name, weight in weights_of(backbone).items()}
     models(backbone, task).export(tmp_path / "out", "c", weights)
     code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
@@ -384,6 +385,29 @@ def test_the_code_of_an_exports_readme_answers_as_celora_does(tmp_path: Path, lo
     assert done.returncode == 0, done.stderr
     found = models(backbone, task).answers("c", weights, ["a prompt", "and another one"])
     assert [text.strip() for text in json.loads(done.stdout)] == found
+    assert all(found)
+
+
+def test_many_prompts_are_answered_together_as_one_by_one(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, task = loaded(), CausalLm(answer_tokens=6)
+    weights, prompts = weights_of(backbone), [f"{'ab' * n} {n}?" for n in (9, 1, 5, 30, 2)]
+    alone = [models(backbone, task).answers("c", weights, [prompt])[0] for prompt in prompts]
+    passes: list[int] = []
+    plain = Backbone.answers
+    monkeypatch.setattr(
+        Backbone, "answers", lambda self, ids, *more: passes.append(len(ids)) or plain(self, ids, *more)
+    )
+    assert models(backbone, task).answers("c", weights, prompts) == alone
+    assert len(passes) < len(prompts)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_prompt_and_its_answer_stay_within_the_models_positions(family: str, loaded: Loaded) -> None:
+    backbone = loaded(family, max_length=256)  # all that there are
+    assert backbone.longest == 256
+    prompt = [9 + at % 20 for at in range(256)]
+    (found,) = backbone.answers([prompt], {}, 12)
+    assert backbone.answers([prompt[-244:]], {}, 12) == [found]
 
 
 def test_an_adapter_that_plain_lora_does_not_reproduce_is_not_exported(

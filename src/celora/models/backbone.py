@@ -349,15 +349,20 @@ class Backbone:
     def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
         """What the language model answers to each prompt, greedily, in at most so many tokens.
 
+        A prompt that leaves no room for an answer among the model's positions is cut from the left, behind the token
+        that begins a text.
+
         Args:
             prompts: token ids of each, at least one.
             updates: as `states`; where they are of several clients, prompts are client-major.
         """
         assert self.head is not None, "only a language model is asked for answers"
-        text, end = self.text_tokenizer, self._ends
+        text, begun = self.text_tokenizer, len(self.text_tokenizer.start)
+        room = max(begun + 1, (self.longest or most) - most)
+        fitting = [[*ids[:begun], *ids[begun:][begun - room :]] if len(ids) > room else ids for ids in prompts]
         with bound(self._adapted, updates):
-            ids = answered(self._transformer, self.head, prompts, most=most, end=end, padding=self.padding)
-        return [text.text(row) for row in ids]
+            found = answered(self._transformer, self.head, fitting, most=most, end=self._ends, padding=self.padding)
+        return [text.text(ids) for ids in found]
 
     @property
     def _ends(self) -> list[int]:

@@ -21,6 +21,8 @@ from celora.lazy import Lazy
 cache_utils = Lazy("transformers.cache_utils")
 ABSENT = -100
 """The label of a token that is no target."""
+ANSWER_TOKENS = 64
+"""Of an answer, at most, where the task does not say."""
 _LOGITS = 1 << 23
 """Numbers in the logits of a chunk: 32 MB."""
 

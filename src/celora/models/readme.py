@@ -6,6 +6,7 @@ from celora.core.adapters import Family
 from celora.core.task import ModelCard
 from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
+from celora.models.language import ANSWER_TOKENS
 from celora.models.settings import Model
 from celora.models.task_classes import AUTO_CLASSES, TaskClass
 
@@ -45,11 +46,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base, prompts = {base}, ["a prompt", "and another one"]
-tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", truncation_side="left")
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
-inputs = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
-found = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+{code}model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer(prompts, **options)
+found = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
 answers = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 """
 _SERVED = """\
@@ -161,7 +163,9 @@ def _base(backbone: Backbone) -> tuple[str, str, str]:
 
 
 def _language(backbone: Backbone, card: ModelCard, model: Model) -> str:
-    return _page(card, _LANGUAGE.format(base=repr(source_of(backbone)), dtype=model.dtype))
+    tokens = card.facts["answer_tokens"] or ANSWER_TOKENS
+    common = {"dtype": model.dtype, "length": model.max_length, "tokens": tokens, "code": card.code}
+    return _page(card, _LANGUAGE.format(base=repr(source_of(backbone)), **common))
 
 
 def _page(card: ModelCard, code: str, note: str = "") -> str:

@@ -20,16 +20,14 @@ from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_peft
 from celora.models.families import initial
 from celora.models.inputs import Inputs, inputs_of
+from celora.models.language import ANSWER_TOKENS
 from celora.models.learner import ModelLearner
 from celora.models.pissa import Start
-from celora.models.rows import Rows, unlabelled, well_filled
+from celora.models.rows import Rows, budgeted, unlabelled, well_filled
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, dropping, less
 from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
-
-_ANSWER = 64
-"""Tokens of an answer, at most, where the task does not say."""
 
 
 class AdaptedBackbone:
@@ -259,9 +257,13 @@ class SharedBackbone:
         if self._backbone.head is None:
             return self._task.answers(self.predict(client, weights, inputs))
         network = AdaptedBackbone(self._backbone, self._family, start=self._start)
-        prompts = self._task.prompts(inputs, self.tokenizer)
-        most = self._task.answer_tokens or _ANSWER
-        return [answer for prompt in prompts for answer in network.answers(weights, [prompt], most)]
+        prompts, found = self._task.prompts(inputs, self.tokenizer), dict[int, str]()
+        for chosen in budgeted([len(prompt) for prompt in prompts], network.capacity):
+            answers = network.answers(
+                weights, [prompts[at] for at in chosen], self._task.answer_tokens or ANSWER_TOKENS
+            )
+            found |= dict(zip(chosen, answers, strict=True))
+        return [found[at] for at in range(len(prompts))]
 
     def export(self, folder: Path, client: str, weights: Tensors) -> None:
         """The client's adapter as plain PEFT LoRA."""

@@ -31,7 +31,7 @@ from celora.core.task import (
 from celora.fields import setting, settings
 from celora.lazy import Tensor, torch
 from celora.tasks.grading import exact, rouge_l
-from celora.tasks.prompts import FORMS, Template, pieces, token_row
+from celora.tasks.prompts import FORMS, Template, alpaca, pieces, token_row
 from celora.tensors import Tensors
 
 _ABSENT = -100
@@ -42,6 +42,11 @@ METRICS: Mapping[str, Metric] = {
     "bits_per_byte": Metric("bits_per_byte", higher_is_better=False, most=math.inf),
 }
 GENERATED: Mapping[str, Metric] = {"exact_match": Metric("exact_match"), "rouge_l": Metric("rouge_l")}
+_CHAT = """\
+asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+prompts = [prompt.removeprefix(tokenizer.bos_token or "") for prompt in prompts]  # the tokenizer sets it again
+"""
 _LARGEST = math.log(1e30)
 """Of a loss whose perplexity is written down."""
 
@@ -108,7 +113,7 @@ class CausalLm(Task):
     def prompts(self, rows: Sequence[Any], tokenizer: Tokenizer) -> Sequence[Sequence[int]]:
         """Token ids up to where the answer begins; a plain text is a prompt."""
         asked = [{"prompt": row} if isinstance(row, str) and self.form != "text" else row for row in rows]
-        return [row.ids[-tokenizer.most :] for row in self._encoded(tokenizer, asked, ended=False)]
+        return [row.ids for row in self._encoded(tokenizer, asked, ended=False)]
 
     def _encoded(self, tokenizer: Tokenizer, rows: Sequence[Any], ended: bool = True) -> list[TokenRow]:
         written = [pieces(row, self.template, tokenizer) for row in rows]
@@ -166,8 +171,16 @@ class CausalLm(Task):
         return found
 
     def model_card(self) -> ModelCard:
-        """What the adapter continues, and how prompts are written."""
-        written = {"auto": "the template of the data's form", "plain": "prompts as they are"}
-        title = "a causal language model"
-        said = f"Prompts are written with {written.get(self.template, self.template)}."
-        return ModelCard(title, "", said, {"template": self.template, "answer_tokens": self.answer_tokens})
+        """How prompts are written."""
+        title, code, said = "a causal language model", "", "Prompts are read as they are."
+        match self.template:
+            case "auto":
+                said = "A prompt is read as it is; one that was an instruction is to be written in Alpaca's words, and "
+                said += "messages are to be written by the tokenizer's chat template."
+            case "alpaca":
+                code = f"prompts = [{alpaca('{}')!r}.format(prompt) for prompt in prompts]\n"
+                said = "Prompts are written in Alpaca's words."
+            case "chat":
+                code = _CHAT
+                said = "Prompts are written by the tokenizer's chat template."
+        return ModelCard(title, code, said, {"template": self.template, "answer_tokens": self.answer_tokens})
