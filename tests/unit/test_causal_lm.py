@@ -392,11 +392,13 @@ def test_many_prompts_are_answered_together_as_one_by_one(loaded: Loaded, monkey
     backbone, task = loaded(), CausalLm(answer_tokens=6)
     weights, prompts = weights_of(backbone), [f"{'ab' * n} {n}?" for n in (9, 1, 5, 30, 2)]
     alone = [models(backbone, task).answers("c", weights, [prompt])[0] for prompt in prompts]
-    passes: list[int] = []
-    plain = Backbone.answers
-    monkeypatch.setattr(
-        Backbone, "answers", lambda self, ids, *more: passes.append(len(ids)) or plain(self, ids, *more)
-    )
+    passes, plain = list[int](), Backbone.answers
+
+    def counted(self: Backbone, ids: Any, *more: Any) -> list[str]:
+        passes.append(len(ids))
+        return plain(self, ids, *more)
+
+    monkeypatch.setattr(Backbone, "answers", counted)
     assert models(backbone, task).answers("c", weights, prompts) == alone
     assert len(passes) < len(prompts)
 
@@ -408,6 +410,8 @@ def test_a_prompt_and_its_answer_stay_within_the_models_positions(family: str, l
     prompt = [9 + at % 20 for at in range(256)]
     (found,) = backbone.answers([prompt], {}, 12)
     assert backbone.answers([prompt[-244:]], {}, 12) == [found]
+    with pytest.raises(ModelError, match="expected at most 254"):
+        models(backbone, CausalLm(answer_tokens=255))
 
 
 def test_an_adapter_that_plain_lora_does_not_reproduce_is_not_exported(

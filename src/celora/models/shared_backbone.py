@@ -29,6 +29,9 @@ from celora.models.slots import Update, dropping, less
 from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
 
+_PROMPT = 2
+"""Tokens of a prompt, at least: one that begins a text, and one of it."""
+
 
 class AdaptedBackbone:
     """The frozen backbone with whatever adapters are handed in (a `Network`).
@@ -171,6 +174,11 @@ class SharedBackbone:
         budget: int = 0,
         start: Start | None = None,
     ) -> None:
+        if backbone.longest is not None and task.answer_tokens > backbone.longest - _PROMPT:
+            raise ModelError(
+                f"task.answer_tokens = {task.answer_tokens}, but {backbone.name} has {backbone.longest} positions for a "
+                f"prompt and its answer: expected at most {backbone.longest - _PROMPT}"
+            )
         self._backbone, self._start = backbone, start or {}
         self._network = AdaptedBackbone(backbone, family, activations, budget, adapter.dropout, start)
         self._forward = BatchedForward(self._network, task)
@@ -258,10 +266,9 @@ class SharedBackbone:
             return self._task.answers(self.predict(client, weights, inputs))
         network = AdaptedBackbone(self._backbone, self._family, start=self._start)
         prompts, found = self._task.prompts(inputs, self.tokenizer), dict[int, str]()
+        most = self._task.answer_tokens or ANSWER_TOKENS
         for chosen in budgeted([len(prompt) for prompt in prompts], network.capacity):
-            answers = network.answers(
-                weights, [prompts[at] for at in chosen], self._task.answer_tokens or ANSWER_TOKENS
-            )
+            answers = network.answers(weights, [prompts[at] for at in chosen], most)
             found |= dict(zip(chosen, answers, strict=True))
         return [found[at] for at in range(len(prompts))]
 
