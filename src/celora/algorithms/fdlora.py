@@ -177,9 +177,7 @@ class FDLoRA(Algorithm[Server, Local, Down, Up]):
         tries = search(self.budget, int(torch.randint(2**31, (), generator=learner.rng)))
         best, least = HALF, float("inf")
         for _ in range(self.budget):
-            with warnings.catch_warnings():  # nevergrad hands Cobyla a tolerance that scipy corrects, and says so
-                warnings.filterwarnings("ignore", message="COBYLA")
-                candidate = tries.ask()
+            candidate = tries.ask()
             w = tuple(candidate.value.tolist())
             weights = {**learner.initial, **fused(w, common, personal)}
             metrics = yield from Score(weights, "validation", self.fusion_rows)
@@ -218,6 +216,9 @@ def fused(w: Sequence[float], common: Tensors, personal: Tensors) -> dict[str, T
 def search(budget: int, seed: int) -> Any:
     """nevergrad's NGOpt over [-1.5, 1.5]², from (0, 0), with draws of its own; `ask` and `tell`.
 
+    It works in a thread of its own, between `ask` and `tell` and after them, so what it warns of is silenced for good:
+    that scipy corrects the tolerance which it hands to Cobyla, and that it tries random points once it has converged.
+
     Raises:
         ModelError: if nevergrad is not installed.
     """
@@ -225,6 +226,8 @@ def search(budget: int, seed: int) -> Any:
         import nevergrad  # noqa: PLC0415  # an extra, and seconds to import
     except ImportError as error:
         raise ModelError("fdlora needs nevergrad, which is not installed: pip install 'celora[fusion]'") from error
+    warnings.filterwarnings("ignore", message="COBYLA")
+    warnings.filterwarnings("ignore", category=nevergrad.errors.FinishedUnderlyingOptimizerWarning)
     box = nevergrad.p.Array(init=[0.0, 0.0]).set_bounds(-BOX, BOX)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=box, budget=budget)
     optimizer.parametrization.random_state.seed(seed)
