@@ -176,8 +176,8 @@ class SharedBackbone:
     ) -> None:
         if backbone.longest is not None and task.answer_tokens > backbone.longest - _PROMPT:
             raise ModelError(
-                f"task.answer_tokens = {task.answer_tokens}, but {backbone.name} has {backbone.longest} positions for a "
-                f"prompt and its answer: expected at most {backbone.longest - _PROMPT}"
+                f"task.answer_tokens = {task.answer_tokens}, but {backbone.name} has {backbone.longest} positions for "
+                f"a prompt and its answer: expected at most {backbone.longest - _PROMPT}"
             )
         self._backbone, self._start = backbone, start or {}
         self._network = AdaptedBackbone(backbone, family, activations, budget, adapter.dropout, start)

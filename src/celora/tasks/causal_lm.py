@@ -30,6 +30,7 @@ from celora.core.task import (
 )  # fmt: skip
 from celora.fields import setting, settings
 from celora.lazy import Tensor, torch
+from celora.tasks.common import ranked, summed
 from celora.tasks.grading import exact, rouge_l
 from celora.tasks.prompts import FORMS, Template, alpaca, pieces, token_row
 from celora.tensors import Tensors
@@ -95,7 +96,7 @@ class CausalLm(Task):
     def metrics(self) -> Sequence[Metric]:
         """The metric that `score` names, and the others."""
         known = {**METRICS, **(GENERATED if self.answer_tokens else {})}
-        return [known[self.score], *(metric for name, metric in known.items() if name != self.score)]
+        return ranked(known, self.score)
 
     def strata(self, columns: Columns) -> Sequence[str] | None:
         """The labels, such as a domain's name, where the source has a column of them."""
@@ -139,9 +140,7 @@ class CausalLm(Task):
     def losses(self, outputs: Tensor, batch: Batch, clients: int | None) -> tuple[Tensor, Tensor]:
         """−log p, and target tokens."""
         counts = (batch["labels"] != _ABSENT).to(outputs.device, non_blocking=True)
-        if clients is None:
-            return outputs.sum(), counts.sum()
-        return outputs.view(clients, -1).sum(1), counts.view(clients, -1).sum(1)
+        return summed(outputs, counts, clients)
 
     def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
         """−log p, target tokens and bytes of each row, (rows, 3)."""

@@ -8,29 +8,25 @@ Macro-F1 is the mean over the classes that occur among labels or answers, F1 = 2
 balanced accuracy is the mean over the classes that occur among labels of hits / rows. Both are scikit-learn's.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Literal
 
-from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
 from celora.core.task import (
     Columns,
     Examples,
     HeadOf,
-    HeadTensor,
     ModelCard,
     Reader,
     Representation,
     Target,
-    Task,
     Trait,
 )
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
-from celora.tasks import classes
+from celora.tasks.classes import Named
+from celora.tasks.common import logits, ranked
 from celora.tensors import Tensors
 
 _ABSENT = -100
@@ -44,14 +40,11 @@ METRICS: Mapping[str, Metric] = {
 
 
 @settings
-class Classify(Task):
+class Classify(Named):
     """One of several classes for each row."""
 
     score: Literal["accuracy", "macro_f1", "balanced_accuracy", "loss"] = setting(
         "accuracy", "the metric by which rounds are chosen and clients compared"
-    )
-    classes: tuple[str, ...] | None = setting(
-        None, "all labels there are; none: those that occur (sites then tell the server theirs)"
     )
 
     @property
@@ -62,27 +55,7 @@ class Classify(Task):
     @property
     def metrics(self) -> Sequence[Metric]:
         """The metric that `score` names, and the others."""
-        return [METRICS[self.score], *(metric for name, metric in METRICS.items() if name != self.score)]
-
-    def propose(self, columns: Columns) -> bytes:
-        """The labels that occur; nothing where the experiment lists them.
-
-        Raises:
-            DataError: if a label occurs that is not listed.
-        """
-        return classes.propose(columns.labels, self.classes)
-
-    def merge(self, agreement: bytes, proposal: bytes) -> bytes:
-        """All labels of both."""
-        return classes.merge(agreement, proposal, self.classes)
-
-    def agreed(self, agreement: bytes) -> Self:
-        """With all classes, sorted.
-
-        Raises:
-            DataError: if nobody has told any label.
-        """
-        return replace(self, classes=classes.agreed(agreement, self.classes))
+        return ranked(METRICS, self.score)
 
     def strata(self, columns: Columns) -> Sequence[str]:
         """The labels."""
@@ -94,7 +67,7 @@ class Classify(Task):
         Raises:
             ModelError: if the network cannot read the rows.
         """
-        ids = {name: number for number, name in enumerate(self.classes or ())}
+        ids = self.ids
         labels = torch.tensor([ids[label] for label in columns.labels], dtype=torch.int64)
         return Examples(
             reader.read(columns.inputs), lambda rows: {"labels": labels[torch.as_tensor(rows, dtype=torch.int64)]}
@@ -105,13 +78,6 @@ class Classify(Task):
         """Class ids (n,) int64."""
         return {"labels": Target(filler=_ABSENT)}
 
-    def head(self, width: int) -> Mapping[str, HeadTensor]:
-        """`head.weight (classes, width)` and `head.bias (classes,)`, drawn as `torch.nn.Linear` does."""
-        if self.classes is None:
-            return {}
-        count, bound = len(self.classes), 1 / math.sqrt(width)
-        return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
-
     @property
     def head_of(self) -> HeadOf:
         """A row as a whole."""
@@ -119,7 +85,7 @@ class Classify(Task):
 
     def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """Logits (rows, classes)."""
-        return linear(of.features, weights["head.weight"], weights.get("head.bias"))
+        return logits(of.features, weights)
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -162,11 +128,6 @@ class Classify(Task):
         """The name of the likeliest class of each row."""
         names = self.classes or ()
         return [names[answer] for answer in outputs.argmax(1).tolist()]
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """The classes."""
-        return {"classes": list(self.classes or ())}
 
     def model_card(self) -> ModelCard:
         """Logits by name of the class."""

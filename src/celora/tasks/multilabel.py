@@ -10,12 +10,10 @@ The mean over classes, not their sum, is PyTorch's own (`BCEWithLogitsLoss`): a 
 many alike. The metrics are scikit-learn's.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
 from celora.core.task import (
@@ -26,18 +24,17 @@ from celora.core.task import (
     Examples,
     Form,
     HeadOf,
-    HeadTensor,
     ModelCard,
     Reader,
     Representation,
     Target,
-    Task,
     Trait,
 )
 from celora.errors import DataError
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
-from celora.tasks import classes
+from celora.tasks.classes import Named
+from celora.tasks.common import logits, ranked, summed
 from celora.tensors import Tensors
 
 _ABSENT = -1.0
@@ -51,14 +48,11 @@ METRICS: Mapping[str, Metric] = {
 
 
 @settings
-class MultiLabel(Task):
+class MultiLabel(Named):
     """Any number of classes for each row."""
 
     score: Literal["micro_f1", "macro_f1", "subset_accuracy", "loss"] = setting(
         "micro_f1", "the metric by which rounds are chosen and clients compared"
-    )
-    classes: tuple[str, ...] | None = setting(
-        None, "all labels there are; none: those that occur (sites then tell the server theirs)"
     )
     separator: str | None = setting(
         None, 'what stands between labels in the label column, such as ";"; none: `labels` is a column of lists',
@@ -83,31 +77,19 @@ class MultiLabel(Task):
     @property
     def metrics(self) -> Sequence[Metric]:
         """The metric that `score` names, and the others."""
-        return [METRICS[self.score], *(metric for name, metric in METRICS.items() if name != self.score)]
+        return ranked(METRICS, self.score)
 
-    def propose(self, columns: Columns) -> bytes:
-        """The labels that occur; nothing where the experiment lists them.
+    def occurring(self, columns: Columns) -> Iterable[str]:
+        """The labels that occur.
 
         Raises:
-            DataError: if labels are no names, no row has any, or one occurs that is not listed.
+            DataError: if labels are no names, or no row has any.
         """
         found = {name for names in self._names(columns) for name in names}
         if not found and len(columns.labels):
             where = "the column `label`" if self.separator else "lists in the column `columns.labels`"
             raise DataError(f"no row has any label; expected {where} of [data] to hold some")
-        return classes.propose(found, self.classes)
-
-    def merge(self, agreement: bytes, proposal: bytes) -> bytes:
-        """All labels of both."""
-        return classes.merge(agreement, proposal, self.classes)
-
-    def agreed(self, agreement: bytes) -> Self:
-        """With all classes, sorted.
-
-        Raises:
-            DataError: if nobody has told any label.
-        """
-        return replace(self, classes=classes.agreed(agreement, self.classes))
+        return found
 
     def read(self, columns: Columns, reader: Reader) -> Examples:
         """The text, pair or image of each row, and whether it has each class.
@@ -116,7 +98,7 @@ class MultiLabel(Task):
             DataError: naming the row whose labels are no names.
             ModelError: if the network cannot read the rows.
         """
-        ids = {name: number for number, name in enumerate(self.classes or ())}
+        ids = self.ids
         labels = torch.zeros(len(columns.labels), len(ids), dtype=torch.bool)
         for at, names in enumerate(self._names(columns)):
             labels[at, [ids[name] for name in names]] = True
@@ -137,13 +119,6 @@ class MultiLabel(Task):
         """1 where a row has a class, else 0, (n, classes) float32."""
         return {"labels": Target(filler=_ABSENT)}
 
-    def head(self, width: int) -> Mapping[str, HeadTensor]:
-        """`head.weight (classes, width)` and `head.bias (classes,)`, drawn as `torch.nn.Linear` does."""
-        if self.classes is None:
-            return {}
-        count, bound = len(self.classes), 1 / math.sqrt(width)
-        return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
-
     @property
     def head_of(self) -> HeadOf:
         """A row as a whole."""
@@ -151,7 +126,7 @@ class MultiLabel(Task):
 
     def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """Logits (rows, classes)."""
-        return linear(of.features, weights["head.weight"], weights.get("head.bias"))
+        return logits(of.features, weights)
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -162,9 +137,7 @@ class MultiLabel(Task):
         labels = batch["labels"].to(outputs.device, non_blocking=True)
         counts = labels[:, 0] >= 0
         each = _cross_entropy(outputs, labels) * counts
-        if clients is None:
-            return each.sum(), counts.sum()
-        return each.view(clients, -1).sum(1), counts.view(clients, -1).sum(1)
+        return summed(each, counts, clients)
 
     def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Loss, answers (classes) and labels (classes) of each row, (rows, 1 + 2 classes)."""
@@ -195,11 +168,6 @@ class MultiLabel(Task):
         """The names of the classes of each row."""
         names = self.classes or ()
         return [[name for name, has in zip(names, row, strict=True) if has] for row in (outputs > 0).tolist()]
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """The classes."""
-        return {"classes": list(self.classes or ())}
 
     def model_card(self) -> ModelCard:
         """Logits by name of the class."""

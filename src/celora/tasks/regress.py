@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
 from celora.core.task import (
@@ -28,6 +27,8 @@ from celora.core.task import (
 from celora.errors import DataError
 from celora.fields import Positive, setting, settings
 from celora.lazy import Tensor, torch
+from celora.tasks import common
+from celora.tasks.common import logits, ranked, summed
 from celora.tensors import Tensors
 
 METRICS: Mapping[str, Metric] = {
@@ -56,7 +57,7 @@ class Regress(Task):
     @property
     def metrics(self) -> Sequence[Metric]:
         """The metric that `score` names, and the others."""
-        return [METRICS[self.score], *(metric for name, metric in METRICS.items() if name != self.score)]
+        return ranked(METRICS, self.score)
 
     def read(self, columns: Columns, reader: Reader) -> Examples:
         """The text, pair or image of each row, and its number.
@@ -75,9 +76,8 @@ class Regress(Task):
         return {"y": Target(filler=math.nan)}
 
     def head(self, width: int) -> Mapping[str, HeadTensor]:
-        """`head.weight (1, width)` and `head.bias (1,)`, drawn as `torch.nn.Linear` does."""
-        bound = 1 / math.sqrt(width)
-        return {"head.weight": HeadTensor((1, width), bound), "head.bias": HeadTensor((1,), bound)}
+        """One output."""
+        return common.head(1, width)
 
     @property
     def head_of(self) -> HeadOf:
@@ -86,7 +86,7 @@ class Regress(Task):
 
     def outputs(self, of: Representation, weights: Tensors, batch: Batch) -> Tensor:
         """(ŷ − mean) / scale, (rows,)."""
-        return linear(of.features, weights["head.weight"], weights.get("head.bias")).squeeze(-1)
+        return logits(of.features, weights).squeeze(-1)
 
     def count(self, batch: Batch) -> int:
         """Rows."""
@@ -97,9 +97,7 @@ class Regress(Task):
         y = batch["y"].to(outputs.device, non_blocking=True)
         counts = ~y.isnan()
         squares = (outputs - y.nan_to_num()).square() * counts
-        if clients is None:
-            return squares.sum(), counts.sum()
-        return squares.view(clients, -1).sum(1), counts.view(clients, -1).sum(1)
+        return summed(squares, counts, clients)
 
     def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Output and target of each row, (rows, 2)."""

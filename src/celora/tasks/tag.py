@@ -10,11 +10,9 @@ nothing, is neither learned nor scored.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
 from celora.core.task import (
@@ -22,19 +20,18 @@ from celora.core.task import (
     Examples,
     Form,
     HeadOf,
-    HeadTensor,
     Inputs,
     ModelCard,
     Reader,
     Representation,
     Target,
-    Task,
     Trait,
 )
 from celora.errors import DataError
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
-from celora.tasks import classes
+from celora.tasks.classes import Named
+from celora.tasks.common import logits, ranked, summed
 from celora.tasks.entities import entities
 from celora.tensors import Tensors
 
@@ -48,14 +45,11 @@ METRICS: Mapping[str, Metric] = {
 
 
 @settings
-class Tag(Task):
+class Tag(Named):
     """A tag for each word."""
 
     score: Literal["entity_f1", "accuracy", "loss"] = setting(
         "entity_f1", "the metric by which rounds are chosen and clients compared"
-    )
-    classes: tuple[str, ...] | None = setting(
-        None, "all tags there are; none: those that occur (sites then tell the server theirs)"
     )
 
     @property
@@ -76,28 +70,15 @@ class Tag(Task):
     @property
     def metrics(self) -> Sequence[Metric]:
         """The metric that `score` names, and the others."""
-        return [METRICS[self.score], *(metric for name, metric in METRICS.items() if name != self.score)]
+        return ranked(METRICS, self.score)
 
-    def propose(self, columns: Columns) -> bytes:
-        """The tags that occur; nothing where the experiment lists them.
-
-        Raises:
-            DataError: if tags are no names, a row has not one for each word, or one occurs that is not listed.
-        """
-        found = {tag for at, row in enumerate(columns.inputs) for tag in _tags(row, columns, at)}
-        return classes.propose(found, self.classes)
-
-    def merge(self, agreement: bytes, proposal: bytes) -> bytes:
-        """All tags of both."""
-        return classes.merge(agreement, proposal, self.classes)
-
-    def agreed(self, agreement: bytes) -> Self:
-        """With all tags, sorted.
+    def occurring(self, columns: Columns) -> Iterable[str]:
+        """The tags that occur.
 
         Raises:
-            DataError: if nobody has told any tag.
+            DataError: if tags are no names, or a row has not one for each word.
         """
-        return replace(self, classes=classes.agreed(agreement, self.classes))
+        return {tag for at, row in enumerate(columns.inputs) for tag in _tags(row, columns, at)}
 
     def read(self, columns: Columns, reader: Reader) -> Examples:
         """The words of each row, and the ids of their tags.
@@ -106,7 +87,7 @@ class Tag(Task):
             DataError: naming the row that is not as it should be.
             ModelError: if the network reads no words.
         """
-        ids = {name: number for number, name in enumerate(self.classes or ())}
+        ids = self.ids
         rows = [torch.tensor([ids[tag] for tag in _tags(row, columns, at)]) for at, row in enumerate(columns.inputs)]
 
         def targets(chosen: Sequence[int]) -> Tensors:
@@ -125,13 +106,6 @@ class Tag(Task):
         """Ids of tags (n, words) int64."""
         return {"tags": Target(filler=_ABSENT)}
 
-    def head(self, width: int) -> Mapping[str, HeadTensor]:
-        """`head.weight (tags, width)` and `head.bias (tags,)`, drawn as `torch.nn.Linear` does."""
-        if self.classes is None:
-            return {}
-        count, bound = len(self.classes), 1 / math.sqrt(width)
-        return {"head.weight": HeadTensor((count, width), bound), "head.bias": HeadTensor((count,), bound)}
-
     @property
     def head_of(self) -> HeadOf:
         """Each token."""
@@ -142,8 +116,7 @@ class Tag(Task):
         states = of.states
         at, fits = (one.to(states.device, non_blocking=True) for one in _first_pieces(batch))
         first = states.gather(1, at.unsqueeze(2).expand(-1, -1, states.shape[2]))
-        logits = linear(first, weights["head.weight"], weights.get("head.bias"))
-        return logits.masked_fill(~fits.unsqueeze(2), math.nan)
+        return logits(first, weights).masked_fill(~fits.unsqueeze(2), math.nan)
 
     def count(self, batch: Batch) -> int:
         """Words that have a piece and a tag."""
@@ -153,9 +126,7 @@ class Tag(Task):
         """Cross entropies, and words."""
         each, tags = _cross_entropies(outputs, batch)
         counts = tags != _ABSENT
-        if clients is None:
-            return each.sum(), counts.sum()
-        return each.view(clients, -1).sum(1), counts.view(clients, -1).sum(1)
+        return summed(each, counts, clients)
 
     def outcomes(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Of each row its loss, words, right words; right, answered and true entities: (rows, 6) float64."""
@@ -202,11 +173,6 @@ class Tag(Task):
             found.append([names[tag] if one else None for tag, one in zip(ids, fits.tolist(), strict=False)])
         return found
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """The tags."""
-        return {"classes": list(self.classes or ())}
-
     def model_card(self) -> ModelCard:
         """Logits of tokens; the first piece of a word has the word's."""
         return ModelCard(
@@ -239,8 +205,8 @@ def _scored(batch: Batch) -> Tensor:
 def _cross_entropies(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Of each word, 0 where it is not scored, and the tags, (rows, words) each."""
     tags = _scored(batch).to(outputs.device, non_blocking=True)
-    logits = outputs.nan_to_num().flatten(0, 1)
-    return F.cross_entropy(logits, tags.flatten(), reduction="none", ignore_index=_ABSENT).view_as(tags), tags
+    flat = outputs.nan_to_num().flatten(0, 1)
+    return F.cross_entropy(flat, tags.flatten(), reduction="none", ignore_index=_ABSENT).view_as(tags), tags
 
 
 def _tags(row: Mapping[str, Any], columns: Columns, at: int) -> list[str]:
