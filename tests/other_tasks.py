@@ -11,7 +11,8 @@ from torch import Tensor
 from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.core.task import Columns, Examples, HeadTensor, ModelCard, Reader, Representation, Target, Task, Trait
+from celora.core.reading import Columns, Reader
+from celora.core.task import Examples, HeadTensor, ModelCard, Representation, Target, Task, Trait
 from celora.fields import setting, settings
 from celora.tensors import Tensors
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from celora.core.task import TEXTS, Form
+from celora.core.reading import TEXTS, Form
 from celora.data import Data, load, named, read
-from celora.data.columns import Sheet, gather
+from celora.data.columns import Sheet
+from celora.data.gather import gather
 from celora.data.inputs import ImageFiles
 from celora.data.table import Table
 from celora.errors import DataError

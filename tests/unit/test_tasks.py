@@ -18,8 +18,8 @@ from celora.core.adapters import Lora
 from celora.core.learner import Recipe
 from celora.core.metrics import ACCURACY, LOSS
 from celora.core.problems import Fit, Gradient
+from celora.core.reading import Columns
 from celora.core.rounds import run_rounds
-from celora.core.task import Columns
 from celora.data.table import Table
 from celora.engines.embedded import Embedded
 from celora.engines.remote import ClientFacts, JobStart

@@ -1,6 +1,6 @@
 """Where the rows come from and who holds them: `load(Data(...), base, seed)` -> `FederatedDataset`.
 
-    files, hub                         a source -> Table (`columns` judges its rows)
+    files, hub                         a source -> Table (`gather` judges its rows)
     docstrings, instructions, digits   embedded sources -> Table
     partition                          a Table -> the rows of each client
     split                              a client's rows -> its own training, validation and test rows
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from celora import fields
-from celora.core.task import IMAGES, PAIRS, TEXTS, Form
-from celora.core.task import Columns as TaskColumns
+from celora.core.reading import IMAGES, PAIRS, TEXTS, Form
+from celora.core.reading import Columns as TaskColumns
 from celora.data import partition
 from celora.data.columns import Columns
 from celora.data.digits import read_digits

@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from celora.data.columns import Columns, Sheet, gather
+from celora.data.columns import Columns, Sheet
+from celora.data.gather import gather
 from celora.data.image_files import SUFFIXES, arrays, image_file
 from celora.data.table import Table, did_you_mean, listing, natural_key
 from celora.errors import DataError

@@ -9,7 +9,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from celora.data.columns import SPLIT_NAMES, Columns, Sheet, gather
+from celora.data.columns import SPLIT_NAMES, Columns, Sheet
+from celora.data.gather import gather
 from celora.data.table import Table, listing
 from celora.errors import DataError
 

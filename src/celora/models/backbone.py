@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,30 +18,20 @@ from celora.core.task import Architecture, HeadOf
 from celora.errors import ModelError
 from celora.models import loading, targets
 from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
-from celora.models.image_processor import FILE as PROCESSOR
-from celora.models.image_processor import ImageProcessor, image_processor
-from celora.models.inputs import DecodedImages, Inputs, TextPairs, TokenisedTexts, collate, inputs_of, source_of
 from celora.models.language import LanguageHead, answered
+from celora.models.row_reader import RowReader
 from celora.models.settings import Adapter, Model, Pooling
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
 from celora.models.task_classes import TaskClass, task_class
-from celora.models.tokens import TextTokenizer
-from celora.models.words import TokenisedWords
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 _PASS = 1024 * 384
 """Numbers in one hidden state of a pass on a CPU: MiniLM, 384 wide, is fastest at 512 to 1024 tokens."""
 _LEAST = 512
 """Tokens in a pass, at least."""
-_SAMPLE = (
-    "The first of a few texts.",
-    "Another one, of about its length",
-    "And one more that is a good deal longer than they are: it goes on, and on, until it has more than 16 tokens.",
-    "The last?",
-)
 
 
-class Backbone:
+class Backbone(RowReader):
     """A frozen transformer whose adapted modules take their LoRA factors per call.
 
     Attributes:
@@ -70,8 +60,6 @@ class Backbone:
             token.
     """
 
-    kind: Literal["text", "image"]
-
     def __init__(
         self,
         transformer: nn.Module,
@@ -86,8 +74,8 @@ class Backbone:
         self.head = LanguageHead(whole) if architecture == "causal-lm" else None
         self.prefix = f"{whole.base_model_prefix}." if self.head else ""
         transformer = whole.base_model if self.head else transformer
-        self.kind = loading.kind(transformer)
-        self.longest = loading.longest(transformer, tokenizer) if self.kind == "text" else None
+        kind = loading.kind(transformer)
+        self.longest = loading.longest(transformer, tokenizer) if kind == "text" else None
         if self.longest is not None and model.max_length > self.longest:
             found, expected = model.max_length, self.longest
             raise ModelError(f"model.max_length = {found}, but {model.backbone} reads at most {expected}")
@@ -106,12 +94,12 @@ class Backbone:
         self.convolutions = frozenset(name for name, layer in self._adapted.items() if reads_maps(layer))
         self.device = loading.device_of(model.device)
         self.dropout = model.dropout
-        self.tokenizer, self.name, self.source = tokenizer, model.backbone, source
-        self._model = model
-        self._config: Any = transformer.config
-        decides = architecture == "encoder" and self.kind == "text" and model.pooling in (None, "last")
+        decides = architecture == "encoder" and kind == "text" and model.pooling in (None, "last")
         self._sequence = task_class(transformer, "sequence") if decides else None
         self.pooling: Pooling = model.pooling or ("last" if self._sequence else "mean")
+        config: Any = transformer.config
+        typed = not self._sequence and "token_type_ids" in signature(transformer.forward).parameters
+        super().__init__(kind, tokenizer, source, model=model, config=config, typed=typed)  # decoders know no types
         self._whole: nn.Module = whole.requires_grad_(False).eval().to(self.device)
         self._transformer = transformer
         (_, one), (states, two) = self._tried(1), self._tried(2)
@@ -124,7 +112,9 @@ class Backbone:
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
         self.rows_first = all(map(all, self._of_rows.values()))
         if self.head:
-            self._check_language_model()
+            with torch.no_grad():
+                batch = self._moved(self.batch(self.sample(), [0]))
+                self.head.check(self.name, partial(self.states, updates={}), batch)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,78 +134,11 @@ class Backbone:
         """SHA-256 over names, dtypes, shapes and values of the frozen weights, whatever adapts them."""
         return self._digest
 
-    @torch.no_grad()
-    def _check_language_model(self) -> None:
-        """
-        Raises:
-            ModelError: if tokens are predicted from those after them, or logits are not those of the model itself.
-        """
-        whole: Any = self._whole
-        batch = self._moved(self.batch(self.sample(), [0]))
-        short = {name: tensor[:, :-1] for name, tensor in batch.items()}
-        states, _ = self.states(batch, {})
-        before, _ = self.states(short, {})
-        rounding = 1e-3 if self.dtype == torch.float32 else 1e-2
-        near = partial(torch.allclose, rtol=rounding, atol=rounding * float(states.abs().max()))
-        what = f"{self.name}, a {type(whole).__name__},"
-        if not near(states[:, :-1], before):
-            raise ModelError(f"{what} reads the tokens after those that it predicts; expected a causal language model")
-        assert self.head is not None
-        if not near(self.head.logits(states[0]), whole(**batch).logits[0].float()):
-            raise ModelError(f"{what} makes its logits in a way that celora does not know")
-
-    @property
-    def text_tokenizer(self) -> TextTokenizer:
-        """What makes rows of a language model.
-
-        Raises:
-            ModelError: if this backbone reads images.
-        """
-        if self.tokenizer is None:
-            raise ModelError(f"{self._model.backbone} reads images and has no tokenizer; found texts")
-        return TextTokenizer(self.tokenizer, self._model.max_length)
-
     def weight(self, module: str) -> Tensor:
         """The frozen weight of an adapted module, (d_out, d_in) float64 on the CPU."""
         layer = self._adapted[module]
         weight: Tensor = layer.get_base_layer().weight.detach().cpu().double()
         return weight.T if layer.fan_in_fan_out else weight
-
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included, cut at `max_length`; at least one token each.
-
-        Raises:
-            ModelError: if this backbone reads images.
-        """
-        if self.tokenizer is None:
-            raise ModelError(f"{self._model.backbone} reads images and has no tokenizer; found texts")
-        if not texts:
-            return []
-        found = self.tokenizer(list(texts), truncation=True, max_length=self._model.max_length)["input_ids"]
-        return [list(ids) or [self.padding] for ids in found]
-
-    def tokenize_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
-        """Token ids (t,) of each pair as the tokenizer joins two texts, the longer cut first; (2, t) with their types,
-        where tokenizer and transformer both have types.
-        """
-        texts, others = map(list, zip(*pairs, strict=True))
-        found = self.tokenizer(texts, others, truncation="longest_first", max_length=self._model.max_length)
-        ids = [row or [self.padding] for row in found["input_ids"]]
-        accepted = signature(self._transformer.forward).parameters
-        if self._sequence or "token_type_ids" not in found or "token_type_ids" not in accepted:
-            return ids  # decoders were trained without types
-        return [[row, types or [0]] for row, types in zip(ids, found["token_type_ids"], strict=True)]
-
-    @cached_property
-    def padding(self) -> int:
-        """A token to pad with: one that ends no text, as decoders' own classifiers take the last token that is none.
-
-        Otherwise it does not matter which, for padding is masked.
-        """
-        known = self.tokenizer
-        candidates = (known.pad_token_id, known.eos_token_id, known.bos_token_id, known.unk_token_id)
-        given = [token for token in candidates if token is not None]
-        return next((token for token in given if token not in known("a")["input_ids"][-1:]), 0)
 
     def class_of(self, head_of: HeadOf | None) -> TaskClass | None:
         """The class of transformers that an adapter with a head of this kind fits into; None: that of the backbone."""
@@ -245,52 +168,6 @@ class Backbone:
         return bool(self._config.to_dict().get("tf_padding"))
 
     @cached_property
-    def processor(self) -> ImageProcessor | None:
-        """The backbone's own image processor; None for texts, and where it brings none."""
-        if self.kind == "text":
-            return None
-        return image_processor(self.source, self._config.num_channels, self._model.image_size)
-
-    @cached_property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images an image backbone reads: what its own processor makes of them."""
-        side = self._config.image_size
-        height, width = (side, side) if isinstance(side, int) else side
-        shape = self._config.num_channels, height, width
-        return shape if self.processor is None else self.processor.shape_of(shape)
-
-    def read(self, rows: Any, budget: int) -> Inputs:
-        """The rows of a source as this backbone reads them, made when they are first needed.
-
-        Args:
-            rows: n texts, pairs or images: `Texts`, `Images`, `Records` with a `text` and a `pair`, a list of texts or
-                of pairs (text, pair), or a tensor (n, channels, height, width).
-            budget: bytes of token ids or pixels in memory.
-
-        Raises:
-            ModelError: if this backbone cannot read them, naming what was found and what is expected.
-            DataError: if images differ in size and the backbone brings no processor that makes them alike.
-        """
-        source = source_of(rows)
-        if source.kind != self.kind:
-            raise ModelError(f"{self.name} reads {self.kind}s; found {source.kind}s: choose another model.backbone")
-        if source.kind == "text":
-            tokenize = self.tokenize_pairs if isinstance(source, TextPairs) else self.tokenize
-            return TokenisedTexts(tokenize, source, budget)
-        plain = self.processor is None and source[0].dtype == torch.uint8
-        notice = f"pixels are divided by 255: {self.name} brings no image processor ({PROCESSOR})"
-        inputs = DecodedImages(source, self.processor, budget, (notice,) if plain else ())
-        if inputs.shape != self.image_shape:
-            raise ModelError(f"{self.name} reads images of shape {self.image_shape}; found {inputs.shape}: resize them")
-        return inputs
-
-    def words(self, rows: Any, budget: int) -> Inputs:
-        """As `celora.core.task.Reader`; arguments as `read`."""
-        if self.tokenizer is None or not self.tokenizer.is_fast:
-            raise ModelError(f"{self.name} has no tokenizer that tells which word a piece is of; found words")
-        return TokenisedWords(self.tokenizer, rows, most=self._model.max_length, padding=self.padding, budget=budget)
-
-    @cached_property
     def capacity(self) -> int:
         """Tokens in one pass: what is fastest on a CPU; on CUDA what half of the free memory holds.
 
@@ -310,17 +187,6 @@ class Backbone:
         heads = np.max(config.num_attention_heads)  # Swin has some for each stage
         inner = 34 * config.hidden_size + 5 * heads * longest
         return max(_LEAST, int(free / 2 / (config.num_hidden_layers * inner * width / 2)))
-
-    def batch(self, rows: Inputs | Sequence[Sequence[int]] | Tensor, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """Some of the rows as tensors on the CPU, as `collate` makes them."""
-        inputs = inputs_of(rows)
-        return collate(inputs.fetch(chosen), self.padding if self.kind == "text" else 0, inputs.second)
-
-    def sample(self) -> list[list[int]] | Tensor:
-        """A few unlike rows to try the backbone on; texts have an odd number of tokens."""
-        if self.kind == "text":
-            return [row[: (len(row) - 1) | 1] for row in self.tokenize(_SAMPLE)]
-        return torch.linspace(0, 1, 2 * math.prod(self.image_shape)).view(2, *self.image_shape)
 
     def encode(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None) -> Tensor:
         """Pooled features (rows, d), float32; arguments as `states`."""
@@ -361,16 +227,15 @@ class Backbone:
         room = max(begun + 1, (self.longest or most) - most)
         fitting = [[*ids[:begun], *ids[begun:][begun - room :]] if len(ids) > room else ids for ids in prompts]
         with bound(self._adapted, updates):
-            found = answered(self._transformer, self.head, fitting, most=most, end=self._ends, padding=self.padding)
+            found = answered(
+                self._transformer,
+                self.head,
+                fitting,
+                most=most,
+                end=self.head.ends(self.tokenizer),
+                padding=self.padding,
+            )
         return [text.text(ids) for ids in found]
-
-    @property
-    def _ends(self) -> list[int]:
-        """Ids that end an answer: the tokenizer's, and those of the model's own settings for generation."""
-        whole: Any = self._whole
-        own = whole.generation_config.eos_token_id
-        found = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        return sorted(token for token in found if token is not None)
 
     def _moved(self, inputs: Batch) -> dict[str, Tensor]:
         """What the transformer reads of a batch, on the device; the copy does not wait."""

@@ -8,7 +8,7 @@ collate                          rows -> the tensors of a batch
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celora.errors import ModelError
+from celora.models.sources import Images, Texts
 
 Row = NDArray[Any]
 """Token ids (t,); ids and their types (2, t); or pixels (channels, height, width)."""
@@ -26,34 +27,6 @@ _TEXTS = 1024
 """Texts that are tokenised in one call: enough for a tokenizer's threads, and its own notes on them stay small."""
 _OVERHEAD = 256
 """Bytes that a row in memory takes beside its numbers, about."""
-
-
-class Texts(Protocol):
-    """Texts as a source holds them."""
-
-    kind: Literal["text"]
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __getitem__(self, row: int, /) -> str | tuple[str, str] | list[str]:
-        """One of them, one pair, or the words of one."""
-
-
-class Images(Protocol):
-    """Images as a source holds them."""
-
-    kind: Literal["image"]
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __getitem__(self, row: int, /) -> Tensor:
-        """One of them: (channels, height, width), uint8 or float32 in [0, 1]."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of each of them; an error where they differ."""
 
 
 class Inputs(ABC):
@@ -213,76 +186,6 @@ class Kept:
         while self._held > self._budget:
             _, oldest = self._rows.popitem(last=False)
             self._held -= oldest.nbytes + _OVERHEAD
-
-
-class _ListedTexts(list[str]):
-    kind: Literal["text"] = "text"
-
-
-class TextPairs:
-    """Two texts a row: of records with a `text` and a `pair`, or of pairs as they are."""
-
-    kind: Literal["text"] = "text"
-
-    def __init__(self, rows: Any) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> tuple[str, str]:
-        match self._rows[row]:
-            case {"text": str(text), "pair": str(pair)} | [str(text), str(pair)]:
-                return text, pair
-            case other:
-                raise ModelError(f"found {str(other)[:80]!r} at row {row + 1}; expected a pair of texts, (text, pair)")
-
-
-class _RecordTexts:
-    kind: Literal["text"] = "text"
-
-    def __init__(self, rows: Any) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> str:
-        text: str = self._rows[row]["text"]
-        return text
-
-
-class _StackedImages:
-    kind: Literal["image"] = "image"
-
-    def __init__(self, images: Tensor) -> None:
-        self._images, self.shape = images, tuple(images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self._images[row]
-
-
-def source_of(rows: Any) -> Texts | Images:
-    """Rows of a source; lists of texts or pairs, and a tensor (n, channels, height, width), are taken as one;
-    of records their images, their pairs or their texts.
-    """
-    if isinstance(rows, Tensor):
-        return _StackedImages(rows)
-    if isinstance(rows, list | tuple):
-        return _ListedTexts(rows) if not rows or isinstance(rows[0], str) else TextPairs(rows)
-    source: Texts | Images = rows
-    if rows.kind == "record":
-        roles = rows[0].keys()
-        if rows.images is not None:
-            source = rows.images
-        elif "pair" in roles:
-            source = TextPairs(rows)
-        elif "text" in roles:
-            source = _RecordTexts(rows)
-    return source
 
 
 def inputs_of(rows: Inputs | Sequence[Sequence[int]] | Tensor) -> Inputs:

@@ -9,12 +9,14 @@ are there: backward then costs one product with a number for each token.
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from celora.core.learner import Batch
 from celora.errors import ModelError
 from celora.lazy import Lazy
 
@@ -38,7 +40,7 @@ class LanguageHead:
     """
 
     def __init__(self, whole: Any) -> None:
-        self._linear = whole.get_output_embeddings()
+        self._whole, self._linear = whole, whole.get_output_embeddings()
         if not isinstance(self._linear, nn.Linear):
             raise ModelError(f"{type(whole).__name__} has no linear head on hidden states; expected a language model")
         settings = whole.config.get_text_config().to_dict()
@@ -46,6 +48,34 @@ class LanguageHead:
         self._factor = float(settings.get("logit_scale") or 1.0) / float(settings.get("logits_scaling") or 1.0)
         self.vocabulary: int = self._linear.out_features
         self.chunk = max(1, _LOGITS // self.vocabulary)
+
+    def check(
+        self, name: str, states: Callable[[Batch], tuple[Tensor, Tensor | None]], batch: dict[str, Tensor]
+    ) -> None:
+        """Try the model on a row.
+
+        Args:
+            name: the model's, for messages.
+            states: of a batch, from which this head makes logits.
+            batch: one row, on the model's device.
+
+        Raises:
+            ModelError: if tokens are predicted from those after them, or logits are not those of the model itself.
+        """
+        whole, before = states(batch)[0], states({key: tensor[:, :-1] for key, tensor in batch.items()})[0]
+        rounding = 1e-3 if self._linear.weight.dtype == torch.float32 else 1e-2
+        near = partial(torch.allclose, rtol=rounding, atol=rounding * float(whole.abs().max()))
+        what = f"{name}, a {type(self._whole).__name__},"
+        if not near(whole[:, :-1], before):
+            raise ModelError(f"{what} reads the tokens after those that it predicts; expected a causal language model")
+        if not near(self.logits(whole[0]), self._whole(**batch).logits[0].float()):
+            raise ModelError(f"{what} makes its logits in a way that celora does not know")
+
+    def ends(self, tokenizer: Any) -> list[int]:
+        """Ids that end an answer: the tokenizer's, and those of the model's own settings for generation."""
+        own = self._whole.generation_config.eos_token_id
+        found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return sorted(token for token in found if token is not None)
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, vocabulary) float32 of hidden states (n, d)."""

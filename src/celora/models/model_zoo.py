@@ -15,7 +15,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family
 from celora.core.learner import Recipe, Split
-from celora.core.task import Encode, Task
+from celora.core.reading import Encode
+from celora.core.task import Task
 from celora.errors import ModelError
 from celora.models.batching import BatchedForward, predict
 from celora.models.export import export_private

@@ -21,8 +21,9 @@ from celora.core.learner import Batch
 from celora.core.task import Task
 from celora.errors import ModelError
 from celora.models import loading, targets
-from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of, source_of
+from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of
 from celora.models.settings import Model
+from celora.models.sources import source_of
 from celora.rng import generator
 from celora.tensors import Tensors
 

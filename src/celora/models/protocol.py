@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from celora.core.learner import Batch, Learner, Recipe, Split
-from celora.core.task import Encode, Inputs, Task, TokenInputs, Tokenizer
+from celora.core.reading import Encode, Inputs, TokenInputs, Tokenizer
+from celora.core.task import Task
 from celora.models.rows import Rows
 from celora.tensors import Tensors
 
@@ -91,21 +92,21 @@ class ClientModels(Protocol):
         """Adapted module -> (d_out, d_in)."""
 
     def read(self, inputs: Any) -> Inputs:
-        """A column of texts or images, as `celora.core.task.Reader`.
+        """A column of texts or images, as `celora.core.reading.Reader`.
 
         Raises:
             ModelError: if the models read something else.
         """
 
     def words(self, rows: Any) -> Inputs:
-        """As `celora.core.task.Reader`."""
+        """As `celora.core.reading.Reader`."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """As `celora.core.task.Reader`."""
+        """As `celora.core.reading.Reader`."""
 
     def tokens(self, inputs: Any, encode: Encode) -> TokenInputs:
-        """As `celora.core.task.Reader`."""
+        """As `celora.core.reading.Reader`."""
 
     @property
     def initial(self) -> Tensors:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from celora.core.learner import Batch, Recipe
-from celora.core.task import Examples, Inputs
+from celora.core.reading import Inputs
+from celora.core.task import Examples
 from celora.core.training import FILLING
 from celora.tensors import Tensors
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from celora.core.adapters import Family, modules, truncated
 from celora.core.learner import Batch, Recipe, Split
-from celora.core.task import Encode, Task
+from celora.core.reading import Encode
+from celora.core.task import Task
 from celora.errors import ModelError
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone
@@ -215,7 +216,7 @@ class SharedBackbone:
         return self._network.read(inputs)
 
     def words(self, rows: Any) -> Inputs:
-        """As `celora.core.task.Reader`."""
+        """As `celora.core.reading.Reader`."""
         return self._network.words(rows)
 
     @property
@@ -224,7 +225,7 @@ class SharedBackbone:
         return self._backbone.text_tokenizer
 
     def tokens(self, inputs: Any, encode: Encode) -> TokenRows:
-        """As `celora.core.task.Reader`."""
+        """As `celora.core.reading.Reader`."""
         return TokenRows(encode, inputs, self._network.budget)
 
     @cached_property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from celora.core.task import Encode, TokenRow
+from celora.core.reading import Encode, TokenRow
 from celora.errors import ModelError
 from celora.models.inputs import Inputs, Kept, Row, parts
 from celora.models.language import ABSENT
@@ -20,7 +20,7 @@ _LOOKED_AT = 10_000
 
 
 class TextTokenizer:
-    """A tokenizer of transformers (`celora.core.task.Tokenizer`).
+    """A tokenizer of transformers (`celora.core.reading.Tokenizer`).
 
     Args:
         most: tokens kept of a row.
@@ -47,7 +47,7 @@ class TextTokenizer:
         return found
 
     def dialogue(self, messages: Sequence[Mapping[str, str]], reply: bool) -> str:
-        """As `celora.core.task.Tokenizer`."""
+        """As `celora.core.reading.Tokenizer`."""
         if self._tokenizer.chat_template is None:
             raise ModelError("the model has no chat template, so messages cannot be written as it reads them: "
                              'set task.template = "plain" or "alpaca"')  # fmt: skip
@@ -113,7 +113,7 @@ class TokenRows(Inputs):
         return found
 
     def targets(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """As `celora.core.task.TokenInputs`."""
+        """As `celora.core.reading.TokenInputs`."""
         labels = [torch.from_numpy(row[1].astype(np.int64)) for row in self._kept.rows(rows, self._made)]
         padded = pad_sequence(labels, True, ABSENT) if labels else torch.zeros(0, 0, dtype=torch.int64)
         return {"labels": padded, "bytes": torch.from_numpy(self._bytes[np.asarray(rows, dtype=np.int64)])}

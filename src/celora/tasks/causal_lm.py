@@ -15,19 +15,8 @@ from typing import Any, Literal
 
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.core.task import (
-    Architecture,
-    Columns,
-    Examples,
-    Form,
-    ModelCard,
-    Reader,
-    Representation,
-    Target,
-    Task,
-    Tokenizer,
-    TokenRow,
-)  # fmt: skip
+from celora.core.reading import Columns, Form, Reader, Tokenizer, TokenRow
+from celora.core.task import Architecture, Examples, ModelCard, Representation, Target, Task
 from celora.fields import setting, settings
 from celora.lazy import Tensor, torch
 from celora.tasks.common import ranked, summed

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
-from celora.core.task import Columns, HeadTensor, Task
+from celora.core.reading import Columns
+from celora.core.task import HeadTensor, Task
 from celora.errors import DataError
 from celora.fields import setting, settings
 from celora.tasks import common

@@ -13,16 +13,8 @@ from typing import Literal
 
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
-from celora.core.task import (
-    Columns,
-    Examples,
-    HeadOf,
-    ModelCard,
-    Reader,
-    Representation,
-    Target,
-    Trait,
-)
+from celora.core.reading import Columns, Reader
+from celora.core.task import Examples, HeadOf, ModelCard, Representation, Target, Trait
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
 from celora.tasks.classes import Named

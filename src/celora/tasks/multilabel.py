@@ -16,20 +16,8 @@ from typing import Any, Literal
 
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.core.task import (
-    IMAGES,
-    PAIRS,
-    TEXTS,
-    Columns,
-    Examples,
-    Form,
-    HeadOf,
-    ModelCard,
-    Reader,
-    Representation,
-    Target,
-    Trait,
-)
+from celora.core.reading import IMAGES, PAIRS, TEXTS, Columns, Form, Reader
+from celora.core.task import Examples, HeadOf, ModelCard, Representation, Target, Trait
 from celora.errors import DataError
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch

@@ -11,7 +11,7 @@ The pieces of a row are tokenised one by one, so that a model is asked at exactl
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from celora.core.task import Form, Tokenizer, TokenRow
+from celora.core.reading import Form, Tokenizer, TokenRow
 from celora.errors import DataError
 
 Template = Literal["auto", "plain", "alpaca", "chat"]

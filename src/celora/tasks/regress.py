@@ -12,18 +12,8 @@ from typing import Literal
 
 from celora.core.learner import Batch
 from celora.core.metrics import LOSS, Metric
-from celora.core.task import (
-    Columns,
-    Examples,
-    HeadOf,
-    HeadTensor,
-    ModelCard,
-    Reader,
-    Representation,
-    Target,
-    Task,
-    Trait,
-)
+from celora.core.reading import Columns, Reader
+from celora.core.task import Examples, HeadOf, HeadTensor, ModelCard, Representation, Target, Task, Trait
 from celora.errors import DataError
 from celora.fields import Positive, setting, settings
 from celora.lazy import Tensor, torch

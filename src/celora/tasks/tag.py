@@ -15,18 +15,8 @@ from typing import Any, Literal
 
 from celora.core.learner import Batch
 from celora.core.metrics import ACCURACY, LOSS, Metric
-from celora.core.task import (
-    Columns,
-    Examples,
-    Form,
-    HeadOf,
-    Inputs,
-    ModelCard,
-    Reader,
-    Representation,
-    Target,
-    Trait,
-)
+from celora.core.reading import Columns, Form, Inputs, Reader
+from celora.core.task import Examples, HeadOf, ModelCard, Representation, Target, Trait
 from celora.errors import DataError
 from celora.fields import setting, settings
 from celora.lazy import F, Tensor, torch
