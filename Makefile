@@ -21,7 +21,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=5
 
 test-slow: .venv/installed-test .venv/installed-llm
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=12
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 check: .venv/installed-test
 	$(BIN)/ruff check .
