@@ -97,7 +97,7 @@ class ModelCard:
         title: what the adapter is for, after "LoRA adapter for ".
         code: Python lines that make predictions of pooled features (rows, d), for which the expression `{features}`
             stands; `head` holds the head's tensors by name. A task with `head_of` makes them of the head's logits,
-            `{logits}`.
+            `{logits}`. A language model's write `prompts` as it reads them.
         reading: a sentence that says what the predictions are.
         words: whether rows are lists of words; `{logits}` are then those of each token.
         facts: for `celora.json`.
