@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ class PlainModel(nn.Module):
 def trained(of: Population, clients: Sequence[str], together: bool) -> list[Tensors]:
     """One local training of each client, as an algorithm hands it over."""
 
-    def update() -> Iterator[Any]:
+    def update() -> Generator[Any, Any, Tensors]:
         weights: Tensors = (yield from Fit({}, train=but("C"))).weights
         return weights
 
@@ -119,11 +119,11 @@ def by_hand(model: PlainModel, start: Tensors, recipe: Recipe, batches: Sequence
     return found
 
 
-class _Widest(TorchDispatchMode):
+class _Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most rows of any tensor whose last axis is the vocabulary, but for the vocabulary's own weights."""
 
     def __init__(self, weights: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._weights, self._vocabulary, self.most = weights.untyped_storage().data_ptr(), len(weights), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
