@@ -28,7 +28,7 @@ from celora.core.problems import Fit
 from celora.core.solve import solve, solve_together
 from celora.experiment.population import Population, ResourceCache
 from celora.experiment.summary import peak_mb
-from celora.models.language import ABSENT
+from celora.models.language import ABSENT, ANSWER_TOKENS
 from celora.models.loading import quiet
 from celora.models.smollm2 import smollm2
 from celora.tensors import Tensors, but
@@ -36,7 +36,7 @@ from measure import Clock, Result, in_turns, show
 from sweep import Tree, merged
 
 BATCH = 4
-ANSWER = 24
+ANSWER = ANSWER_TOKENS
 """Tokens that each answer is long, whatever it says."""
 TREE: Tree = {
     "data": {"source": "instructions", "partition": "natural", "max_validation": 1},
