@@ -8,8 +8,9 @@ trains on the very mini-batches that celora's clients train on; both start from 
 take turns, each in fresh processes on all cores:
 
     Flower                      the app, as its users write it; no client is scored
-    celora                      the job alone, its clients scored at the end
-    celora, with its twin       the same after training alone with the same budget, every client's score, exports
+    celora                      the same rounds; no client is scored
+    celora, whole               once: the twin that trains alone with the same budget, one more round, after which every
+                                client is scored, as received and after its own steps, and exports for all 20
 
 Losses of clients must be the same to 1 %, or the script fails. FlowerTune allows 200 GB; the bytes are arrays both ways
 in Flower, and frames both ways in celora. Results go to benchmarks/results/flowertune.json.
@@ -21,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ BUDGET = 200e9
 """Bytes that FlowerTune allows."""
 TARGETS = ("q_proj", "v_proj")
 """PEFT's own for Llama."""
-FLOWER, ALONE, TWIN = "Flower", "celora", "celora, with its twin"
+FLOWER, ALONE, WHOLE = "Flower", "celora", "celora, whole"
 CHILD = """
 import json, sys, time
 began = time.perf_counter()
@@ -48,7 +50,7 @@ from pathlib import Path
 from celora.experiment import resolve, run
 job = json.loads(sys.stdin.read())
 rounds = []
-for event in run(resolve(job["tree"], Path()), Path(job["folder"]), twin=job["twin"]):
+for event in run(resolve(job["tree"], Path()), Path(job["folder"]), twin=job["stop"] is None):
     if event["event"] == "round":
         traffic = event["traffic"].values()
         rounds.append({
@@ -56,16 +58,16 @@ for event in run(resolve(job["tree"], Path()), Path(job["folder"]), twin=job["tw
             "heard": event["heard"], "seconds": event["seconds"],
             "bytes": sum(t["up_frame"] + t["down_frame"] for t in traffic),
         })
+        if len(rounds) == job["stop"]:
+            break
 print(json.dumps(rounds))
 """
 
 
-def celora(tree: Tree, cores: int, twin: bool) -> Result:
-    """The job in a fresh process."""
-    import time
-
+def celora(tree: Tree, cores: int, stop: int | None) -> Result:
+    """The job in a fresh process, to the end of a round; None: all of it, with its twin."""
     with tempfile.TemporaryDirectory() as name:
-        job = {"tree": tree, "folder": f"{name}/run", "twin": twin}
+        job = {"tree": tree, "folder": f"{name}/run", "stop": stop}
         began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", CHILD],
@@ -113,7 +115,8 @@ def flower(population: Population, drawn: list[list[str]], cores: int) -> Result
         folder = Path(name)
         inputs(population, drawn, folder)
         config = {
-            "num-server-rounds": of.plan.rounds,
+            "num-server-rounds": len(drawn),
+            "schedule-rounds": of.plan.rounds,
             "learning-rate-max": of.train.lr,
             "learning-rate-min": of.train.lr_end,
             "clip": of.train.clip,
@@ -158,17 +161,16 @@ def main() -> None:
     smaller: Tree = {
         "data": {"max_validation": 2, "max_test": 2},
         "train": {"steps": arguments.steps, "batch_size": arguments.batch},
-        "plan": {"rounds": arguments.rounds, "evaluate_every": arguments.rounds},
+        "plan": {"rounds": arguments.rounds + 1, "evaluate_every": arguments.rounds + 1},  # the last is scored
     }
     tree, cores = merged(example, smaller), os.cpu_count() or 1
     population = ResourceCache().population(experiment.resolve(tree, Path()))
-    first = celora(tree, cores, False)  # not timed: it tells who is drawn
-    drawn = [event["heard"] for event in first["events"]][: arguments.rounds]
-    runs: dict[str, list[Result]] = {name: [] for name in (FLOWER, ALONE, TWIN)}
+    drawn = [event["heard"] for event in celora(tree, cores, arguments.rounds)["events"]]  # not timed
+    runs: dict[str, list[Result]] = {name: [] for name in (FLOWER, ALONE)}
     for _ in range(arguments.turns):
         runs[FLOWER].append(flower(population, drawn, cores))
-        runs[ALONE].append(celora(tree, cores, False))
-        runs[TWIN].append(celora(tree, cores, True))
+        runs[ALONE].append(celora(tree, cores, arguments.rounds))
+    whole = celora(tree, cores, None)
     gap = check_same(runs[ALONE][0], runs[FLOWER][0], drawn)
     times = {name: Spread(tuple(run["seconds"] for run in found)) for name, found in runs.items()}
     sent = {name: found[0]["bytes"] for name, found in runs.items()}
@@ -179,11 +181,11 @@ def main() -> None:
     ]  # fmt: skip
     what = f"{arguments.rounds} rounds of {arguments.steps} steps of {arguments.batch} rows, 2 of 20 clients a round"
     show(f"{what}, {cores} cores; losses differ by at most {gap:.1e}", shown)
-    print("bytes of the twin are its own, too: it sends nothing")
+    print(f"{WHOLE}: {whole['seconds']:.0f} s")
     content = {
         "seconds": {name: spread.json() for name, spread in times.items()},
         "over_flower": {name: spread.over(times[FLOWER]).json() for name, spread in times.items()},
-        "bytes": sent, "budget": BUDGET, "largest_loss_difference": gap,
+        "whole_seconds": whole["seconds"], "bytes": sent, "budget": BUDGET, "largest_loss_difference": gap,
     }  # fmt: skip
     save("flowertune", {"job": content}, settings=vars(arguments))
 

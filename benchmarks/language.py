@@ -48,10 +48,10 @@ def cells(data: Path, out: Path) -> dict[str, Cell]:
     shakespeare: Tree = {
         "data": {
             "source": str(out / SHAKESPEARE.format("train")), "test": str(out / SHAKESPEARE.format("test")),
-            "client": "role", "partition": "natural", "rows": 48, "max_validation": 12, "max_test": 32,
+            "client": "role", "partition": "natural", "rows": 32, "max_validation": 12, "max_test": 24,
         },
         "task": {"name": "causal-lm"},
-        "model": {"backbone": "weights_stories260K", "max_length": 128},
+        "model": {"backbone": "weights_stories260K", "max_length": 64},
         "adapter": {"targets": ["q_proj", "v_proj"]},
         "train": {"batch_size": 8},
         "plan": {"rounds": 6, "evaluate_every": 2},
@@ -66,7 +66,7 @@ def cells(data: Path, out: Path) -> dict[str, Cell]:
     }
     return {
         "shakespeare": Cell(
-            shakespeare, (1e-3, 3e-3, 1e-2, 3e-2), ("tinyshakespeare/train.jsonl.gz", "weights_stories260K"), True
+            shakespeare, (3e-3, 1e-2, 3e-2), ("tinyshakespeare/train.jsonl.gz", "weights_stories260K"), True
         ),
         "instructions": Cell(instructions, (2e-3, 5e-3, 1.5e-2), (), True),
     }

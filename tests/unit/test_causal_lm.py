@@ -147,6 +147,8 @@ def test_messages_that_are_none_are_refused(tmp_path: Path) -> None:
     plain.chat_template = None
     with pytest.raises(ModelError, match="has no chat template"):
         CausalLm()._encoded(TextTokenizer(plain, 9), [{"messages": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(DataError, match=r'found rows of messages with task.template = "plain"'):
+        encoded(CausalLm(template="plain"), [{"messages": [{"role": "user", "content": "a"}]}])
 
 
 def test_the_form_of_a_source_is_found_by_its_columns(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(load_file(str(config["initial"]))),
-        train_config=ConfigRecord({**rates, "rounds": rounds}),
+        train_config=ConfigRecord({**rates, "rounds": int(config["schedule-rounds"])}),
         num_rounds=rounds,
         evaluate_fn=stamp,
     )
