@@ -126,8 +126,8 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(
             f'model.backbone = "{name}": no such folder ({folder.resolve()}); expected "minilm", '
-            '"smollm2", "efficientnet-lite0", "random-vit", a folder that save_pretrained wrote, a .gguf file, or a Hub '
-            "id such as roberta-base"
+            '"smollm2", "efficientnet-lite0", "random-vit", a folder that save_pretrained wrote, a .gguf file, or a '
+            "Hub id such as roberta-base"
         )
     try:
         found = huggingface_hub.snapshot_download(

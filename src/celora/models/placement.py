@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from celora.errors import ModelError
 from celora.lazy import Lazy
@@ -56,12 +57,12 @@ def options(model: Model) -> dict[str, Any]:
     return told
 
 
-def first_device(transformer: Any, model: Model) -> torch.device:
-    """Where rows enter: `model.device`, or of the devices that modules are spread over the one that works first."""
+def first_device(transformer: nn.Module, model: Model) -> torch.device:
+    """Where rows enter: `model.device`, or where the first of the weights lies that accelerate has put on a device."""
     if model.device_map is None:
         return device_of(model.device)
-    working = [device for device in transformer.hf_device_map.values() if device not in ("cpu", "disk")]
-    return torch.device(working[0] if working else "cpu")
+    placed = (weight.device for weight in transformer.parameters() if not weight.is_meta)
+    return next(placed, torch.device("cpu"))
 
 
 def _bits(model: Model) -> Any:
