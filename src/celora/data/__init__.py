@@ -74,7 +74,7 @@ class Data:
                 "expected less than 1"
             )
         if self.source in EMBEDDED or self.source.startswith("hub:"):
-            file_only = {"test": self.test, "split": self.split}
+            file_only: dict[str, object] = {"test": self.test, "split": self.split}
             if self.source in EMBEDDED:
                 file_only |= {"client": self.client, "image": self.image, "columns": self.columns}
             if chosen := [name for name, value in file_only.items() if value is not None]:

@@ -45,13 +45,8 @@ class SimulationEngine(Engine):
     def check(self, experiment: Experiment, resources: ResourceCache) -> None:
         """As `Engine.check`."""
         if experiment.model.device_map is not None:
-            raise ConfigError(
-                [
-                    "model.device_map: the engine 'flower-sim' plays clients in several processes, each with a backbone "
-                    "of its own, and one that is too large for a device is too large for all of them; expected the "
-                    "engine 'embedded'"
-                ]
-            )
+            why = "each of the processes that play clients has a backbone of its own, and this is too large for one"
+            raise ConfigError([f"model.device_map: with the engine 'flower-sim' {why}; expected the engine 'embedded'"])
         check_population(experiment, resources)
 
     @contextmanager

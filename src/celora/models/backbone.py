@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from celora.core.task import Architecture, HeadOf
 from celora.errors import ModelError
 from celora.models import capacity, fingerprint, loading, placement, targets
 from celora.models.checkpointing import Checkpoints
-from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
+from celora.models.dropping import seeded
+from celora.models.feature_maps import as_tokens, numbers_put_out, patches
 from celora.models.language import LanguageHead, answered
+from celora.models.pooling import pooled
 from celora.models.row_reader import RowReader
 from celora.models.settings import Adapter, Model, Pooling
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
@@ -111,9 +113,7 @@ class Backbone(RowReader):
         looked = model.quantise == "8bit" and self.device.type == "cuda"  # at all rows, for columns with outliers
         self.rows_first = all(map(all, self._of_rows.values())) and not looked
         if self.head:
-            with torch.no_grad():
-                batch = self._moved(self.batch(self.sample(), [0]))
-                self.head.check(self.name, partial(self.states, updates={}), batch)
+            self.head.check(self.name, partial(self.states, updates={}), self._moved(self.batch(self.sample(), [0])))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,8 +124,7 @@ class Backbone(RowReader):
     def _digest(self) -> str:
         if self._folder is None:
             return fingerprint.of_weights(self._whole.state_dict())
-        bits = "" if self._model.quantise is None else f" {self._model.quantise}"
-        return fingerprint.of_files(self._folder, f"{self._model.dtype}{bits}")
+        return fingerprint.of_files(self._folder, f"{self._model.dtype} {self._model.quantise or ''}".strip())
 
     def fingerprint(self) -> str:
         """What tells this backbone from others, whatever adapts it (`celora.models.fingerprint`)."""
@@ -140,8 +139,7 @@ class Backbone(RowReader):
         layer = self._adapted[module]
         weight: Tensor = layer.get_base_layer().weight.detach()
         if weight.is_meta or not weight.is_floating_point():
-            where = "on the disk (model.device_map)" if weight.is_meta else "packed (model.quantise)"
-            raise ModelError(f"the weight of {module} is {where}; expected numbers in memory: use another adapter.init")
+            raise ModelError(f"the weight of {module} is packed or on the disk: use another adapter.init")
         weight = weight.cpu().double()
         return weight.T if layer.fan_in_fan_out else weight
 
@@ -162,10 +160,7 @@ class Backbone(RowReader):
             return 1
         if self.positions:
             return self.positions
-        patch = self._config.to_dict().get("patch_size") or 16
-        down, across = (patch, patch) if isinstance(patch, int) else patch
-        _, height, width = self.image_shape
-        return (height // down) * (width // across) + 1
+        return patches(self._config, self.image_shape) + 1
 
     @property
     def pads(self) -> bool:
@@ -204,11 +199,10 @@ class Backbone(RowReader):
                 updates.
         """
         accepted = self._moved(inputs)
-        with bound(self._adapted, updates), self._checkpoints(updates, random=dropout_seed is not None):
-            if dropout_seed is not None:
-                states = self._seeded(accepted, dropout_seed)
-            else:
-                states = self._transformer(**accepted).last_hidden_state
+        again = self._checkpoints(updates, random=dropout_seed is not None)
+        drawn = seeded(self._transformer, dropout_seed, self.dropout, self.device)
+        with bound(self._adapted, updates), again, drawn:
+            states = self._transformer(**accepted).last_hidden_state
         return as_tokens(states.to(self.device).float()), accepted.get("attention_mask")
 
     def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
@@ -291,30 +285,9 @@ class Backbone(RowReader):
             )
         return states, lengths
 
-    def _seeded(self, inputs: Batch, seed: int) -> Tensor:
-        """One pass that drops out; it needs the global generator, which is put back afterwards."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            self._transformer.train(self.dropout)
-            keep_statistics(self._transformer)
-            try:
-                return cast(Tensor, self._transformer(**inputs).last_hidden_state)
-            finally:
-                self._transformer.eval()
-
     def pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """(rows, t, d) -> (rows, d); padding takes no part."""
-        if mask is None:
-            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        match self.pooling:
-            case "cls":
-                return hidden[:, 0]
-            case "mean":
-                weights = mask.to(hidden.dtype)
-                return (weights.unsqueeze(1) @ hidden).squeeze(1) / weights.sum(1, keepdim=True)
-            case _:
-                return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+        return pooled(hidden, mask, self.pooling)
 
 
 def load(model: Model, adapter: Adapter, base: Path, architecture: Architecture = "encoder") -> Backbone:

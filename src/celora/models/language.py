@@ -52,6 +52,7 @@ class LanguageHead:
         self.chunk = max(1, _LOGITS // self.vocabulary)
         self.chunk_bytes = _COPIES * self.chunk * self.vocabulary * torch.float32.itemsize
 
+    @torch.no_grad()
     def check(
         self, name: str, states: Callable[[Batch], tuple[Tensor, Tensor | None]], batch: dict[str, Tensor]
     ) -> None:

@@ -114,8 +114,8 @@ class RowReader:
         side = self._config.to_dict().get("image_size")
         if side is None and self.processor is None:
             raise ModelError(
-                f"{self.name} brings no image processor ({PROCESSOR}) and its config.json no image_size, so the size of "
-                f"its images is unknown: save its processor beside it, or write image_size = 224 into config.json"
+                f"{self.name} brings no image processor ({PROCESSOR}) and its config.json no image_size, so the "
+                "size of its images is unknown: save its processor beside it, or set image_size in config.json"
             )
         height, width = (side, side) if isinstance(side, int) else side or (_SQUARE, _SQUARE)
         shape = self._config.num_channels, height, width
