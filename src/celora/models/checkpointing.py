@@ -6,8 +6,8 @@ The adapters of a pass are bound while it runs and unbound when backward begins,
 bound again, in the mode and with the random numbers it first had. The numbers are the same to the last bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -43,34 +43,42 @@ class Checkpoints:
         with ExitStack() as stack:
             for layer, adapted in self._layers if torch.is_grad_enabled() else []:
                 own = {name: updates[name] for name in adapted if name in updates}
-                again = partial(_again, layer, adapted, own)
+                again = partial(_Again, layer, adapted, own)
                 stack.enter_context(replaced(layer, partial(_checkpointed, layer.forward, again, random)))
             yield
 
 
-def _checkpointed(forward: Any, again: Any, random: bool, *args: Any, **kwargs: Any) -> Any:
-    """What a layer returns; `again` gives the context in which it is computed once more."""
+def _checkpointed(forward: Any, again: Callable[[], "_Again"], random: bool, *args: Any, **kwargs: Any) -> Any:
+    """What a layer returns."""
     contexts = (nullcontext(), again())
     return checkpoint(
         forward, *args, use_reentrant=False, preserve_rng_state=random, context_fn=lambda: contexts, **kwargs
     )
 
 
-def _again(layer: nn.Module, adapted: Layers, updates: Mapping[str, Update]) -> AbstractContextManager[None]:
-    """A context in which the layer is as it is now."""
-    modes = [(module, module.training) for module in layer.modules()]
+class _Again:
+    """The context in which a layer is as it is now; entered as often as it is computed, for second derivatives twice.
 
-    @contextmanager
-    def restored() -> Iterator[None]:
-        now = [(module, module.training) for module in layer.modules()]
-        _set(modes)
-        try:
-            with bound(adapted, updates):
-                yield
-        finally:
-            _set(now)
+    Args:
+        adapted: the adapted modules in it.
+        updates: what is bound to them.
+    """
 
-    return restored()
+    def __init__(self, layer: nn.Module, adapted: Layers, updates: Mapping[str, Update]) -> None:
+        self._layer, self._adapted, self._updates = layer, adapted, updates
+        self._modes, self._entered = _modes(layer), ExitStack()
+
+    def __enter__(self) -> None:
+        self._entered.callback(_set, _modes(self._layer))
+        _set(self._modes)
+        self._entered.enter_context(bound(self._adapted, self._updates))
+
+    def __exit__(self, *_: object) -> None:
+        self._entered.close()
+
+
+def _modes(layer: nn.Module) -> list[tuple[nn.Module, bool]]:
+    return [(module, module.training) for module in layer.modules()]
 
 
 def _set(modes: Sequence[tuple[nn.Module, bool]]) -> None:
