@@ -38,7 +38,7 @@ def loaded(folder: Path, family: str, *, layers: str = "all", **settings: Any) -
     """A family's backbone, with its head where it is a language model."""
     of = {"backbone": str(folder / family), "max_length": 32, **settings}
     if "device_map" not in of:
-        of["device"] = "cpu"
+        of.setdefault("device", "cpu")
     adapter = Adapter(targets=(TARGETS[family],), layers=layers, rank=2)
     return load(Model(**of), adapter, Path(), "encoder" if family == "vit" else "causal-lm")
 

@@ -43,9 +43,10 @@ class Backbone(RowReader):
         layers: its layers, from the input up.
         depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
         longest: tokens that a text may have; None for images.
-        rows_first: whether the first axis of what the adapted modules read is that of rows, so that clients can share
-            a pass. It is not in XLNet and Longformer, where tokens come first, nor where DeBERTa projects positions.
-        dropout: whether the backbone's own dropout is on while training.
+        rows_first: whether clients can share a pass: the first axis of what adapted modules read is that of rows, as it
+            is not in XLNet and Longformer, nor where DeBERTa projects positions; and no row looks at others, as layers
+            of 8 bits do for columns with outliers.
+        dropout: whether the backbone's own dropout is on while training; dtype: of weights that are no packed bits.
         tokenizer: None for images.
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
         head: of a language model; None where hidden states are all that is read.
@@ -63,7 +64,7 @@ class Backbone(RowReader):
         *,
         model: Model,
         adapter: Adapter,
-        architecture: Architecture = "encoder",
+        architecture: Architecture,
     ) -> None:
         whole: Any = found.transformer
         tokenizer, self._folder = found.tokenizer, found.folder
@@ -89,7 +90,7 @@ class Backbone(RowReader):
         self.fan_in_fan_out = any(map(transposed, self._adapted.values()))
         self.convolutions = frozenset(name for name, layer in self._adapted.items() if reads_maps(layer))
         self.device = placement.first_device(whole, model)
-        self.dropout = model.dropout
+        self.dropout, self.dtype = model.dropout, placement.dtype_of(model)
         decides = architecture == "encoder" and kind == "text" and model.pooling in (None, "last")
         self._sequence = task_class(transformer, "sequence") if decides else None
         self.pooling: Pooling = model.pooling or ("last" if self._sequence else "mean")
@@ -110,15 +111,9 @@ class Backbone(RowReader):
         # a call has rows on the first axis of what it reads if that is twice as long for two of them
         calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
-        looked = model.quantise == "8bit" and self.device.type == "cuda"  # at all rows, for columns with outliers
-        self.rows_first = all(map(all, self._of_rows.values())) and not looked
+        self.rows_first = all(map(all, self._of_rows.values())) and model.quantise != "8bit"
         if self.head:
             self.head.check(self.name, partial(self.states, updates={}), self._moved(self.batch(self.sample(), [0])))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the frozen weights that are no packed bits."""
-        return placement.dtype_of(self._model)
 
     @cached_property
     def _digest(self) -> str:
