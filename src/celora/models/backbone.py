@@ -229,9 +229,9 @@ class Backbone(RowReader):
     def _moved(self, inputs: Batch) -> dict[str, Tensor]:
         """What the transformer reads of a batch, on the device; the copy does not wait."""
         accepted = {name: inputs[name] for name in _ACCEPTED if name in inputs}
-        if self.device.type != "cuda":
-            return {name: tensor.to(self.device) for name, tensor in accepted.items()}
-        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in accepted.items()}
+        if self.device.type == "cuda":  # what lies there already cannot be pinned
+            accepted = {name: one if one.is_cuda else one.pin_memory() for name, one in accepted.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in accepted.items()}
 
     @torch.no_grad()
     def squares(self, inputs: Batch) -> dict[str, Tensor]:

@@ -96,14 +96,17 @@ class LanguageHead:
 
         Args:
             states: (rows, t, d).
-            labels: (rows, t), the id at each position, `ABSENT` where it is no target; the first of a row never is.
+            labels: (rows, t) on the CPU, the id at each position, `ABSENT` where it is no target; the first of a row
+                never is.
         """
-        at = labels[:, 1:] != ABSENT
+        where = (labels[:, 1:] != ABSENT).nonzero(as_tuple=True)  # on the CPU: no device is asked how many there are
+        ids = labels[:, 1:][where].to(states.device, non_blocking=True)
+        row, token = (one.to(states.device, non_blocking=True) for one in where)
         found = torch.zeros(labels.shape, dtype=torch.float32, device=states.device)
-        chosen = (states[:, :-1][at], labels[:, 1:][at])
-        if not len(chosen[1]):
+        if not len(ids):
             return found + 0 * states.sum()  # nothing counts, and the gradient is 0
-        return found.index_put((F.pad(at, (1, 0)),), _Losses.apply(*chosen, self))  # type: ignore[no-untyped-call]
+        each = _Losses.apply(states[row, token], ids, self)  # type: ignore[no-untyped-call]
+        return found.index_put((row, token + 1), each)
 
     def each(self, states: Tensor, labels: Tensor) -> Tensor:
         """Losses (n,) of hidden states (n, d) before labels (n,), all logits at once."""

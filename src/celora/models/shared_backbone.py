@@ -145,7 +145,7 @@ class _Representation:
     def token_losses(self, labels: Tensor) -> Tensor:
         if self.backbone.head is None:
             raise ModelError(f"{self.backbone.name} is no language model, so it predicts no tokens")
-        return self.backbone.head.losses(self.states, labels.to(self.states.device, non_blocking=True))
+        return self.backbone.head.losses(self.states, labels)
 
 
 class SharedBackbone:
