@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from celora.models.backbone import Backbone
 from celora.models.pissa import Start
 from celora.models.readme import alone, readme, served, source_of
 from celora.models.settings import Adapter, Model
-from celora.models.slots import Update, less
+from celora.models.slots import Update, adding, less
 from celora.models.task_classes import TASK_TYPES, TaskClass
 from celora.tensors import Tensors, only, select
 
@@ -151,11 +150,11 @@ def _check(
     device = backbone.device
     trained = {name: {part: t.to(device) for part, t in w.items()} for name, w in modules(weights).items()}
     lora = {name: {"A": a.to(device), "B": b.to(device)} for name, (a, b) in pairs.items()}
-    updates: dict[str, Update] = {name: partial(family.delta, w=w) for name, w in trained.items()}
+    updates: dict[str, Update] = {name: adding(family, w) for name, w in trained.items()}
     for name, (a, b) in start.items():
         updates[name] = less(updates[name], a.to(device), b.to(device))
     ours, _ = backbone.states(batch, updates)
-    theirs, _ = backbone.states(batch, {name: partial(Lora().delta, w=w) for name, w in lora.items()})
+    theirs, _ = backbone.states(batch, {name: adding(Lora(), w) for name, w in lora.items()})
     # what is subtracted is as large as the weights themselves, and a dense remainder is a sum of full rank
     rounding = 10 if start or max(len(a) for a, _ in pairs.values()) > _HIGH else 1
     most = rounding * _NEAR[backbone.dtype] * max(1.0, ours.abs().max().item())

@@ -18,10 +18,10 @@ _POOLED = {
 _TEXT = """\
 import torch
 from peft import PeftModel
-{safetensors}from transformers import AutoModel, AutoTokenizer
+{safetensors}from transformers import AutoModel, AutoTokenizer{packed}
 {extra}
 base, texts = {base}, {texts}
-model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}{bits}), ".").eval()
 options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt")
 inputs = AutoTokenizer.from_pretrained(base)(texts, {options}**options){pairs}
 hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
@@ -29,10 +29,10 @@ hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask
 _IMAGE = """\
 import torch
 from peft import PeftModel
-{lora}{safetensors}from transformers import AutoModel
+{lora}{safetensors}from transformers import AutoModel{packed}
 
 base, images = {base}, torch.rand(2, {shape})
-model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}{bits}), ".").eval()
 {geometry}hidden = model(pixel_values=images).last_hidden_state.float(){tokens}
 {code}"""
 _GEOMETRY = """\
@@ -43,12 +43,13 @@ for layer in (one for one in model.modules() if isinstance(one, lora.Conv2d)):  
 _LANGUAGE = """\
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer{packed}
 
 base, prompts = {base}, ["a prompt", "and another one"]
 tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", truncation_side="left")
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-{code}model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
+{code}model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype}{bits})
+model = PeftModel.from_pretrained(model, ".").eval()
 options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
 inputs = tokenizer(prompts, **options)
 found = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
@@ -57,12 +58,12 @@ answers = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_
 _SERVED = """\
 import torch
 from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
+from transformers import {auto}, AutoTokenizer{packed}
 {extra}
 base, texts = {base}, {texts}
 tokenizer = AutoTokenizer.from_pretrained(base, pad_token={padding!r}, padding_side="right")
 options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
-model = {auto}.from_pretrained(base, num_labels={classes}, dtype=torch.{dtype})
+model = {auto}.from_pretrained(base, num_labels={classes}, dtype=torch.{dtype}{bits})
 model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 model = PeftModel.from_pretrained(model, ".").eval()
 inputs = tokenizer(texts, {options}**options){pairs}
@@ -103,7 +104,7 @@ def readme(backbone: Backbone, card: ModelCard, model: Model, head: bool) -> str
     code = card.code.replace("{features}", f"({pooled})").replace("{logits}", logits)
     common = {
         "base": base,
-        "dtype": model.dtype,
+        **_loaded(model),
         "safetensors": "from safetensors.torch import load_file\n" if head else "",
         "code": f'head = load_file("head.safetensors")\n{code}' if head else code,
     }
@@ -135,13 +136,25 @@ def served(backbone: Backbone, card: ModelCard, model: Model, fits: TaskClass, c
         extra=extra,
         auto=AUTO_CLASSES[fits.of],
         classes=classes,
-        dtype=model.dtype,
+        **_loaded(model),
         length=model.max_length,
         padding=backbone.tokenizer.convert_ids_to_tokens(backbone.padding),
         **_rows(card),
         code=card.code.replace("{logits}", "model(**inputs).logits.float()"),
     )
     return _page(card, code, note)
+
+
+def _loaded(model: Model) -> dict[str, str]:
+    """The weights as they were while adapters were trained on them, in Python, and what must be imported for it."""
+    found = {"dtype": model.dtype, "bits": "", "packed": ""}
+    if model.quantise is None:
+        return found
+    how = "load_in_8bit=True"
+    if model.quantise == "4bit":
+        how = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{model.dtype}'
+        how += ", bnb_4bit_use_double_quant=True"
+    return found | {"bits": f", quantization_config=BitsAndBytesConfig({how})", "packed": ", BitsAndBytesConfig"}
 
 
 def _rows(card: ModelCard) -> dict[str, str]:
@@ -164,7 +177,7 @@ def _base(backbone: Backbone) -> tuple[str, str, str]:
 
 def _language(backbone: Backbone, card: ModelCard, model: Model) -> str:
     tokens = card.facts["answer_tokens"] or ANSWER_TOKENS
-    common = {"dtype": model.dtype, "length": model.max_length, "tokens": tokens, "code": card.code}
+    common = {**_loaded(model), "length": model.max_length, "tokens": tokens, "code": card.code}
     return _page(card, _LANGUAGE.format(base=repr(source_of(backbone)), **common))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from celora.models.learner import ModelLearner
 from celora.models.pissa import Start
 from celora.models.rows import Rows, budgeted, unlabelled, well_filled
 from celora.models.settings import Adapter, Model
-from celora.models.slots import Update, dropping, less
+from celora.models.slots import Update, adding, dropping, less
 from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
 
@@ -99,7 +99,7 @@ class AdaptedBackbone:
 
     def _update(self, module: str, w: Tensors, rate: float) -> Update:
         """What is added to a module's output, over s."""
-        update: Update = partial(self.family.delta, w=w)
+        update = adding(self.family, w)
         if rate:
             update = dropping(update, rate)
         return less(update, *self._start[module]) if module in self._start else update
@@ -145,7 +145,7 @@ class _Representation:
     def token_losses(self, labels: Tensor) -> Tensor:
         if self.backbone.head is None:
             raise ModelError(f"{self.backbone.name} is no language model, so it predicts no tokens")
-        return self.backbone.head.losses(self.states, labels.to(self.states.device, non_blocking=True))
+        return self.backbone.head.losses(self.states, labels)
 
 
 class SharedBackbone:
