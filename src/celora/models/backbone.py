@@ -121,6 +121,11 @@ class Backbone(RowReader):
         """Of the frozen weights."""
         return next(self._whole.parameters()).dtype
 
+    @property
+    def module(self) -> Any:
+        """The frozen model, with its head if it is a language model; Slots stand at the adapted modules."""
+        return self._whole
+
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
