@@ -20,6 +20,9 @@ _POOLED = {
     "last": "hidden[torch.arange(len(hidden)), mask.sum(1).squeeze(-1) - 1]",
 }
 _POOLED_IMAGE = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
+_SETTINGS = """\
+options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
+"""
 _TEXT = """\
 import torch
 {peft}{safetensors}from transformers import {auto}, AutoTokenizer
@@ -27,8 +30,7 @@ import torch
 {places}
 texts = {texts}
 tokenizer = AutoTokenizer.from_pretrained(base, pad_token={padding!r}, padding_side="right")
-{model}options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
-inputs = tokenizer(texts, {options}**options){pairs}
+{model}{settings}inputs = tokenizer(texts, {options}**options){pairs}
 {code}"""
 _HIDDEN = """\
 hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
@@ -54,8 +56,7 @@ import torch
 prompts = ["a prompt", "and another one"]
 sides = dict(padding_side="left", truncation_side="left")
 tokenizer = AutoTokenizer.from_pretrained(base, pad_token={padding!r}, **sides)
-{code}{model}options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
-inputs = tokenizer(prompts, **options)
+{code}{model}{settings}inputs = tokenizer(prompts, **options)
 greedy = dict(do_sample=False, repetition_penalty=1.0, eos_token_id={ends}, pad_token_id=tokenizer.pad_token_id)
 found = model.generate(**inputs, max_new_tokens={tokens}, **greedy)
 answers = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -89,7 +90,7 @@ def readme(
         "peft": "" if place.merged else "from peft import PeftModel\n",
         "places": f"base = {base}" if place.merged else f"adapter, base = {str(place.folder)!r}, {base}",
         "model": _model(backbone, model, place, fits, outputs),
-        "length": model.max_length,
+        "settings": _SETTINGS.format(length=model.max_length),
     }
     if backbone.head is not None:
         code = _LANGUAGE.format(
@@ -172,6 +173,6 @@ def _padding(backbone: Backbone) -> str:
 def _page(card: ModelCard, code: str, place: Place, note: str = "") -> str:
     what, by = ("A model", "transformers") if place.merged else ("LoRA adapter", "transformers and peft")
     return (
-        f"# {what} for {card.title}\n\nTrained with celora; read with stock {by}, in any folder (the paths are those at "
-        f"the time of writing):\n\n```python\n{code}```\n{note}\n{card.reading}\n"
+        f"# {what} for {card.title}\n\nTrained with celora; read with stock {by}, in any folder (paths are as they were "
+        f"when this was written):\n\n```python\n{code}```\n{note}\n{card.reading}\n"
     )
