@@ -168,7 +168,7 @@ def export_private(
 
 
 def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
-    """A client's weights as `export_shared` (but not merged) or `export_private` wrote them, and whether they are plain.
+    """A client's weights as `export_shared` (not merged) or `export_private` wrote them, and whether they are plain.
 
     Plain LoRA has the parts A and B at each module, whatever family they were trained in.
 

@@ -173,6 +173,6 @@ def _padding(backbone: Backbone) -> str:
 def _page(card: ModelCard, code: str, place: Place, note: str = "") -> str:
     what, by = ("A model", "transformers") if place.merged else ("LoRA adapter", "transformers and peft")
     return (
-        f"# {what} for {card.title}\n\nTrained with celora; read with stock {by}, in any folder (paths are as they were "
-        f"when this was written):\n\n```python\n{code}```\n{note}\n{card.reading}\n"
+        f"# {what} for {card.title}\n\nTrained with celora; read with stock {by}, in any folder (paths are as they "
+        f"were when this was written):\n\n```python\n{code}```\n{note}\n{card.reading}\n"
     )

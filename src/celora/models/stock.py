@@ -6,7 +6,7 @@ module, every adapted module its tensor, and what comes out must be what celora'
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,14 +41,14 @@ class Trial:
         fits: the class of which logits are compared; None: a language model's logits, or hidden states.
         rows: what the backbone reads of them.
         trained: with the adapters as they were trained.
-        frozen: without them, under the same head.
+        frozen: gives it without them, under the same head.
     """
 
     backbone: Backbone
     fits: TaskClass | None
     rows: Mapping[str, Tensor]
     trained: Tensor
-    frozen: Tensor
+    frozen: Callable[[], Tensor]
 
     def check(self, model: Any, what: str, *, rounding: float = 1.0) -> None:
         """Look whether a model puts out the same.
@@ -65,10 +65,11 @@ class Trial:
         if (apart := (found - self.trained).abs().max().item()) <= most:
             return
         of = "logits" if self.fits or self.backbone.head else "hidden states"
-        if (found - self.frozen).abs().max().item() <= most:
+        frozen = self.frozen()
+        if (found - frozen).abs().max().item() <= most:
             raise ModelError(
                 f"{what} changes nothing: its {of} are those of {self.backbone.name} without it, which training "
-                f"changed by {(self.trained - self.frozen).abs().max().item():.1e}; nothing is exported"
+                f"changed by {(self.trained - frozen).abs().max().item():.1e}; nothing is exported"
             )
         raise ModelError(
             f"{what} gives {of} of {self.backbone.name} that differ by {apart:.1e} from what was trained, expected at "
@@ -83,7 +84,6 @@ class Trial:
         return found.logits.float() if self.fits or self.backbone.head else as_tokens(found.last_hidden_state.float())
 
 
-@torch.no_grad()
 def trial(backbone: Backbone, weights: Tensors, *, family: Family, start: Start, fits: TaskClass | None) -> Trial:
     """What a client's weights give for a few rows, of texts or images that nobody owns."""
     sample, device = backbone.sample(), backbone.device
@@ -94,6 +94,7 @@ def trial(backbone: Backbone, weights: Tensors, *, family: Family, start: Start,
     for name, (a, b) in start.items():
         updates[name] = less(updates[name], a.to(device), b.to(device))
 
+    @torch.no_grad()
     def put_out(under: Mapping[str, Update]) -> Tensor:
         states, mask = backbone.states(rows, under)
         if backbone.head:
@@ -103,7 +104,7 @@ def trial(backbone: Backbone, weights: Tensors, *, family: Family, start: Start,
         of = backbone.pool(states, mask) if fits.of == "sequence" else states
         return linear(of, moved["head.weight"], moved.get("head.bias"))
 
-    return Trial(backbone, fits, rows, put_out(updates), put_out({}))
+    return Trial(backbone, fits, rows, put_out(updates), partial(put_out, {}))
 
 
 def loaded(folder: Path, backbone: Backbone, *, fits: TaskClass | None, outputs: int, merging: bool = False) -> Any:
