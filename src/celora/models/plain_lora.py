@@ -103,7 +103,7 @@ def plain_lora(
         r=rank,
         lora_alpha=adapter.factor * adapter.divisor(rank),  # PEFT declares an int and takes a float
         target_modules=[f"{prefix}{module}" for module in backbone.targets],
-        task_type=TASK_TYPES[fits.of] if fits else "CAUSAL_LM" if backbone.head else "FEATURE_EXTRACTION",
+        task_type=_task_type(backbone, fits),
         modules_to_save=[fits.head] if fits else None,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
@@ -114,3 +114,12 @@ def plain_lora(
         base_model_name_or_path=base,
     )
     return PlainLora(rank, prefix, config, state)
+
+
+def _task_type(backbone: Backbone, fits: TaskClass | None) -> str | None:
+    """PEFT's word for the task; none for images, to whose models PEFT's tasks hand on what texts have."""
+    if fits:
+        return TASK_TYPES[fits.of]
+    if backbone.head:
+        return "CAUSAL_LM"
+    return "FEATURE_EXTRACTION" if backbone.kind == "text" else None
