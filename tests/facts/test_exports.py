@@ -117,7 +117,8 @@ def test_a_merged_model_of_images_gives_the_logits_of_the_adapter(
     weights = moved(of, 0.1)
     of.export(tmp_path / "out", "a", weights, format="merged")
     theirs = run_readme(tmp_path / "out", monkeypatch)
-    assert apart(of.predict("a", weights, theirs["images"]), theirs["logits"]) <= 1e-5
+    rounding = 10 if of._backbone.convolutions else 1  # they are many, one after another
+    assert apart(of.predict("a", weights, theirs["images"]), theirs["logits"]) <= rounding * 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "gemma2"])
