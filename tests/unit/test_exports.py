@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from celora import cli, experiment
 from celora.errors import ConfigError, ModelError, RunFolderError
-from celora.experiment.exports import ClientExport, export, lines, serve
+from celora.experiment.exports import ClientExport, closing, export, serve
 from celora.experiment.trained import load
 from celora.models.export import Exported
 from tests.language import saved
@@ -103,24 +103,38 @@ def test_what_only_celora_reads_is_exported_as_it_is_and_not_merged(
     shutil.copytree(one.what.folder, folder / "adapters" / "client-01")
     assert of["client-01"].outputs(given).equal(before)
     with pytest.raises(ModelError, match="choose the format peft, which writes"):
-        export(folder, "client-01", "merged", tmp_path / "out")
+        list(export(folder, "client-01", "merged", tmp_path / "out"))
 
 
 def test_what_is_asked_for_and_is_not_there_is_named(tmp_path: Path) -> None:
     folder = trained(tmp_path, "local")
     with pytest.raises(ConfigError, match="--client: found 'nobody', expected all or one of client-00, client-01"):
-        export(folder, "nobody", "peft", None)
+        list(export(folder, "nobody", "peft", None))
     with pytest.raises(ConfigError, match="--format: found 'gguf', expected peft or merged"):
-        export(folder, "all", "gguf", None)
+        list(export(folder, "all", "gguf", None))
     assert run(folder, "--client", "nobody").exit_code == 2
     shutil.rmtree(folder / "adapters" / "client-01")
     assert [one.client for one in export(folder, "client-00", "peft", None)] == ["client-00"]
     with pytest.raises(RunFolderError, match=r"the run has kept no adapter of client-01; .* celora resume") as why:
-        export(folder, "all", "peft", None)
+        list(export(folder, "all", "peft", None))
     (folder / "summary.json").unlink()  # as the message says
     assert str(folder / "summary.json") in str(why.value)
     list(experiment.resume(folder))
-    assert len(export(folder, "all", "peft", None)) == 2
+    assert len(list(export(folder, "all", "peft", None))) == 2
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    folder, out = trained(tmp_path, "local"), tmp_path / "mine"
+    (out / "client-00").mkdir(parents=True)
+    model = load(folder)["client-00"]
+    model.export(out / "client-00")  # an empty folder
+    model.export(out / "client-00", "merged")
+    assert not (out / "client-00" / "adapter_config.json").exists()
+    (out / "client-01").mkdir()
+    (out / "client-01" / "notes.txt").write_text("years of work")
+    with pytest.raises(RunFolderError, match=r"client-01 exists and is no earlier export .*: choose another --out"):
+        list(export(folder, "all", "peft", out))
+    assert (out / "client-01" / "notes.txt").read_text() == "years of work"
 
 
 def test_runs_of_older_versions_are_exported_by_the_names_of_their_classes(tmp_path: Path) -> None:
@@ -132,10 +146,10 @@ def test_runs_of_older_versions_are_exported_by_the_names_of_their_classes(tmp_p
         older = {name: value for name, value in written.items() if name != "agreement"} | agreement
         (folder / "manifest.json").write_text(json.dumps(older))
         assert load(folder)["client-00"].outputs(images(load(folder), "client-00")).equal(now)
-        assert len(export(folder, "all", "peft", None)) == 2
+        assert len(list(export(folder, "all", "peft", None))) == 2
 
 
 def test_a_rank_that_vllm_does_not_serve_is_said(tmp_path: Path) -> None:
     big = ClientExport("a", Exported(tmp_path, "peft", base="base", rank=600, generates=True))
     assert serve([big]) is None
-    assert list(lines([big]))[-1] == "vLLM serves ranks up to 512, and here is a larger one: use --format merged"
+    assert list(closing([big]))[-1] == "vLLM serves ranks up to 512, and here is a larger one: use --format merged"

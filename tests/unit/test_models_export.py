@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from celora.core.adapters import Tri
 from celora.errors import RunFolderError
@@ -19,6 +21,15 @@ def test_writing_again_replaces_the_folder(tmp_path: Path) -> None:
         with replacing(tmp_path / "all") as folder:
             (folder / name).write_text("x")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["all", "all/new"]
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
+    with replacing(tmp_path / "all") as folder:
+        save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == {
+        "all": 0o755,
+        "model.safetensors": 0o644,
+    }
 
 
 def test_a_failed_write_leaves_the_old_folder_and_no_other(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from celora.cli.options import Config, Group, Json, Out, Quiet, Sets, examples, 
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
 from celora.experiment.engines import choices
+from celora.lazy import all_is_loaded
 
 ENGINE_HELP = f"Where the clients are: {'; '.join(f'{name}, {place}' for name, place in choices().items())}."
 
@@ -125,11 +126,16 @@ def export(
 ) -> None:
     """Write the models that RUN has trained so that others can load them; each is loaded by stock peft and compared."""
     with explained(SessionState(), as_json=as_json):
-        written = exports.export(folder, client, format, out)
+        written = list[exports.ClientExport]()
+        for one in exports.export(folder, client, format, out):
+            all_is_loaded()
+            written.append(one)
+            if not as_json:
+                typer.echo(str(one))
         if as_json:
             typer.echo(json.dumps([one.described for one in written], indent=2))
         else:
-            output.show_all(*exports.lines(written))
+            output.show_all(*exports.closing(written))
 
 
 def list_(

@@ -30,6 +30,10 @@ class ClientExport:
     client: ClientId
     what: Exported
 
+    def __str__(self) -> str:
+        of = self.what
+        return f"{self.client}  {of.folder}  ({_KINDS[of.kind].format(rank=of.rank, base=of.base)})"
+
     @property
     def described(self) -> dict[str, Any]:
         """In JSON."""
@@ -38,8 +42,8 @@ class ClientExport:
         return {**found, "serve": serve([self])}
 
 
-def export(folder: Path, client: str, format: str, out: Path | None) -> list[ClientExport]:
-    """Write the models of a run, a folder for each client.
+def export(folder: Path, client: str, format: str, out: Path | None) -> Iterator[ClientExport]:
+    """Write the models of a run, a folder for each client, one after another.
 
     Args:
         folder: of one algorithm with one seed.
@@ -63,14 +67,12 @@ def export(folder: Path, client: str, format: str, out: Path | None) -> list[Cli
             f"what is in state/, delete {folder / 'summary.json'} and give: celora resume {shlex.quote(str(folder))}"
         )
     where = out or folder / "exports" / format
-    return [ClientExport(one, run[one].export(where / folder_name(one), formats[format])) for one in chosen]
+    for one in chosen:
+        yield ClientExport(one, run[one].export(where / folder_name(one), formats[format]))
 
 
-def lines(written: Sequence[ClientExport]) -> Iterator[str]:
-    """What was written, and how vLLM serves it, for people."""
-    for one in written:
-        of = one.what
-        yield f"{one.client}  {of.folder}  ({_KINDS[of.kind].format(rank=of.rank, base=of.base)})"
+def closing(written: Sequence[ClientExport]) -> Iterator[str]:
+    """How to go on, for people."""
     yield "the README.md in each says how to load it"
     if written[0].what.generates:
         yield serve(written) or f"vLLM serves ranks up to {SERVED[-1]}, and here is a larger one: use --format merged"

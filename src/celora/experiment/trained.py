@@ -18,7 +18,7 @@ from celora.errors import RunFolderError
 from celora.experiment.config import Experiment, resolve
 from celora.experiment.job import SUMMARY
 from celora.experiment.session import FILE
-from celora.models.export import Exported, Format, load_export
+from celora.models.export import ABOUT, Exported, Format, load_export
 from celora.models.loader import ModelLoader
 from celora.models.protocol import ClientModels
 from celora.tasks.classes import Named
@@ -69,19 +69,23 @@ class ClientModel:
         return models.answers(self.client, weights, inputs) if len(inputs) else []
 
     def export(self, folder: Path | str, format: Format = "peft") -> Exported:
-        """Write the model so that others can load it, in place of what is in the folder: the README.md in it says how.
+        """Write the model so that others can load it, in place of an earlier export: the README.md in it says how.
 
         Args:
             format: "peft", plain LoRA of a rank that vLLM serves, filled up with zeros if need be; or "merged", a whole
                 model of transformers with the adapter in its weights.
 
         Raises:
-            RunFolderError, ModelError: as `outputs`; and if what stock libraries make of it is not what was trained, or
-                there is nothing to merge: an adapter that is no matrix, or a client's own model.
+            RunFolderError, ModelError: as `outputs`; and if the folder holds something else, if what stock libraries
+                make of it is not what was trained, or if there is nothing to merge: an adapter that is no matrix, or a
+                client's own model.
         """
+        path = Path(folder)
+        if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / ABOUT).is_file())):
+            raise RunFolderError(f"{path} exists and is no earlier export (it has no {ABOUT}): choose another --out")
         weights, plain = load_export(self.folder)
         models = self._run.models(plain=plain)
-        return models.export(Path(folder), self.client, weights, format=format, pad=True)
+        return models.export(path, self.client, weights, format=format, pad=True)
 
     def _model(self, trained: bool) -> tuple[ClientModels, Tensors]:
         """What predicts, and its weights: without training, whatever A is drawn from, B is 0."""

@@ -31,6 +31,8 @@ from celora.tensors import Tensors, only, select
 
 WEIGHTS = ("adapter_model.safetensors", "celora.safetensors", "model.safetensors")
 """Of plain LoRA, of a family that is none, of a client's own model."""
+ABOUT = "celora.json"
+"""Facts of the task, beside them."""
 _HIGH = 64
 """A rank whose products round more."""
 _LORA = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
@@ -131,7 +133,7 @@ def export_shared(
             **({"head": fits.head} if fits else {}),
             "fingerprint": backbone.fingerprint(),
         }
-        (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (new / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
         text = alone(family) if of is None else readme(backbone, card, model, place, fits=fits, outputs=outputs)
         (new / "README.md").write_text(text, "utf-8")
         if not merged and is_own(backbone):  # nobody else has these weights in this form
@@ -162,7 +164,7 @@ def export_private(
     with replacing(folder) as new:
         save_file(_plain(weights), new / "model.safetensors", metadata={"format": "pt"})
         about = {**card.facts, "architecture": architecture}
-        (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (new / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (new / "README.md").write_text(text, "utf-8")
     return Exported(folder, "own")
 
@@ -201,7 +203,7 @@ def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
 def _about(folder: Path) -> dict[str, Any]:
     """What celora.json says; nothing, where there is none."""
     try:
-        found: dict[str, Any] = json.loads((folder / "celora.json").read_text("utf-8"))
+        found: dict[str, Any] = json.loads((folder / ABOUT).read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -220,8 +222,9 @@ def replacing(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        new.chmod(0o755)  # mkdtemp's 0o700 would lock colleagues out
         yield new
+        for path in (new, *new.rglob("*")):  # mkdtemp's 0o700 and safetensors' 0o600 would lock colleagues out
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             folder.rename(old / folder.name)
