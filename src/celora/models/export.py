@@ -108,7 +108,6 @@ def export_shared(
     with replacing(folder) as new:
         if of is None:
             save_file(_plain(weights), new / "celora.safetensors", metadata={"format": "pt"})
-            beside = {}
         else:
             lora = plain_lora(backbone, pairs, head, adapter=adapter, fits=fits, base=base, pad=pad and not merged)
             prefix, rank = lora.prefix, None if merged else lora.rank
