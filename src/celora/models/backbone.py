@@ -115,6 +115,11 @@ class Backbone(RowReader):
         if self.head:
             self.head.check(self.name, partial(self.states, updates={}), self._moved(self.batch(self.sample(), [0])))
 
+    @property
+    def module(self) -> Any:
+        """The frozen model, with its head if it is a language model; Slots stand at the adapted modules."""
+        return self._whole
+
     @cached_property
     def _digest(self) -> str:
         if self._folder is None:

@@ -82,9 +82,14 @@ class RowReader:
         texts, others = map(list, zip(*pairs, strict=True))
         found = self.tokenizer(texts, others, truncation="longest_first", max_length=self._model.max_length)
         ids = [row or [self.padding] for row in found["input_ids"]]
-        if not self._typed or "token_type_ids" not in found:
+        if not self.types:
             return ids
         return [[row, types or [0]] for row, types in zip(ids, found["token_type_ids"], strict=True)]
+
+    @property
+    def types(self) -> bool:
+        """Whether pairs have types of tokens: tokenizer and transformer both know them."""
+        return self._typed and "token_type_ids" in self.tokenizer.model_input_names
 
     @cached_property
     def padding(self) -> int:

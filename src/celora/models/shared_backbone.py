@@ -18,7 +18,7 @@ from celora.errors import ModelError
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone
 from celora.models.batching import BatchedForward, predict
-from celora.models.export import export_peft
+from celora.models.export import Exported, Format, export_shared
 from celora.models.families import initial
 from celora.models.inputs import Inputs, inputs_of
 from celora.models.language import ANSWER_TOKENS
@@ -273,9 +273,11 @@ class SharedBackbone:
             found |= dict(zip(chosen, answers, strict=True))
         return [found[at] for at in range(len(prompts))]
 
-    def export(self, folder: Path, client: str, weights: Tensors) -> None:
-        """The client's adapter as plain PEFT LoRA."""
-        export_peft(
+    def export(
+        self, folder: Path, client: str, weights: Tensors, *, format: Format = "peft", pad: bool = False
+    ) -> Exported:
+        """The client's adapter as plain PEFT LoRA, or merged."""
+        return export_shared(
             folder,
             self._backbone,
             weights,
@@ -285,4 +287,6 @@ class SharedBackbone:
             adapter=self._adapter,
             start=self._start,
             fits=self._class,
+            format=format,
+            pad=pad,
         )

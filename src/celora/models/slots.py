@@ -6,7 +6,7 @@ adapters (`celora.core.adapters`): a client update binds its functions, runs, an
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -82,8 +82,7 @@ Layers = Mapping[str, Any]
 def inject(transformer: nn.Module, targets: list[str], adapter: Adapter) -> Layers:
     """Let stock PEFT adapt exactly the modules named in `targets`, each with its s, and put Slots into them.
 
-    PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator. A wrapped
-    convolution says its geometry as it did before, because transformers' MobileNets pad by it.
+    PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator.
     """
     alpha: Any = adapter.lora_alpha  # PEFT declares an int and takes a float
     config = peft.LoraConfig(
@@ -103,10 +102,15 @@ def inject(transformer: nn.Module, targets: list[str], adapter: Adapter) -> Laye
     }
     for layer in layers.values():
         layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER] = _Passing(), Slot(map=reads_maps(layer))
-        if reads_maps(layer):
-            base = layer.get_base_layer()
-            layer.kernel_size, layer.stride, layer.dilation = base.kernel_size, base.stride, base.dilation
+    keep_geometry(layers.values())
     return layers
+
+
+def keep_geometry(layers: Iterable[Any]) -> None:
+    """Let PEFT's layers of convolutions say the geometry of what they adapt: MobileNets pad by what layers say."""
+    for layer in filter(reads_maps, layers):
+        base = layer.get_base_layer()
+        layer.kernel_size, layer.stride, layer.dilation = base.kernel_size, base.stride, base.dilation
 
 
 def reads_maps(layer: Any) -> bool:
