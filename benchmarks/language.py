@@ -66,7 +66,7 @@ def cells(data: Path, out: Path) -> dict[str, Cell]:
     }
     return {
         "shakespeare": Cell(
-            shakespeare, (3e-3, 1e-2, 3e-2), ("tinyshakespeare/train.jsonl.gz", "weights_stories260K"), True
+            shakespeare, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ("tinyshakespeare/train.jsonl.gz", "weights_stories260K"), True
         ),
         "instructions": Cell(instructions, (2e-3, 5e-3, 1.5e-2), (), True),
     }
