@@ -373,7 +373,9 @@ def test_stock_peft_gives_the_exported_adapters_logits_to_the_task_class(tmp_pat
         assert set(again) == set(weights)
 
 
-@pytest.mark.parametrize("template", ["auto", "alpaca", "chat"])
+@pytest.mark.parametrize(
+    "template", ["chat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("auto", "alpaca"))]
+)
 def test_the_code_of_an_exports_readme_answers_as_celora_does(template: Any, tmp_path: Path, loaded: Loaded) -> None:
     backbone, task = loaded(max_length=200, begins=True), CausalLm(template=template, answer_tokens=7)
     weights = {name: 8 * weight for name, weight in weights_of(backbone).items()}

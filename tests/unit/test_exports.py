@@ -78,7 +78,12 @@ def test_a_model_is_exported_from_python_as_from_the_command_line(tmp_path: Path
     ("name", "kind", "said"),
     [
         ("fedalt", "celora", "an adapter that is no matrix: only celora reads it"),
-        ("pfedlora", "own", "a whole model of the client's own, with the adapter beside it: only celora reads it"),
+        pytest.param(
+            "pfedlora",
+            "own",
+            "a whole model of the client's own, with the adapter beside it: only celora reads it",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_only_celora_reads_is_exported_as_it_is_and_not_merged(

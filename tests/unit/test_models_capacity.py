@@ -42,12 +42,16 @@ def head(folder: Path, vocabulary: int) -> heads.LanguageHead:
     return heads.LanguageHead(t.LlamaForCausalLM(config))
 
 
-def test_a_larger_vocabulary_has_fewer_tokens_in_a_chunk_and_leaves_less_to_the_pass(tmp_path: Path) -> None:
-    small, large = head(tmp_path, 1 << 12), head(tmp_path, 1 << 18)
-    assert (small.chunk, large.chunk) == (2048, 32)
-    assert small.chunk_bytes == large.chunk_bytes == 4 * 4 * (1 << 23)
-    monstrous = head(tmp_path, 1 << 24)
-    assert (monstrous.chunk, monstrous.chunk_bytes) == (1, 4 * 4 << 24)
+def test_a_larger_vocabulary_has_fewer_tokens_in_a_chunk_and_leaves_less_to_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heads._LOGITS == 1 << 23
+    monkeypatch.setattr(heads, "_LOGITS", 1 << 15)
+    small, large = head(tmp_path, 1 << 9), head(tmp_path, 1 << 12)
+    assert (small.chunk, large.chunk) == (64, 8)
+    assert small.chunk_bytes == large.chunk_bytes == 4 * 4 * (1 << 15)
+    monstrous = head(tmp_path, 1 << 16)
+    assert (monstrous.chunk, monstrous.chunk_bytes) == (1, 4 * 4 << 16)
     assert fitting(GIB, 1000, monstrous.chunk_bytes) < fitting(GIB, 1000, small.chunk_bytes) < fitting(GIB, 1000)
 
 

@@ -116,8 +116,10 @@ def export_shared(
         else:
             lora = plain_lora(backbone, pairs, head, adapter=adapter, fits=fits, base=base, pad=pad and not merged)
             prefix, rank = lora.prefix, None if merged else lora.rank
-            # what is subtracted is as large as the weights themselves, and a dense remainder is a sum of full rank
-            rounding = 10.0 if start or max(len(a) for a, _ in pairs.values()) > _HIGH else 1.0
+            # what is subtracted is as large as the weights themselves, a dense remainder is a sum of full rank, and
+            # batch norms of frozen statistics enlarge what convolutions round
+            high = max(len(a) for a, _ in pairs.values()) > _HIGH
+            rounding = 10.0 if start or high or backbone.convolutions else 1.0
             with TemporaryDirectory() if merged else nullcontext(new) as written:
                 lora.config.save_pretrained(str(written))
                 save_file(_plain(lora.state), Path(written) / WEIGHTS[0], metadata={"format": "pt"})
