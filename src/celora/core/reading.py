@@ -126,6 +126,16 @@ class Reader(Protocol):
     def read(self, inputs: Any) -> Inputs:
         """A column of texts, pairs of texts, or images as the network reads it."""
 
+    def captioned(self, images: Any, texts: Sequence[str], of: Sequence[int]) -> Inputs:
+        """A column of images, and with each of them one of some texts.
+
+        Args:
+            of: of each row the position of its text.
+
+        Raises:
+            ModelError: if the network is no dual encoder.
+        """
+
     def words(self, rows: Any) -> Inputs:
         """Rows of words: lists, or records that have such a list as `tokens`.
 

