@@ -3,7 +3,8 @@
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
@@ -32,6 +33,14 @@ _PASS = 1024 * 384
 """Numbers in one hidden state of a pass on a CPU: MiniLM, 384 wide, is fastest at 512 to 1024 tokens."""
 _LEAST = 512
 """Tokens in a pass, at least."""
+
+
+Replay = Callable[[Batch], AbstractContextManager[None]]
+
+
+def computed(batch: Batch) -> AbstractContextManager[None]:
+    """A `Replay` within which all layers are computed."""
+    return nullcontext()
 
 
 class Backbone(RowReader):
@@ -204,10 +213,15 @@ class Backbone(RowReader):
         return self.pool(*self.states(inputs, updates, dropout_seed))
 
     def represented(
-        self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None
-    ) -> "Representation":
-        """What becomes of a batch, for a task; arguments as `states`."""
-        return _Represented(self, *self.states(inputs, updates, dropout_seed))
+        self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None, replay: Replay = computed
+    ) -> Representation:
+        """What becomes of a batch, for a task; other arguments as `states`.
+
+        Args:
+            replay: within what it gives for the batch, layers below the first adapted one need not be computed.
+        """
+        with replay(inputs):
+            return _Represented(self, *self.states(inputs, updates, dropout_seed))
 
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows; images are all alike."""

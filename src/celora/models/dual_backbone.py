@@ -20,7 +20,7 @@ from celora.core.adapters import linear
 from celora.core.learner import Batch
 from celora.core.task import HeadOf
 from celora.errors import ModelError
-from celora.models.backbone import Backbone
+from celora.models.backbone import Backbone, Replay, computed
 from celora.models.inputs import Inputs, TokenisedTexts, inputs_of
 from celora.models.slots import Update
 from celora.models.sources import ListedTexts
@@ -73,8 +73,7 @@ class DualBackbone:
         notices: what the user should know.
     """
 
-    kind = "image"
-    depth, layers, positions, longest, head, prefix = 0, (), None, None, None, ""
+    longest, head, prefix = None, None, ""
 
     def __init__(
         self,
@@ -96,6 +95,7 @@ class DualBackbone:
         self.scalings = {f"{at}{module}": s for at, one in both for module, s in one.scalings.items()}
         self.convolutions = frozenset(f"{at}{module}" for at, one in both for module in one.convolutions)
         self.fan_in_fan_out = any(one.fan_in_fan_out for one in towers.values())
+        self.depth = self.image.depth
         self.device, self.dropout = self.image.device, self.image.dropout
         self.rows_first = all(one.rows_first for one in towers.values())
         self.pooling, self.dtype = self.text.pooling, self.text.dtype
@@ -185,16 +185,30 @@ class DualBackbone:
         """Tokens of the longest row."""
         return self.image.image_tokens + (self.text.length(batch) if "input_ids" in batch else 0)
 
-    def encoded(self, tower: Tower, batch: Batch, updates: Mapping[str, Update], seed: int | None = None) -> Tensor:
+    def encoded(
+        self,
+        tower: Tower,
+        batch: Batch,
+        updates: Mapping[str, Update],
+        seed: int | None = None,
+        replay: Replay = computed,
+    ) -> Tensor:
         """Vectors (rows, d) of one tower, float32; of a pair's image tower before its projection.
+
+        Args:
+            replay: of the image tower, as `Backbone.represented`.
 
         Raises:
             ModelError: if the rows have nothing that it reads.
         """
-        if not (own := _of_tower(batch, tower)):
+        own = _of_tower(batch, tower)
+        if not own.keys() & {"pixel_values", "input_ids"}:
             raise ModelError(f"the rows have no {tower}s, which {self.name} is to read: hand in images with texts")
-        one = self.image if tower == "image" else self.text
-        return one.encode(own, self._split(updates, tower), seed)
+        mine = self._split(updates, tower)
+        if tower == "text":
+            return self.text.encode(own, mine, seed)
+        with replay(own):
+            return self.image.encode(own, mine, seed)
 
     def states(
         self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None
@@ -203,10 +217,10 @@ class DualBackbone:
         return torch.cat([self.encoded(tower, inputs, updates, dropout_seed) for tower in PREFIXES], dim=1), None
 
     def represented(
-        self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None
+        self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None, replay: Replay = computed
     ) -> "DualRepresentation":
         """What becomes of a batch, for a task; a tower runs when it is asked for."""
-        return DualRepresentation(self, inputs, updates, dropout_seed)
+        return DualRepresentation(self, inputs, updates, dropout_seed, replay)
 
     def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
         """
@@ -224,7 +238,8 @@ class DualBackbone:
 
 def _of_tower(batch: Batch, tower: Tower) -> Batch:
     """What a tower reads of a batch."""
-    return {name: tensor for name, tensor in batch.items() if (name == "pixel_values") == (tower == "image")}
+    text = ("input_ids", "attention_mask")
+    return {name: batch[name] for name in (text if tower == "text" else ("pixel_values", "row")) if name in batch}
 
 
 @dataclass(frozen=True)
@@ -235,10 +250,11 @@ class DualRepresentation:
     batch: Batch
     updates: Mapping[str, Update]
     seed: int | None
+    replay: Replay
 
     @property
     def features(self) -> Tensor:
-        return self.backbone.encoded("image", self.batch, self.updates, self.seed)
+        return self.backbone.encoded("image", self.batch, self.updates, self.seed, self.replay)
 
     @property
     def states(self) -> Tensor:
@@ -248,7 +264,7 @@ class DualRepresentation:
         raise ModelError(f"{self.backbone.name} is no language model, so it predicts no tokens")
 
     def embedded(self, content: Tower, weights: Tensors) -> Tensor:
-        vectors = self.backbone.encoded(content, self.batch, self.updates, self.seed)
+        vectors = self.backbone.encoded(content, self.batch, self.updates, self.seed, self.replay)
         if content == "image" and self.backbone.own_head:
             return linear(vectors, weights["head.weight"])
         return vectors

@@ -70,8 +70,9 @@ class ModelLoader:
                 self._backbones[shape] = load(model, adapter, base, task.architecture)
         backbone = self._backbones[shape]
         kept = (rows, repr(model), base, backbone.depth, cache_mb, task.read_as)
-        if rows is not None and isinstance(backbone, Backbone) and backbone.depth and kept not in self._activations:
-            self._activations[kept] = ActivationCache(backbone, cache_mb << 20)
+        if rows is not None and backbone.depth and kept not in self._activations:
+            lower = backbone.image if isinstance(backbone, DualBackbone) else backbone
+            self._activations[kept] = ActivationCache(lower, cache_mb << 20)
         start = (shape, adapter.rank, repr(adapter.rank_pattern))
         if adapter.init == "pissa" and start not in self._starts:
             self._starts[start] = principal(backbone, adapter)

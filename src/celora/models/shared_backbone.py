@@ -1,7 +1,6 @@
 """One frozen backbone for all clients, each with adapters of its own (`celora.models.protocol`)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from celora.core.reading import Encode
 from celora.core.task import Representation, Task
 from celora.errors import ModelError
 from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Backbone
+from celora.models.backbone import Backbone, computed
 from celora.models.batching import BatchedForward, predict
 from celora.models.dual_backbone import DualBackbone
 from celora.models.export import export_peft
@@ -130,9 +129,9 @@ class AdaptedBackbone:
         return {"head.candidates": torch.stack([found[at] for at in range(len(texts))])} if texts else {}
 
     def _encoded(self, weights: Tensors, batch: Batch, dropout_seed: int | None) -> Representation:
-        with self.activations.replayed(batch) if self.activations else nullcontext():
-            updates = self._updates(weights, 0.0 if dropout_seed is None else self._rate)
-            return self.backbone.represented(batch, updates, dropout_seed)
+        updates = self._updates(weights, 0.0 if dropout_seed is None else self._rate)
+        replay = self.activations.replayed if self.activations else computed
+        return self.backbone.represented(batch, updates, dropout_seed, replay)
 
     def _updates(self, weights: Tensors, rate: float = 0.0) -> dict[str, Update]:
         return {name: self._update(name, w, rate) for name, w in modules(weights).items()}
