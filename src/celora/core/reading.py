@@ -136,6 +136,19 @@ class Reader(Protocol):
             ModelError: if the network is no dual encoder.
         """
 
+    def seen(
+        self, rows: Any, write: Callable[[Any, Callable[[str], Sequence[int]]], TokenRow]
+    ) -> TokenInputs:
+        """Rows with an image each.
+
+        Args:
+            write: a row without its image, and what gives the ids of the text that its image stands in or before ->
+                a row of a language model.
+
+        Raises:
+            ModelError: if the network reads no images among its tokens.
+        """
+
     def words(self, rows: Any) -> Inputs:
         """Rows of words: lists, or records that have such a list as `tokens`.
 

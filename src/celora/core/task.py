@@ -18,9 +18,9 @@ from celora.core.reading import IMAGES, PAIRS, TEXTS, Columns, Form, Inputs, Rea
 from celora.lazy import Tensor, torch
 from celora.tensors import Tensors
 
-Architecture = Literal["encoder", "causal-lm", "dual-encoder"]
-"""A transformer whose hidden states are pooled; one with its head, which predicts the next token; or two transformers,
-of images and of texts, whose vectors lie in one space."""
+Architecture = Literal["encoder", "causal-lm", "dual-encoder", "image-text"]
+"""A transformer whose hidden states are pooled; one with its head, which predicts the next token; two transformers, of
+images and of texts, whose vectors lie in one space; or one with its head that reads images among its tokens."""
 Trait = Literal["classes", "head"]
 """What a task may have and an algorithm may need: rows that fall into classes; a trainable head, `head.*`."""
 

@@ -22,10 +22,11 @@ from celora.models import loading, targets
 from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
 from celora.models.inputs import inputs_of
 from celora.models.language import LanguageHead, answered
-from celora.models.row_reader import NO_DUAL, RowReader
+from celora.models.row_reader import NO_DUAL, NO_IMAGES, RowReader
 from celora.models.settings import Adapter, Model, Pooling
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
 from celora.models.task_classes import TaskClass, task_class
+from celora.models.tokens import TokenRows
 from celora.tensors import Tensors
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -48,6 +49,7 @@ class Backbone(RowReader):
 
     Args:
         adapted: whether there are any, as a tower of a dual encoder may have none.
+        projector: linear modules that are trained whole, as a head of the backbone's own.
 
     Attributes:
         kind: "text" or "image".
@@ -86,10 +88,11 @@ class Backbone(RowReader):
         adapter: Adapter,
         architecture: Architecture = "encoder",
         adapted: bool = True,
+        projector: Sequence[str] = (),
     ) -> None:
         whole: Any = transformer
-        self.head = LanguageHead(whole) if architecture == "causal-lm" else None
-        self.prefix = f"{whole.base_model_prefix}." if self.head else ""
+        self.head = LanguageHead(whole) if architecture in ("causal-lm", "image-text") else None
+        self.prefix = f"{whole.base_model_prefix}." if self.head and whole.base_model_prefix else ""
         self.own_head: Tensors = {}
         transformer = whole.base_model if self.head else transformer
         kind = loading.kind(transformer)
@@ -103,9 +106,11 @@ class Backbone(RowReader):
             names = targets.matching(transformer, adapter.targets, model.backbone)
             names = targets.topmost(names, layers, adapter.layers, model.backbone)
             targets.check_patterns(names, adapter, model.backbone)
-        self._adapted = inject(transformer, names, adapter)
+        self._adapted = inject(transformer, [*names, *projector], adapter)
         self.targets: dict[str, tuple[int, int]] = {
-            name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()
+            name: (layer.out_features, layer.in_features)
+            for name, layer in self._adapted.items()
+            if name not in projector
         }
         self.layers = tuple(layers.values())
         self.depth = 0 if model.dropout or not names else targets.below(names, layers)
@@ -128,7 +133,7 @@ class Backbone(RowReader):
             raise ModelError(f'model.pooling = "{self.pooling}", but {self.name} makes a map of an image: use "mean"')
         self.width = as_tokens(states).shape[-1]
         # a call has rows on the first axis of what it reads if that is twice as long for two of them
-        calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
+        calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self.targets}
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
         self.rows_first = all(map(all, self._of_rows.values()))
         if self.head:
@@ -254,7 +259,20 @@ class Backbone(RowReader):
         with bound(self._adapted, updates):
             return self._transformer(**accepted) if dropout_seed is None else self._seeded(accepted, dropout_seed)
 
-    def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
+    def own_updates(self, weights: Tensors) -> dict[str, Update]:
+        """What is added to modules that are trained whole; none."""
+        return {}
+
+    def seen(self, rows: Any, write: Any, budget: int) -> TokenRows:
+        """
+        Raises:
+            ModelError: always, as this is no model of images and texts.
+        """
+        raise ModelError(NO_IMAGES.format(self.name))
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """What the language model answers to each prompt, greedily, in at most so many tokens.
 
         A prompt that leaves no room for an answer among the model's positions is cut from the left, behind the token
@@ -263,6 +281,7 @@ class Backbone(RowReader):
         Args:
             prompts: token ids of each, at least one.
             updates: as `states`; where they are of several clients, prompts are client-major.
+            batch: the rows that the prompts begin, for a model that sees.
         """
         assert self.head is not None, "only a language model is asked for answers"
         text, begun = self.text_tokenizer, len(self.text_tokenizer.start)
@@ -302,7 +321,7 @@ class Backbone(RowReader):
         mask, of_rows = accepted.get("attention_mask"), {name: iter(calls) for name, calls in self._of_rows.items()}
 
         def look(name: str, x: Tensor) -> None:
-            if next(of_rows[name], False):
+            if name in of_rows and next(of_rows[name], False):
                 x = x.double().square()
                 x = x if mask is None else x.reshape(*mask.shape, -1) * mask.unsqueeze(-1)
                 found[name] = x.flatten(0, -2).sum(0).cpu() + found.get(name, 0)

@@ -104,7 +104,7 @@ class BatchedForward:
             start = next((at for at in reversed(range(1, end)) if labels[at - 1] < 0), 1)  # of the last answer
             prompts.append(ids[:start])
             references.append(ids[start:end])
-        answers = self.network.answers(weights, prompts, self.task.answer_tokens)
+        answers = self.network.answers(weights, prompts, self.task.answer_tokens, batch)
         return self.task.grades(answers, self.network.texts(references))
 
     @torch.no_grad()

@@ -22,9 +22,10 @@ from celora.core.task import HeadOf
 from celora.errors import ModelError
 from celora.models.backbone import Backbone, Replay, computed
 from celora.models.inputs import Inputs, TokenisedTexts, inputs_of
+from celora.models.row_reader import NO_IMAGES
 from celora.models.slots import Update
 from celora.models.sources import ListedTexts
-from celora.models.tokens import TextTokenizer
+from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
 
 Tower = Literal["image", "text"]
@@ -222,7 +223,20 @@ class DualBackbone:
         """What becomes of a batch, for a task; a tower runs when it is asked for."""
         return DualRepresentation(self, inputs, updates, dropout_seed, replay)
 
-    def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
+    def own_updates(self, weights: Tensors) -> dict[str, Update]:
+        """None, as the projection stands behind the towers."""
+        return {}
+
+    def seen(self, rows: Any, write: Any, budget: int) -> TokenRows:
+        """
+        Raises:
+            ModelError: always, as this is no language model.
+        """
+        raise ModelError(NO_IMAGES.format(self.name))
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """
         Raises:
             ModelError: always.

@@ -17,11 +17,9 @@ from celora.models.backbone import Backbone
 from celora.models.dual_backbone import DualBackbone, Tower
 from celora.models.projection import projected
 from celora.models.row_reader import NO_DUAL
-from celora.models.settings import Adapter, Model
+from celora.models.settings import SIGN, Adapter, Model
 from celora.models.slots import Update
 
-SIGN = " + "
-"""Between the names of a pair."""
 
 
 class PooledTower(Backbone):

@@ -143,6 +143,7 @@ def answered(
     most: int,
     end: Sequence[int],
     padding: int,
+    first: Batch | None = None,
 ) -> list[list[int]]:
     """What a model answers to each prompt, greedily: the ids before one that ends an answer, at most `most`.
 
@@ -150,6 +151,7 @@ def answered(
 
     Args:
         transformer: without its head, its adapters bound.
+        first: what it reads beside the prompts: pixels.
     """
     device = next(transformer.parameters()).device
     longest = max(map(len, prompts))
@@ -158,12 +160,13 @@ def answered(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, longest - len(prompt) :] = 1
-    positions = _takes_positions(transformer.forward)
+    positions = takes_positions(transformer.forward)
     kept, ends = cache_utils.DynamicCache(config=transformer.config), torch.tensor(list(end), device=device)
     found: list[Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(most):
-        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positions else {}
+    for step in range(most):
+        more = {} if step or first is None else dict(first)
+        more |= {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positions else {}
         states = transformer(input_ids=ids, attention_mask=mask, past_key_values=kept, use_cache=True, **more)
         ids = head.logits(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
         found.append(ids.squeeze(1))
@@ -180,6 +183,6 @@ def _before(answer: list[int], end: set[int]) -> list[int]:
     return answer[:stop]
 
 
-def _takes_positions(forward: Callable[..., Any]) -> bool:
+def takes_positions(forward: Callable[..., Any]) -> bool:
     """Whether a family counts positions by ids that it is given; others have relative ones."""
     return "position_ids" in inspect.signature(forward).parameters

@@ -14,6 +14,7 @@ from celora.models.model_zoo import ModelZoo, private_models
 from celora.models.pissa import Start, principal
 from celora.models.private_model import PrivateModel
 from celora.models.protocol import ClientModels
+from celora.models.seeing_backbone import load_seeing
 from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import SharedBackbone
 
@@ -61,13 +62,16 @@ class ModelLoader:
             if own not in self._own:
                 self._own[own] = private_models(model, base, seed)
             return ModelZoo(self._own[own], task, **given)
-        adapted = (repr(adapter.targets), adapter.layers, adapter.towers, adapter.factors)  # whatever the rank
+        adapted = (repr(adapter.targets), adapter.layers, adapter.towers, adapter.projector, adapter.factors)  # whatever the rank
         shape = (repr(model), base, *adapted, task.architecture)
         if shape not in self._backbones:
-            if task.architecture == "dual-encoder":
-                self._backbones[shape] = load_dual(model, adapter, base)
-            else:
-                self._backbones[shape] = load(model, adapter, base, task.architecture)
+            match task.architecture:
+                case "dual-encoder":
+                    self._backbones[shape] = load_dual(model, adapter, base)
+                case "image-text":
+                    self._backbones[shape] = load_seeing(model, adapter, base)
+                case other:
+                    self._backbones[shape] = load(model, adapter, base, other)
         backbone = self._backbones[shape]
         kept = (rows, repr(model), base, backbone.depth, cache_mb, task.read_as)
         if rows is not None and backbone.depth and kept not in self._activations:

@@ -40,7 +40,8 @@ def fetch(
     """A transformer without its pooling layer, its tokenizer (None if it reads images), and its folder or Hub id.
 
     Args:
-        architecture: "causal-lm" for a language model with its head; "dual-encoder" for two towers and a tokenizer.
+        architecture: "causal-lm" for a language model with its head; "dual-encoder" for two towers and a tokenizer;
+            "image-text" for a model of images and texts with its head.
 
     Raises:
         ModelError: saying what was found, what was expected and what to do.
@@ -68,9 +69,12 @@ def fetch(
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
-            kind_of: Any = transformers.AutoModelForCausalLM if architecture == "causal-lm" else transformers.AutoModel
+            kind_of: Any = {
+                "causal-lm": transformers.AutoModelForCausalLM,
+                "image-text": transformers.AutoModelForImageTextToText,
+            }.get(architecture, transformers.AutoModel)
             transformer, report = kind_of.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-            texts = architecture == "dual-encoder" or kind(transformer) == "text"
+            texts = architecture in ("dual-encoder", "image-text") or kind(transformer) == "text"
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options) if texts else None
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: found {contents}; {reason(error)}") from error

@@ -118,6 +118,10 @@ class ModelZoo:
         """
         raise ModelError(NO_PAIRS)
 
+    def seen(self, rows: Any, write: Any) -> TokenRows:
+        """As `tokenizer`."""
+        raise ModelError(NO_LANGUAGE)
+
     def words(self, rows: Any) -> Inputs:
         """
         Raises:

@@ -214,7 +214,9 @@ class PrivateNetwork:
         """None."""
         return {}
 
-    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+    def answers(
+        self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """
         Raises:
             ModelError: always, as no network of a client's own is a language model.

@@ -64,11 +64,14 @@ class Network(Protocol):
             weights: one client's, on the device.
         """
 
-    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+    def answers(
+        self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """What a language model answers to each prompt, greedily, in at most so many tokens.
 
         Args:
             weights: with a leading client axis, if prompts are of several clients; they are then client-major.
+            batch: the rows that the prompts begin, for a model that sees.
         """
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -108,6 +111,9 @@ class ClientModels(Protocol):
         """
 
     def captioned(self, images: Any, texts: Sequence[str], of: Sequence[int]) -> Inputs:
+        """As `celora.core.reading.Reader`."""
+
+    def seen(self, rows: Any, write: Any) -> TokenInputs:
         """As `celora.core.reading.Reader`."""
 
     def words(self, rows: Any) -> Inputs:

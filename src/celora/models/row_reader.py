@@ -29,6 +29,11 @@ NO_DUAL = (
     '"efficientnet-lite0 + minilm"'
 )
 
+NO_IMAGES = (
+    "{} reads no images among its tokens; expected a model such as LLaVA or Qwen-VL, or an image encoder and a language "
+    'model, such as "efficientnet-lite0 + smollm2"'
+)
+
 
 class RowReader:
     """What makes rows of a source into batches.

@@ -12,6 +12,8 @@ from celora.fields import Count, Positive, setting, settings
 
 V = TypeVar("V")
 Pooling = Literal["mean", "cls", "last"]
+SIGN = " + "
+"""Between the names of an image model and a text model that are one backbone."""
 LAYERS = r"^(all|last:[1-9][0-9]*)$"
 
 
@@ -80,6 +82,7 @@ class Adapter:
         "default for the architecture",
     )
     layers: str = setting("all", 'which transformer layers: "all", or the topmost n as "last:n"', pattern=LAYERS)
+    projector: bool = setting(False, "train the projector between images and language model, too, as a head")
     towers: Literal["both", "image", "text"] = setting("both", "which towers of a dual encoder are adapted")
     init: Annotated[Literal["kaiming", "normal", "orthonormal", "pissa"], BeforeValidator(_no_gradients)] = setting(
         "kaiming",

@@ -26,6 +26,7 @@ from celora.models.learner import ModelLearner
 from celora.models.pissa import Start
 from celora.models.rows import Rows, budgeted, unlabelled, well_filled
 from celora.models.settings import Adapter, Model
+from celora.models.seeing_backbone import SeeingBackbone
 from celora.models.slots import Update, dropping, less
 from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
@@ -110,9 +111,15 @@ class AdaptedBackbone:
         """The task's outputs of hidden states."""
         return task.outputs(self._encoded(weights, batch, dropout_seed), weights, batch)
 
-    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+    def seen(self, rows: Any, write: Any) -> TokenRows:
+        """As `celora.core.reading.Reader`."""
+        return self.backbone.seen(rows, write, self.budget)
+
+    def answers(
+        self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """As `Backbone.answers`."""
-        return self.backbone.answers(prompts, self._updates(weights), most)
+        return self.backbone.answers(prompts, self._updates(weights), most, batch)
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row of ids."""
@@ -134,7 +141,8 @@ class AdaptedBackbone:
         return self.backbone.represented(batch, updates, dropout_seed, replay)
 
     def _updates(self, weights: Tensors, rate: float = 0.0) -> dict[str, Update]:
-        return {name: self._update(name, w, rate) for name, w in modules(weights).items()}
+        adapters = {name: self._update(name, w, rate) for name, w in modules(weights).items()}
+        return adapters | self.backbone.own_updates(weights)
 
     def squares(self, batch: Batch) -> Mapping[str, Tensor]:
         """Adapted module -> sum over all tokens of its squared inputs (d_in,), padding and adapters aside."""
@@ -212,6 +220,10 @@ class SharedBackbone:
         """As `celora.core.reading.Reader`."""
         return self._network.captioned(images, texts, of)
 
+    def seen(self, rows: Any, write: Any) -> TokenRows:
+        """As `celora.core.reading.Reader`."""
+        return self._network.seen(rows, write)
+
     def words(self, rows: Any) -> Inputs:
         """As `celora.core.reading.Reader`."""
         return self._network.words(rows)
@@ -263,10 +275,13 @@ class SharedBackbone:
         if self._backbone.head is None:
             return self._task.answers(self.predict(client, weights, inputs))
         network = AdaptedBackbone(self._backbone, self._family, start=self._start)
-        prompts, found = self._task.prompts(inputs, self.tokenizer), dict[int, str]()
+        seeing, found = isinstance(self._backbone, SeeingBackbone), dict[int, str]()
+        rows = self._task.inputs(inputs, self) if seeing else None
+        prompts = rows.fetch(range(len(rows))) if rows else self._task.prompts(inputs, self.tokenizer)
         most = self._task.answer_tokens or ANSWER_TOKENS
         for chosen in budgeted([len(prompt) for prompt in prompts], network.capacity):
-            answers = network.answers(weights, [prompts[at] for at in chosen], most)
+            batch = self._backbone.batch(rows, chosen) if rows else None
+            answers = network.answers(weights, [prompts[at] for at in chosen], most, batch)
             found |= dict(zip(chosen, answers, strict=True))
         return [found[at] for at in range(len(prompts))]
 

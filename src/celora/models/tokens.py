@@ -123,9 +123,10 @@ class TokenRows(Inputs):
         for some in parts(rows):
             for row, made in zip(some, self._encode([self._rows[row] for row in some]), strict=True):
                 self._lengths[row], self._bytes[row], self._cut[row] = len(made.ids), made.size, made.cut
-                yield _array(made)
+                yield as_array(made)
 
 
-def _array(row: TokenRow) -> Row:
+def as_array(row: TokenRow) -> Row:
+    """(2, t) int32: ids, and labels."""
     ids = np.array(row.ids, dtype=np.int32)
     return np.stack([ids, np.where(row.is_target, ids, ABSENT)])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from celora.core.task import Task
+from celora.tasks.caption import Caption
 from celora.tasks.causal_lm import CausalLm
 from celora.tasks.classify import Classify
 from celora.tasks.contrast import Contrast
@@ -17,5 +18,6 @@ TASKS: Mapping[str, type[Task]] = {
     "multi-label": MultiLabel,
     "tag": Tag,
     "contrast": Contrast,
+    "caption": Caption,
 }
 """Name in configuration files -> the task."""
