@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from celora import experiment
 from celora.experiment.config import resolve
-from tests.image_text import saved_dual, write_pictures
+from tests.image_text import saved_dual, saved_seeing, write_pictures
 
 ALGORITHMS = ("fedit", "ffa-lora", "fedsa-lora", "fed-sb", "ce-lora")
 SENT = {"fedit": ("A", "B"), "ffa-lora": ("B",), "fedsa-lora": ("A",), "fed-sb": ("C",), "ce-lora": ("C",)}
@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("image-text")
     write_pictures(folder / "rows.parquet")
     saved_dual(folder / "clip", "clip")
+    saved_seeing(folder / "llava", "llava")
     return folder
 
 
@@ -32,7 +33,7 @@ def settings(name: str, task: str) -> dict[str, Any]:
     return {
         "data": {"source": "rows.parquet", "image": "image", "client": "site", "max_validation": 2, "max_test": 2},
         "task": {"name": task, "score": "loss"},
-        "model": {"backbone": {"contrast": "clip"}[task], "device": "cpu", "max_length": 32},
+        "model": {"backbone": {"contrast": "clip", "caption": "llava"}[task], "device": "cpu", "max_length": 32},
         "adapter": {"rank": RANK, "targets": ["q_proj", "v_proj"]},
         "train": {"lr": 1e-2, "batch_size": 4, "steps": 2},
         "plan": {"rounds": 2},
@@ -64,7 +65,7 @@ def products(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("task", ["contrast"])
+@pytest.mark.parametrize("task", ["contrast", "caption"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_it_learns_the_same_alone_grouped_and_resumed_and_sends_what_it_declares(
     name: str, task: str, folder: Path, tmp_path: Path

@@ -70,6 +70,7 @@ class Backbone(RowReader):
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
         head: of a language model; None where hidden states are all that is read.
         prefix: where the transformer lies in the model that it was loaded as, "" or such as "model.".
+        tower: the image encoder that reads for this backbone, if it has one of its own.
         own_head: tensors `head.*` that the backbone itself brings, as they start; they are trained as a task's are.
         pooling: how a row's token vectors become one vector: `model.pooling`, or what becomes this backbone.
 
@@ -94,6 +95,7 @@ class Backbone(RowReader):
         self.head = LanguageHead(whole) if architecture in ("causal-lm", "image-text") else None
         self.prefix = f"{whole.base_model_prefix}." if self.head and whole.base_model_prefix else ""
         self.own_head: Tensors = {}
+        self.tower: Backbone | None = None
         transformer = whole.base_model if self.head else transformer
         kind = loading.kind(transformer)
         self.longest = loading.longest(transformer, tokenizer) if kind == "text" else None

@@ -88,6 +88,7 @@ class DualBackbone:
         filled: bool = False,
         notices: Sequence[str] = (),
     ) -> None:
+        self.tower = towers["image"]
         self.image, self.text, self.name, self.source = towers["image"], towers["text"], name, source
         self.learned, self.filled, self._rest, self.notices = learned, filled, rest, notices
         self.own_head: Tensors = {} if projection is None else {"head.weight": projection}

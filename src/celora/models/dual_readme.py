@@ -1,8 +1,6 @@
 """What stands in the README.md beside an exported adapter of a dual encoder: code without celora."""
 
 from celora.core.task import ModelCard
-from celora.models import efficientnet_lite
-from celora.models.backbone import Backbone
 from celora.models.dual_backbone import DualBackbone
 from celora.models.readme import POOLED, base_of, page
 from celora.models.settings import Model
@@ -65,9 +63,3 @@ def dual(backbone: DualBackbone, card: ModelCard, model: Model) -> str:
         code = _WHOLE.format(**common, padding="max_length" if backbone.filled else True)
     said = "in [0, 1]" if backbone.image.processor is None else "as `AutoImageProcessor.from_pretrained` prepares them"
     return page(card, code + _COSINES, f"{note}\nImages are pixels {said}.\n")
-
-
-def written(backbone: Backbone | DualBackbone) -> str:
-    """The name of the backbone that an export brings along, because nobody else has it in this form; "" for others."""
-    one = backbone.image if isinstance(backbone, DualBackbone) else backbone
-    return one.name if one.name in ("random-vit", efficientnet_lite.NAME) else ""

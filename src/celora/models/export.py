@@ -23,9 +23,11 @@ from celora.lazy import Lazy
 from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
 from celora.models.dual_backbone import DualBackbone
-from celora.models.dual_readme import dual, written
+from celora.models.dual_readme import dual
 from celora.models.pissa import Start
 from celora.models.readme import alone, readme, served, source_of
+from celora.models.seeing_backbone import SeeingBackbone
+from celora.models.seeing_readme import seeing
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, less
 from celora.models.task_classes import TASK_TYPES, TaskClass
@@ -85,6 +87,7 @@ def export_peft(
         kernel = (1, 1) if module in backbone.convolutions else ()
         state[f"{_ROOT}{prefix}{module}.lora_A.weight"] = down.reshape(*down.shape, *kernel)
         state[f"{_ROOT}{prefix}{module}.lora_B.weight"] = up.reshape(*up.shape, *kernel)
+    whole = backbone.projector if isinstance(backbone, SeeingBackbone) and backbone.tower is None else ()
     own = {f"{prefix}{module}": len(a) for module, (a, _) in pairs.items() if adapter.rank_pattern and len(a) != rank}
     alpha: Any = adapter.factor * adapter.divisor(rank)  # PEFT declares an int and takes a float
     alphas: Any = {module: adapter.factor * adapter.divisor(r) for module, r in own.items()}
@@ -93,7 +96,7 @@ def export_peft(
         lora_alpha=alpha,
         target_modules=[f"{prefix}{module}" for module in backbone.targets],
         task_type=TASK_TYPES[fits.of] if fits else "CAUSAL_LM" if backbone.head else "FEATURE_EXTRACTION",
-        modules_to_save=[fits.head] if fits else None,
+        modules_to_save=[fits.head] if fits else [f"{prefix}{module}" for module in whole] or None,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
         rank_pattern=own,
@@ -116,6 +119,9 @@ def export_peft(
     if fits:
         state |= {name.replace("head", f"{_ROOT}{fits.head}", 1): tensor for name, tensor in head.items()}
         head = {}
+    if whole:
+        state |= {f"{_ROOT}{prefix}{name.removeprefix('head.')}": tensor for name, tensor in head.items()}
+        head = {}
     if pairs:
         _check(backbone, family, weights, pairs, start or {})
     with replacing(folder) as new:
@@ -130,15 +136,18 @@ def export_peft(
         text = alone(family)
         if pairs and isinstance(backbone, DualBackbone):
             text = dual(backbone, card, model)
+        elif pairs and isinstance(backbone, SeeingBackbone):
+            text = seeing(backbone, card, model)
         elif pairs:
             text = served(backbone, card, model, fits, classes) if fits else readme(backbone, card, model, bool(head))
         (new / "README.md").write_text(text, "utf-8")
         with loading.quiet():  # nobody else has these weights in this form
-            if written(backbone) == "random-vit":
+            tower = backbone.tower or backbone
+            if tower.name == "random-vit":
                 loading.random_vit().save_pretrained(new / "backbone")
-            elif written(backbone) == efficientnet_lite.NAME:
-                earlier = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
-                efficientnet_lite.write(new / "backbone", backbone.image_shape[1], next(earlier, None))
+            elif tower.name == efficientnet_lite.NAME:
+                written = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
+                efficientnet_lite.write(new / "backbone", tower.image_shape[1], next(written, None))
 
 
 @torch.no_grad()
@@ -211,6 +220,9 @@ def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
             plain[name.replace(head, "head.", 1)] = weight
             continue
         is_lora = _LORA.fullmatch(name)
+        if not is_lora and name.startswith(_ROOT):  # a module that was trained whole
+            plain[f"head.{name.removeprefix(_ROOT).removeprefix(prefix)}"] = weight
+            continue
         plain[_LORA.sub(r"\1.\2", name).removeprefix(prefix)] = weight.flatten(1) if is_lora else weight
     return plain, True
 

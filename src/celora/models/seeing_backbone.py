@@ -22,6 +22,7 @@ from celora.models import loading
 from celora.models.backbone import Backbone
 from celora.models.composed import PROJECTOR, Composed
 from celora.models.feature_maps import as_tokens
+from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.inputs import inputs_of
 from celora.models.language import answered
 from celora.models.looks import look_of
@@ -72,20 +73,25 @@ class SeeingBackbone(Backbone):
             for leaf, weight in module.named_parameters()
         }
         self._prefixed = whole.config.model_type == "paligemma"
-        self._look, self._template, self.tower = look, template, tower
+        self._look, self._template = look, template
         super().__init__(
             whole, tokenizer, source, model=model, adapter=adapter, architecture="image-text", projector=list(start)
         )
-        self.depth, self.own_head, self.projector = 0, self._start, tuple(start)
+        self.depth, self.own_head, self.projector, self.tower = 0, self._start, tuple(start), tower
         self._own = {name: 1 / adapter.factor_at(name) for name in start}
         self._fixed = {name: tensor.to(self.device) for name, tensor in self._start.items()}
-        if start:
+        if start and tower is None:
             self.rows_first = self.rows_first and self._of_images()
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
         """What makes rows of it."""
         return SeeingTokenizer(self.tokenizer, self._model.max_length, self._template, typed=self.tower is None)
+
+    @property
+    def begins(self) -> list[int]:
+        """Ids with which a row of a composition begins, before its image."""
+        return list(TextTokenizer(self.tokenizer, self._model.max_length).start)
 
     @cached_property
     def _digest(self) -> str:
@@ -214,6 +220,9 @@ def _composed(
         places = [composed.base_model.placeholder] * len(tokens)
         return Picture(input_ids=inputs_of([[*start, *places, *ids]]).fetch([0])[0], pixel_values=tokens)
 
-    return SeeingBackbone(
+    made = SeeingBackbone(
         composed, tokenizer, source, model=model, adapter=adapter, look=look, template=tokenizer, tower=tower
-    )  # fmt: skip
+    )
+    if tower.processor is None:
+        made.notices = (f"pixels are divided by 255: {image} brings no image processor ({PROCESSOR})",)
+    return made
