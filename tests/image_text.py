@@ -60,7 +60,10 @@ SEEING_TEMPLATE = (
 def _llava(words: Any) -> tuple[Any, Any]:
     vision = t.CLIPVisionConfig(**IMAGE)
     config = t.LlavaConfig(
-        vision_config=vision, text_config=t.LlamaConfig(**WORDS), image_token_id=words.convert_tokens_to_ids("<image>"), image_seq_length=4
+        vision_config=vision,
+        text_config=t.LlamaConfig(**WORDS),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
     )
     pixels = t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = t.LlavaProcessor(pixels, words, patch_size=8, vision_feature_select_strategy="default",
@@ -119,7 +122,9 @@ def saved_seeing(folder: Path, family: str) -> Path:
     words.add_tokens(list(SPECIAL), special_tokens=True)
     makers: Mapping[str, Any] = {"llava": _llava, "paligemma": _paligemma, "smolvlm": _smolvlm}
     config, processor = makers[family](words) if family in makers else _qwen(words, family)
-    words.chat_template = SEEING_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>" if "qwen" in family else "<image>")
+    words.chat_template = SEEING_TEMPLATE.replace(
+        "IMAGE", "<|vision_start|><|image_pad|><|vision_end|>" if "qwen" in family else "<image>"
+    )
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)
         t.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)

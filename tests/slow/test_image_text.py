@@ -3,6 +3,8 @@
 The data sets lie outside the project: in the folder that CELORA_DATA names, or in shared/data beside the checkout.
 """
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import celora
-from tests.slow.test_images import file_of, ran
+from tests.slow.test_images import ROOT, file_of, ran
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,3 +37,21 @@ def test_pacs_by_domain_and_prompts_is_above_chance_at_once_and_better_after_tra
     assert sum(before) / 4 > 1 / 7 + 0.05
     assert summary["metrics"]["mean"] > sum(before) / 4 + 0.1
     assert summary["bytes"]["head"] == 4 * 384 * 1280  # the projection, which is the head
+
+
+def test_captions_by_domain_are_nearer_to_what_is_said_than_those_of_the_untrained_model(tmp_path: Path) -> None:
+    language, source = file_of("weights_stories260K"), file_of("pacs96/all.parquet")
+    subprocess.run([sys.executable, ROOT / "examples" / "captions.py", source, tmp_path], check=True)
+    more = ("data.rows=48", "data.max_validation=12", "data.max_test=16", "plan.rounds=2", "plan.evaluate_every=1")
+    model = f"model.backbone=efficientnet-lite0 + {language}"
+    summary = ran("caption.toml", tmp_path / "run", f"data.source={tmp_path}/captions.parquet", model, *more)
+    trained = celora.load(tmp_path / "run")
+    table, before = trained.data.table, list[float]()
+    for client, share in trained.data.clients.items():
+        asked = [{"image": table.inputs.images[row]} for row in share.test]
+        said = [table.inputs[row]["completion"] for row in share.test]
+        before += trained.task.grades(trained[client].predict(asked, trained=False), said)[:, 1].tolist()
+    untrained = sum(before) / len(before)
+    assert summary["metrics"]["mean"] > untrained + 0.3
+    assert summary["test_metrics"]["loss"]["mean"] < 1.5
+    assert summary["bytes"]["head"] == 4 * (1280 + 1) * 64  # the projector is a line of its own

@@ -131,7 +131,12 @@ def test_messages_have_their_image_where_the_template_puts_it(folder: Path) -> N
     made = models.seen([row], lambda one, see: Caption()._written(models.tokenizer, one, see))
     ids = made.fetch([0])[0].tolist()
     words = t.AutoTokenizer.from_pretrained(folder / "qwen2-vl")
-    assert words.convert_ids_to_tokens(ids)[:7] == ["<user>", "<|vision_start|>", *["<|image_pad|>"] * 4, "<|vision_end|>"]
+    assert words.convert_ids_to_tokens(ids)[:7] == [
+        "<user>",
+        "<|vision_start|>",
+        *["<|image_pad|>"] * 4,
+        "<|vision_end|>",
+    ]
     labels = made.targets([0])["labels"][0]
     assert words.decode(labels[labels >= 0]) == "red<end>"
 

@@ -136,9 +136,7 @@ class Reader(Protocol):
             ModelError: if the network is no dual encoder.
         """
 
-    def seen(
-        self, rows: Any, write: Callable[[Any, Callable[[str], Sequence[int]]], TokenRow]
-    ) -> TokenInputs:
+    def seen(self, rows: Any, write: Callable[[Any, Callable[[str], Sequence[int]]], TokenRow]) -> TokenInputs:
         """Rows with an image each.
 
         Args:

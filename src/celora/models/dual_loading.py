@@ -21,7 +21,6 @@ from celora.models.settings import SIGN, Adapter, Model
 from celora.models.slots import Update
 
 
-
 class PooledTower(Backbone):
     """A tower of CLIP or SigLIP, whose vector of a row is the one that it makes itself, projected.
 
@@ -78,9 +77,7 @@ def load_dual(model: Model, adapter: Adapter, base: Path) -> DualBackbone:
     return _whole(whole, tokenizer, source, model, adapter)
 
 
-def _pair(
-    found: Mapping[Tower, tuple[nn.Module, Any, str]], model: Model, adapter: Adapter
-) -> DualBackbone:
+def _pair(found: Mapping[Tower, tuple[nn.Module, Any, str]], model: Model, adapter: Adapter) -> DualBackbone:
     """A dual encoder of two encoders of their own, and a projection between them."""
     names = dict(zip(found, model.backbone.split(SIGN), strict=True))
     for tower, (transformer, _, _) in found.items():

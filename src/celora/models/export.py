@@ -152,7 +152,11 @@ def export_peft(
 
 @torch.no_grad()
 def _check(
-    backbone: Backbone | DualBackbone, family: Family, weights: Tensors, pairs: Mapping[str, tuple[Tensor, Tensor]], start: Start
+    backbone: Backbone | DualBackbone,
+    family: Family,
+    weights: Tensors,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    start: Start,
 ) -> None:
     """Compare what plain LoRA does to hidden states with what the adapters that were trained do.
 

@@ -62,7 +62,13 @@ class ModelLoader:
             if own not in self._own:
                 self._own[own] = private_models(model, base, seed)
             return ModelZoo(self._own[own], task, **given)
-        adapted = (repr(adapter.targets), adapter.layers, adapter.towers, adapter.projector, adapter.factors)  # whatever the rank
+        adapted = (
+            repr(adapter.targets),
+            adapter.layers,
+            adapter.towers,
+            adapter.projector,
+            adapter.factors,
+        )  # whatever the rank
         shape = (repr(model), base, *adapted, task.architecture)
         if shape not in self._backbones:
             match task.architecture:

@@ -25,7 +25,7 @@ _SAMPLE = (
 )
 
 NO_DUAL = (
-    '{} is no dual encoder; expected a model such as CLIP or SigLIP, or an image and a text tower, such as '
+    "{} is no dual encoder; expected a model such as CLIP or SigLIP, or an image and a text tower, such as "
     '"efficientnet-lite0 + minilm"'
 )
 

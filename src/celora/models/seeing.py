@@ -82,6 +82,8 @@ class SeenRows(TokenRows):
         budget: bytes of ids and pixels in memory.
     """
 
+    looked_at = 16  # an image may cost a pass through its encoder
+
     def __init__(self, write: Write, rows: Any, images: Any, look: Look, budget: int) -> None:
         super().__init__(lambda some: [], rows, budget)
         self._write, self._images, self._look, self._pictures = write, images, look, Kept(budget)

@@ -66,7 +66,9 @@ class SeeingBackbone(Backbone):
             if trained and isinstance(module, nn.Linear) and name.startswith(_PROJECTORS)
         }
         if adapter.projector and not start:
-            raise ModelError(f"adapter.projector: {model.backbone} has no linear projector; expected one in {_PROJECTORS}")
+            raise ModelError(
+                f"adapter.projector: {model.backbone} has no linear projector; expected one in {_PROJECTORS}"
+            )
         self._start = {
             f"head.{name}.{leaf}": weight.detach().float().cpu().clone()
             for name, module in start.items()
@@ -96,7 +98,9 @@ class SeeingBackbone(Backbone):
     @cached_property
     def _digest(self) -> str:
         found = super()._digest
-        return found if self.tower is None else hashlib.sha256(f"{found} {self.tower.fingerprint()}".encode()).hexdigest()
+        return (
+            found if self.tower is None else hashlib.sha256(f"{found} {self.tower.fingerprint()}".encode()).hexdigest()
+        )
 
     def seen(self, rows: Any, write: Any, budget: int) -> SeenRows:
         """As `celora.core.reading.Reader`; rows are records with images, or mappings with an `image` each."""
@@ -139,11 +143,16 @@ class SeeingBackbone(Backbone):
         return [self.text_tokenizer.text(ids) for ids in found]
 
     @torch.no_grad()
-    def _generated(self, prompts: Sequence[Sequence[int]], batch: Batch, most: int, ends: Sequence[int]) -> list[list[int]]:
+    def _generated(
+        self, prompts: Sequence[Sequence[int]], batch: Batch, most: int, ends: Sequence[int]
+    ) -> list[list[int]]:
         """By the family's own `generate`, all rows filled up from the left."""
         longest = max(map(len, prompts))
         along = {name: torch.zeros(len(prompts), longest, dtype=torch.int64) for name in batch if name in ALONG}
-        ids, mask = torch.full((len(prompts), longest), self.padding), torch.zeros(len(prompts), longest, dtype=torch.int64)
+        ids, mask = (
+            torch.full((len(prompts), longest), self.padding),
+            torch.zeros(len(prompts), longest, dtype=torch.int64),
+        )
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.as_tensor(list(map(int, prompt)))
             mask[row, longest - len(prompt) :] = 1
@@ -206,7 +215,9 @@ def _composed(
     """Two models and a projector between them."""
     image, _, text = model.backbone.partition(SIGN)
     if (kind := loading.kind(encoder[0])) != "image":
-        raise ModelError(f'model.backbone = "{model.backbone}": found {image}, which reads {kind}s; expected an image encoder')
+        raise ModelError(
+            f'model.backbone = "{model.backbone}": found {image}, which reads {kind}s; expected an image encoder'
+        )
     tower = Backbone(*encoder, model=replace(model, backbone=image, pooling=None), adapter=adapter, adapted=False)
     whole, tokenizer, source = language
     composed = Composed(whole, tower.width, model.backbone)

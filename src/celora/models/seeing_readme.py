@@ -60,7 +60,9 @@ def seeing(backbone: SeeingBackbone, card: ModelCard, model: Model) -> str:
     if tower is None:
         code = _WHOLE.format(**common, chat=_CHAT if card.facts["template"] == "chat" else "")
         return page(card, code)
-    said = "in [0, 1]" if tower.processor is None else "as `AutoImageProcessor.from_pretrained(image_base)` prepares them"
+    said = (
+        "in [0, 1]" if tower.processor is None else "as `AutoImageProcessor.from_pretrained(image_base)` prepares them"
+    )
     code = _COMPOSED.format(
         **common,
         image_base=base_of(tower)[0],

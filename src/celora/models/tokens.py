@@ -15,9 +15,6 @@ from celora.models.inputs import Inputs, Kept, Row, parts
 from celora.models.language import ABSENT
 from celora.models.loading import reason
 
-_LOOKED_AT = 10_000
-"""Rows that are tokenised before training, to tell how many are cut."""
-
 
 class TextTokenizer:
     """A tokenizer of transformers (`celora.core.reading.Tokenizer`).
@@ -75,9 +72,13 @@ class TokenRows(Inputs):
         encode: rows of the source -> rows of a language model.
         rows: of the source.
         budget: bytes of ids and labels in memory.
+
+    Attributes:
+        looked_at: rows that are made before training, to tell how many are cut.
     """
 
     kind = "text"
+    looked_at = 10_000
 
     def __init__(self, encode: Encode, rows: Any, budget: int) -> None:
         self._encode, self._rows = encode, rows
@@ -91,7 +92,7 @@ class TokenRows(Inputs):
     @cached_property
     def notices(self) -> tuple[str, ...]:  # type: ignore[override]
         """How many rows are cut, and by how much."""
-        looked = min(len(self), _LOOKED_AT)
+        looked = min(len(self), self.looked_at)
         self.lengths(range(looked))
         cut = self._cut[:looked][self._cut[:looked] > 0]
         if not len(cut):

@@ -43,7 +43,9 @@ class Contrast(Named):
     score: Literal["accuracy", "loss"] = setting(
         "accuracy", "the metric by which rounds are chosen and clients compared"
     )
-    template: str = setting("a photo of a {}", "the prompt of a class, and the text of a row without one; {} is its name")
+    template: str = setting(
+        "a photo of a {}", "the prompt of a class, and the text of a row without one; {} is its name"
+    )
     objective: Literal["softmax", "sigmoid"] = setting("softmax", "CLIP's loss, or SigLIP's")
     temperature: Positive | None = setting(
         None, "1 / s; none: the model's own s and b, or those that CLIP and SigLIP start from"
@@ -86,7 +88,9 @@ class Contrast(Named):
         """
         if "" in columns.labels and (named := {*columns.labels} - {""}):
             row = columns.rows[columns.labels.index("")]
-            raise DataError(f"{row}: found no label, though others have one, such as {min(named)!r}; expected all or none")
+            raise DataError(
+                f"{row}: found no label, though others have one, such as {min(named)!r}; expected all or none"
+            )
         return {*columns.labels} - {""}
 
     def agreed(self, agreement: bytes) -> Self:
@@ -118,7 +122,10 @@ class Contrast(Named):
         known: dict[str, int] = {}
         of = [known.setdefault(text, len(known)) for text in texts]
         ids = self.ids
-        targets = {"texts": torch.tensor(of), "labels": torch.tensor([ids.get(name, _ABSENT) for name in columns.labels])}
+        targets = {
+            "texts": torch.tensor(of),
+            "labels": torch.tensor([ids.get(name, _ABSENT) for name in columns.labels]),
+        }
 
         def chosen(rows: Sequence[int]) -> Tensors:
             at = torch.as_tensor(rows, dtype=torch.int64)
