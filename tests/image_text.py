@@ -74,8 +74,8 @@ def _llava(words: Any) -> tuple[Any, Any]:
 def _paligemma(words: Any) -> tuple[Any, Any]:
     vision = t.SiglipVisionConfig(**IMAGE, projection_dim=16)
     config = t.PaliGemmaConfig(
-        vision_config=vision, text_config=t.GemmaConfig(**WORDS), image_token_id=words.convert_tokens_to_ids("<image>"), projection_dim=16,
-        hidden_size=16,
+        vision_config=vision, text_config=t.GemmaConfig(**WORDS), projection_dim=16, hidden_size=16,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     pixels = t.SiglipImageProcessor(size={"height": 16, "width": 16})
     pixels.image_seq_length = 4
@@ -102,11 +102,13 @@ def _qwen(words: Any, family: str) -> tuple[Any, Any]:
         vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "intermediate_size": 32,
                   "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}  # fmt: skip
         kind = t.Qwen2_5_VLConfig
-    ids = {name: words.convert_tokens_to_ids(f"<|{name.removesuffix('_token_id')}|>".replace("image|", "image_pad|").replace("video|", "video_pad|"))
-           for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}  # fmt: skip
+    marks = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
+             "vision_end": "<|vision_end|>"}  # fmt: skip
+    ids = {f"{name}_token_id": words.convert_tokens_to_ids(mark) for name, mark in marks.items()}
+    rotary = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     text = {key: value for key, value in WORDS.items() if key != "head_dim"}
     config = kind(
-        text_config={**text, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+        text_config={**text, "rope_parameters": rotary},
         vision_config=vision, **ids,
     )  # fmt: skip
     pixels = t.Qwen2VLImageProcessorPil(min_pixels=64, max_pixels=256, patch_size=4)

@@ -1,4 +1,4 @@
-"""Algorithms on tiny models of images and texts: grouped as alone, resumed bit by bit, and sending what they declare."""
+"""Algorithms on tiny models of images and texts: grouped as alone, resumed bit by bit, sending what they declare."""
 
 import json
 from itertools import takewhile

@@ -23,8 +23,8 @@ class BatchedForward:
         self.network, self.task = network, task
         self._along = ALONG_TOKENS | {name for name, target in task.targets.items() if target.along_tokens}
         self._fillers = {"row": -1, **{name: target.filler for name, target in task.targets.items()}}
-        heads = {**task.head(network.width), **network.own_head}
-        self._axes = {name: len(tensor.shape) for name, tensor in heads.items()}
+        self._axes = {name: len(tensor.shape) for name, tensor in task.head(network.width).items()}
+        self._axes |= {name: tensor.dim() for name, tensor in network.own_head.items()}
 
     @property
     def capacity(self) -> int:

@@ -2,8 +2,8 @@
 
     e = [E(x_<), P f(image), E(x_>)]         f an image encoder's hidden states, P (d, d_image), E the word embeddings
 
-`model.backbone = "<image encoder> + <language model>"`. The image encoder is frozen and never adapted, so its tokens are
-part of how a row is read (`celora.models.seeing`), made once. P is drawn at random and is trained as heads are.
+`model.backbone = "<image encoder> + <language model>"`. The image encoder is frozen and never adapted, so its tokens
+are part of how a row is read (`celora.models.seeing`), made once. P is drawn at random and is trained as heads are.
 """
 
 import math

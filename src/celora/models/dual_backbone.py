@@ -2,9 +2,9 @@
 
     x = P_image f(image),   y = P_text g(text)
 
-A model of one folder (CLIP, SigLIP) brings both towers, its projections and its similarity; all of it is frozen. A pair,
-`model.backbone = "<image tower> + <text tower>"`, is any two encoders: x = W f(image), y = g(text), and W, `head.weight`
-(d_text, d_image), is trained as heads are (`celora.models.projection` says where it starts).
+A model of one folder (CLIP, SigLIP) brings both towers, its projections and its similarity; all of it is frozen. A
+pair, `model.backbone = "<image tower> + <text tower>"`, is any two encoders: x = W f(image), y = g(text), and W,
+`head.weight` (d_text, d_image), is trained as heads are (`celora.models.projection` says where it starts).
 """
 
 import hashlib
@@ -220,9 +220,9 @@ class DualBackbone:
 
     def represented(
         self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None, replay: Replay = computed
-    ) -> "DualRepresentation":
+    ) -> "_Represented":
         """What becomes of a batch, for a task; a tower runs when it is asked for."""
-        return DualRepresentation(self, inputs, updates, dropout_seed, replay)
+        return _Represented(self, inputs, updates, dropout_seed, replay)
 
     def own_updates(self, weights: Tensors) -> dict[str, Update]:
         """None, as the projection stands behind the towers."""
@@ -258,7 +258,7 @@ def _of_tower(batch: Batch, tower: Tower) -> Batch:
 
 
 @dataclass(frozen=True)
-class DualRepresentation:
+class _Represented:
     """As `celora.core.task.Representation`."""
 
     backbone: DualBackbone

@@ -103,7 +103,7 @@ def _pair(found: Mapping[Tower, tuple[nn.Module, Any, str]], model: Model, adapt
 
 def _whole(whole: Any, tokenizer: Any, source: str, model: Model, adapter: Adapter) -> DualBackbone:
     """A dual encoder of transformers."""
-    parts = {name: module for name, module in whole.named_children()}
+    parts = dict(whole.named_children())
     if not {"vision_model", "text_model"} <= parts.keys() or "logit_scale" not in dict(whole.named_parameters()):
         raise ModelError(NO_DUAL.format(f"{model.backbone}, a {type(whole).__name__},"))
     modules: dict[Tower, Any] = {"image": parts["vision_model"], "text": parts["text_model"]}

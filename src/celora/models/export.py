@@ -134,20 +134,31 @@ def export_peft(
             save_file(_plain(head), new / "head.safetensors", metadata={"format": "pt"})
         (new / "celora.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
         text = alone(family)
-        if pairs and isinstance(backbone, DualBackbone):
-            text = dual(backbone, card, model)
-        elif pairs and isinstance(backbone, SeeingBackbone):
-            text = seeing(backbone, card, model)
-        elif pairs:
-            text = served(backbone, card, model, fits, classes) if fits else readme(backbone, card, model, bool(head))
+        if pairs:
+            text = _page(backbone, card, model, fits, classes, bool(head))
         (new / "README.md").write_text(text, "utf-8")
-        with loading.quiet():  # nobody else has these weights in this form
-            tower = backbone.tower or backbone
-            if tower.name == "random-vit":
-                loading.random_vit().save_pretrained(new / "backbone")
-            elif tower.name == efficientnet_lite.NAME:
-                written = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
-                efficientnet_lite.write(new / "backbone", tower.image_shape[1], next(written, None))
+        _bring(backbone.tower or backbone, new, folder)
+
+
+def _bring(backbone: Backbone | DualBackbone, new: Path, folder: Path) -> None:
+    """Write the backbone, too, where nobody else has its weights in this form."""
+    with loading.quiet():
+        if backbone.name == "random-vit":
+            loading.random_vit().save_pretrained(new / "backbone")
+        elif backbone.name == efficientnet_lite.NAME:
+            written = folder.parent.glob(f"*/backbone/{efficientnet_lite.WEIGHTS}")
+            efficientnet_lite.write(new / "backbone", backbone.image_shape[1], next(written, None))
+
+
+def _page(
+    backbone: Backbone | DualBackbone, card: ModelCard, model: Model, fits: TaskClass | None, classes: int, head: bool
+) -> str:
+    """README.md of an adapter that is plain LoRA."""
+    if isinstance(backbone, DualBackbone):
+        return dual(backbone, card, model)
+    if isinstance(backbone, SeeingBackbone):
+        return seeing(backbone, card, model)
+    return served(backbone, card, model, fits, classes) if fits else readme(backbone, card, model, head)
 
 
 @torch.no_grad()

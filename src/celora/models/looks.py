@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from celora.errors import ModelError
 from celora.lazy import Lazy
@@ -19,7 +18,7 @@ from celora.models import loading
 from celora.models.row_reader import NO_IMAGES
 from celora.models.seeing import Look, Picture
 
-transformers = Lazy("transformers")
+transformers, smolvlm = Lazy("transformers"), Lazy("transformers.models.smolvlm.processing_smolvlm")
 
 
 def look_of(source: str, tokenizer: Any, config: Any, name: str) -> tuple[Look, Any]:
@@ -99,7 +98,7 @@ def _by_tiles(images: Any, tokenizer: Any, config: Any) -> Look:
     def look(image: Tensor, text: str) -> Picture:
         made = images(images=[[_shown(image)]], return_tensors="np", return_row_col_info=True)
         rows, columns = made["rows"][0][0], made["cols"][0][0]
-        places = get_image_prompt_string(rows, columns, count, image_token=mark, **marks)
+        places: str = smolvlm.get_image_prompt_string(rows, columns, count, image_token=mark, **marks)
         ids = np.asarray(tokenizer(_placed(text, mark, lambda: places))["input_ids"])
         others = {name: np.asarray(made[name])[0] for name in ("pixel_values", "pixel_attention_mask")}
         return Picture(input_ids=ids, **others)

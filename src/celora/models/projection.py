@@ -57,7 +57,8 @@ def ridge(x: Tensor, y: Tensor) -> Tensor:
         return float(((y - vectors @ (shrunk.unsqueeze(1) * along)) / (1 - hat).unsqueeze(1)).square().sum())
 
     best = min(_STRENGTHS, key=error)
-    return (vectors @ (along / (values + best * mean).unsqueeze(1))).T @ x
+    found: Tensor = (vectors @ (along / (values + best * mean).unsqueeze(1))).T @ x
+    return found
 
 
 @torch.no_grad()

@@ -170,6 +170,7 @@ def _language(backbone: Backbone, card: ModelCard, model: Model) -> str:
 
 
 def page(card: ModelCard, code: str, note: str = "") -> str:
+    """README.md around some code."""
     return (
         f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
         f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"

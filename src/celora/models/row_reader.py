@@ -30,8 +30,8 @@ NO_DUAL = (
 )
 
 NO_IMAGES = (
-    "{} reads no images among its tokens; expected a model such as LLaVA or Qwen-VL, or an image encoder and a language "
-    'model, such as "efficientnet-lite0 + smollm2"'
+    "{} reads no images among its tokens; expected a model such as LLaVA or Qwen-VL, or an image encoder and a "
+    'language model, such as "efficientnet-lite0 + smollm2"'
 )
 
 

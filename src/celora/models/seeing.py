@@ -47,7 +47,7 @@ class SeeingTokenizer(TextTokenizer):
             image begins the row.
     """
 
-    start: list[int] = []  # type: ignore[assignment]  # noqa: RUF012  # `Look` begins a row
+    start: list[int] = []  # noqa: RUF012  # `Look` begins a row
 
     def __init__(self, tokenizer: Any, most: int, template: Any, *, typed: bool) -> None:
         super().__init__(tokenizer, most)

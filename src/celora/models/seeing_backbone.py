@@ -129,7 +129,8 @@ class SeeingBackbone(Backbone):
         self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int, batch: Batch | None = None
     ) -> list[str]:
         """As `Backbone.answers`; a prompt that leaves no room is not cut, as its image must not be."""
-        assert self.head is not None and batch is not None, "a model that sees is asked with images"
+        assert self.head is not None, "a model that sees has a head"
+        assert batch is not None, "a model that sees is asked with images"
         ends = self.head.ends(self.tokenizer)
         with bound(self._adapted, updates):
             if self.tower is not None:
@@ -213,7 +214,7 @@ def _composed(
     encoder: tuple[nn.Module, Any, str], language: tuple[nn.Module, Any, str], model: Model, adapter: Adapter
 ) -> SeeingBackbone:
     """Two models and a projector between them."""
-    image, _, text = model.backbone.partition(SIGN)
+    image, _, _ = model.backbone.partition(SIGN)
     if (kind := loading.kind(encoder[0])) != "image":
         raise ModelError(
             f'model.backbone = "{model.backbone}": found {image}, which reads {kind}s; expected an image encoder'

@@ -25,8 +25,8 @@ from celora.models.language import ANSWER_TOKENS
 from celora.models.learner import ModelLearner
 from celora.models.pissa import Start
 from celora.models.rows import Rows, budgeted, unlabelled, well_filled
-from celora.models.settings import Adapter, Model
 from celora.models.seeing_backbone import SeeingBackbone
+from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, dropping, less
 from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
@@ -276,7 +276,7 @@ class SharedBackbone:
             return self._task.answers(self.predict(client, weights, inputs))
         network = AdaptedBackbone(self._backbone, self._family, start=self._start)
         seeing, found = isinstance(self._backbone, SeeingBackbone), dict[int, str]()
-        rows = self._task.inputs(inputs, self) if seeing else None
+        rows: Any = self._task.inputs(inputs, self) if seeing else None
         prompts = rows.fetch(range(len(rows))) if rows else self._task.prompts(inputs, self.tokenizer)
         most = self._task.answer_tokens or ANSWER_TOKENS
         for chosen in budgeted([len(prompt) for prompt in prompts], network.capacity):

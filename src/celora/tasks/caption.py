@@ -2,7 +2,7 @@
 
     loss, perplexity, bits_per_byte, exact_match, rouge_l      as `celora.tasks.causal_lm`, of the answer
 
-A row is an image, a prompt or none, and a completion; or an image and messages, of which the image belongs to the first.
+A row is an image, a prompt or none, and a completion; or an image and messages, whose first words it comes before.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ FORMS: Mapping[str, Form] = {
 class Caption(CausalLm):
     """What is said of an image."""
 
-    form: Literal["auto", "messages", "prompt"] = setting(  # type: ignore[assignment]
+    form: Literal["auto", "messages", "prompt"] = setting(
         "auto", "which columns hold a row; auto: the first of these that the source has"
     )
 
@@ -72,7 +72,7 @@ class Caption(CausalLm):
         (first, *others), closed = pieces(asked, self.template, tokenizer)
         ids = [list(see(first[0])), *map(list, tokenizer.ids([text for text, _ in others]))]
         room = tokenizer.most - sum(map(len, ids[:-1])) - (closed and ended)
-        if others and room < 1 or not others and len(ids[0]) > tokenizer.most:
+        if room < 1 if others else len(ids[0]) > tokenizer.most:
             raise DataError(
                 f"found a row whose image and prompt are {sum(map(len, ids[: max(1, len(others))]))} tokens, expected "
                 f"fewer than model.max_length = {tokenizer.most}: raise it"

@@ -192,7 +192,7 @@ class Contrast(Named):
         """Share of images whose own text is the nearest, and the loss among the candidates."""
         if outcomes.shape[1] > 3:
             _, texts = torch.unique(outcomes[:, -1], return_inverse=True)
-            images, candidates = outcomes[:, :-1].unflatten(1, (2, -1)).unbind(1)
+            images, candidates = outcomes[:, :-1].reshape(len(outcomes), 2, -1).unbind(1)
             rows = torch.arange(len(texts))
             first = rows.new_full((int(texts.max()) + 1,), len(rows)).scatter_reduce(0, texts, rows, "amin")
             outcomes = self._answered(images @ candidates[first].mT, texts)
