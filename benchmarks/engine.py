@@ -1,6 +1,6 @@
 """What the embedded engine costs and saves: ratios measured in one run, contestants taking turns.
 
-    python benchmarks/engine.py [--only central,grouping,prefix,rebuild,flower,memory] [--repetitions 5] [--tiny]
+    python benchmarks/engine.py [--only SECTION,…] [--repetitions 5] [--tiny]
 
 central    celora against plain PEFT + torch on the same token batches, and on the same rows with usual padding
 grouping   many clients in one pass through the backbone, 4 rows of 32 tokens each, against one after another
@@ -8,6 +8,7 @@ prefix     adapter.layers = "last:2": cached activations of the frozen layers be
 rebuild    against a client loop that builds its PEFT model anew for every client
 flower     against Flower's simulation of FedAvg-LoRA: same clients, texts, start, local steps, cores (extra `flower`)
 memory     peak memory of 1,000 clients against 10
+language   SmolLM2 for six clients against a plain loop of transformers and PEFT (benchmarks/language_speed.py)
 
 Everything runs on the CPU with one torch thread, "central" and "grouping" again with one on every core. Tables go to
 the screen, all numbers with the machine to benchmarks/results/engine.json; how each comparison is made is told in
@@ -38,6 +39,7 @@ from transformers import AutoConfig, AutoModel
 
 import flower_job
 import job
+import language_speed
 from celora import experiment
 from celora.core.learner import Batch, Learner
 from celora.core.problems import Fit
@@ -45,6 +47,7 @@ from celora.core.rounds import run_rounds
 from celora.core.solve import solve, solve_together
 from celora.core.task import Examples
 from celora.engines import embedded
+from celora.errors import ModelError
 from celora.experiment.population import Population, ResourceCache
 from celora.models import loading
 from celora.models.inputs import ReadyInputs
@@ -85,6 +88,8 @@ class Size:
     flower_rounds: int = 3
     flower_repetitions: int = 2
     many: int = 1000
+    language_rows: int = 16
+    language_repetitions: int = 3
 
     @property
     def time(self) -> Clock:
@@ -95,6 +100,7 @@ TINY = Size(
     repetitions=1, rows=16, clients=3, each=8, group_clients=4, group_steps=1, prefix_clients=2, prefix_rounds=2,
     prefix_repetitions=1,
     flower_clients=3, flower_rows=(8,), flower_rounds=2, flower_repetitions=1, many=20,
+    language_rows=4, language_repetitions=1,
 )  # fmt: skip
 
 
@@ -549,8 +555,17 @@ def memory(size: Size) -> Result:
     return content
 
 
+def language(size: Size) -> Result:
+    """SmolLM2 for six clients: training, memory, generation."""
+    try:
+        return language_speed.language(size.language_rows, size.language_repetitions, size.time)
+    except ModelError as missing:  # its package is not installed
+        raise Skipped(str(missing)) from missing
+
+
 SECTIONS_HERE: dict[str, Callable[[Size], Result]] = {
     "central": central, "grouping": grouping, "prefix": prefix, "rebuild": rebuild, "flower": flower, "memory": memory,
+    "language": language,
 }  # fmt: skip
 
 

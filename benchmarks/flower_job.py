@@ -76,7 +76,6 @@ def run(population: Population, cores: int, each: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="fl-") as name:  # short: Ray puts sockets into it
         folder = Path(name)
         write_inputs(population, folder)
-        shutil.copytree(APP, folder / APP.name, ignore=shutil.ignore_patterns("__pycache__"))
         config = {
             "num-server-rounds": experiment.plan.rounds,
             "local-epochs": experiment.train.epochs,
@@ -90,26 +89,43 @@ def run(population: Population, cores: int, each: int) -> dict[str, Any]:
             "model-name": str(embedded()),
             "data": str(folder / "data.json"),
             "initial": str(folder / "initial.safetensors"),
-            "out": str(folder / "out.json"),
         }
-        federation = (
-            f"num-supernodes={len(population.clients)} client-resources-num-cpus={each} client-resources-num-gpus=0.0 "
-            f"init-args-num-cpus={cores}"
-        )
-        command = [
-            str(Path(sys.executable).parent / "flwr"), "run", str(folder / APP.name), "local", "--stream",
-            "--federation-config", federation, "--run-config", " ".join(f"{k}={_toml(v)}" for k, v in config.items()),
-        ]  # fmt: skip
-        home = folder / "home"
-        try:
-            began = time.perf_counter()
-            log = _within_own_network(command, home, each)
-            seconds = time.perf_counter() - began
-        finally:
-            _end(home)
-        if not (folder / "out.json").exists():
-            raise RuntimeError("Flower's run did not complete; the end of its log:\n" + log[-4000:])
-        found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+        return run_app(APP, folder, config, nodes=len(population.clients), cores=cores, each=each)
+
+
+def run_app(app: Path, folder: Path, config: dict[str, Any], *, nodes: int, cores: int, each: int) -> dict[str, Any]:
+    """`flwr run` of an app, which writes its report to the file `out` of its configuration.
+
+    Args:
+        folder: with its inputs; short, as Ray puts sockets into it.
+        cores: in all, `each` for a node.
+
+    Returns:
+        `seconds` of the whole command, and the report.
+
+    Raises:
+        RuntimeError: with the end of the log, if the run did not complete.
+    """
+    shutil.copytree(app, folder / app.name, ignore=shutil.ignore_patterns("__pycache__"))
+    config |= {"out": str(folder / "out.json")}
+    federation = (
+        f"num-supernodes={nodes} client-resources-num-cpus={each} client-resources-num-gpus=0.0 "
+        f"init-args-num-cpus={cores}"
+    )
+    command = [
+        str(Path(sys.executable).parent / "flwr"), "run", str(folder / app.name), "local", "--stream",
+        "--federation-config", federation, "--run-config", " ".join(f"{k}={_toml(v)}" for k, v in config.items()),
+    ]  # fmt: skip
+    home = folder / "home"
+    try:
+        began = time.perf_counter()
+        log = _within_own_network(command, home, each)
+        seconds = time.perf_counter() - began
+    finally:
+        _end(home)
+    if not (folder / "out.json").exists():
+        raise RuntimeError("Flower's run did not complete; the end of its log:\n" + log[-4000:])
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return {"seconds": seconds, **found}
 
 

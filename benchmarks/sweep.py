@@ -82,7 +82,7 @@ def sweep(
                     raise
                 failed[name] = told = f"{type(error).__name__}: {error}"
             else:
-                best = max(m["validation"] for m in done[name]["moments"].values())
+                best = done[name]["moments"][done[name]["moment"]]["validation"]
                 told = f"validation {best:.3f}  {done[name]['seconds']:.0f} s"
             ended += name in fresh
             minutes = (time.monotonic() - began) / max(1, ended) * (len(fresh) - ended) / 60

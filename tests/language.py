@@ -29,6 +29,7 @@ GROUPED = {**COMMON, "num_key_value_heads": 1, "head_dim": 8}
 FAMILIES: Mapping[str, tuple[Any, str]] = {
     "llama": (t.LlamaConfig(**GROUPED), "q_proj"),
     "qwen2": (t.Qwen2Config(**{**COMMON, "num_key_value_heads": 1}, tie_word_embeddings=True), "q_proj"),
+    "gemma": (t.GemmaConfig(**GROUPED), "q_proj"),
     "gemma2": (t.Gemma2Config(**GROUPED, final_logit_softcapping=3.0, query_pre_attn_scalar=8), "q_proj"),
     "granite": (t.GraniteConfig(**{**COMMON, "num_key_value_heads": 1}, logits_scaling=4.0), "q_proj"),
     "gpt2": (

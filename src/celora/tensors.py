@@ -104,6 +104,13 @@ def common(many: Sequence[Tensor]) -> Tensor:
     return many[0] if all(tensor is many[0] for tensor in many) else torch.stack(list(many))
 
 
+def on_device(many: Sequence[Tensors], device: "torch.device") -> list[dict[str, Tensor]]:
+    """The same tensors on a device; what is one object for several of them still is, and is moved once."""
+    given = {id(tensor): tensor for tensors in many for tensor in tensors.values()}
+    moved = {at: tensor.to(device) for at, tensor in given.items()}
+    return [{name: moved[id(tensor)] for name, tensor in tensors.items()} for tensors in many]
+
+
 def flatten(tensors: Tensors) -> Tensor:
     """All entries as one vector, in the mapping's order; a leading client axis is not kept."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors.values()]) if tensors else torch.zeros(0)

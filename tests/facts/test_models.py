@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 from celora.core.adapters import Family, Lora, Tri
 from celora.core.learner import Recipe
 from celora.models.backbone import Backbone, load
-from celora.models.export import export_peft, load_export
+from celora.models.export import export_shared, load_export
 from celora.models.learner import ModelLearner
 from celora.models.loading import embedded, quiet
 from celora.models.settings import Adapter, Model
@@ -45,11 +45,11 @@ def random_weights(backbone: Backbone, adapter: Adapter, family: Family) -> dict
 
 
 def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The snippet of an export, word for word, as a program of its own in that folder."""
+    """The snippet of an export, word for word, as a program of its own in another folder."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) <= 14
-    (folder / "snippet.py").write_text(code)
-    monkeypatch.chdir(folder)
+    assert len(code.splitlines()) <= 16
+    (folder.parent / "snippet.py").write_text(code)
+    monkeypatch.chdir(folder.parent)
     with stock():
         return runpy.run_path("snippet.py")
 
@@ -62,7 +62,7 @@ def test_stock_peft_gives_the_same_logits_from_a_text_adapter(
     model, adapter = Model(device="cpu"), Adapter(targets=targets)
     backbone = load(model, adapter, tmp_path)
     weights = random_weights(backbone, adapter, family)
-    export_peft(tmp_path / "out", backbone, weights, family=family, card=CARD, model=model, adapter=adapter)
+    export_shared(tmp_path / "out", backbone, weights, family=family, card=CARD, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)["logits"]
     ours = predict(backbone, family, weights, backbone.tokenize(TEXTS))
     frozen = predict(
@@ -79,7 +79,7 @@ def test_stock_peft_gives_the_same_logits_from_an_image_adapter(
     model, adapter = Model(backbone="random-vit", device="cpu", pooling=pooling), Adapter(targets="all-linear")
     backbone = load(model, adapter, tmp_path)
     weights = random_weights(backbone, adapter, Tri())
-    export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
+    export_shared(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)
     assert (predict(backbone, Tri(), weights, theirs["images"]) - theirs["logits"]).abs().max() <= 1e-5
 
@@ -92,7 +92,7 @@ def test_stock_peft_gives_the_same_logits_from_adapted_convolutions(
     model, adapter = Model(backbone="base", device="cpu"), Adapter(targets="all-linear", rank=2)
     backbone = load(model, adapter, tmp_path)
     weights = random_weights(backbone, adapter, Tri())
-    export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
+    export_shared(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)
     ours = predict(backbone, Tri(), weights, theirs["images"])
     frozen = predict(backbone, Tri(), {n: w for n, w in weights.items() if part(n) == "head"}, theirs["images"])
@@ -117,7 +117,7 @@ def test_a_decoder_that_stores_its_weights_transposed(
     backbone = load(model, adapter, tmp_path)
     assert backbone.targets["h.0.attn.c_attn"] == (48, 16)
     weights = random_weights(backbone, adapter, Tri())
-    export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
+    export_shared(tmp_path / "out", backbone, weights, family=Tri(), card=CARD, model=model, adapter=adapter)
     theirs = run_readme(tmp_path / "out", monkeypatch)["logits"]
     ours = predict(backbone, Tri(), weights, backbone.tokenize(TEXTS))
     assert (ours - theirs).abs().max() <= 1e-5

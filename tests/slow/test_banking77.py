@@ -23,9 +23,9 @@ name = "banks"
 
 [data]
 source = "*.csv"
-rows = 32
-max_validation = 16
-max_test = 24
+rows = 24
+max_validation = 12
+max_test = 16
 
 [adapter]
 layers = "last:2"
@@ -34,7 +34,7 @@ layers = "last:2"
 lr = 6e-3
 
 [plan]
-rounds = 5
+rounds = 3
 
 [engine]
 group = 1     # one client after another, as at sites

@@ -12,12 +12,17 @@ from celora.algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.slow
 
-FEW, MANY = 10, 1000
+FEW, MANY = 30, 120
+ADAPTER_MB = 6 * 2 * 64 * 2 * 384 * 4 / 2**20
+"""Of rank 64: A and B of two modules in each of six layers. One kept of each client would be seen."""
 CONFIG = """
 [data]
 source = "rows.jsonl"
 client = "client"
 split = "split"
+
+[adapter]
+rank = 64
 
 [train]
 steps = 1
@@ -62,8 +67,8 @@ def peak_mb(folder: Path, algorithm: str, clients: int) -> float:
 
 
 @pytest.mark.parametrize("algorithm", ["ce-lora", "fedit"])
-def test_a_thousand_clients_need_no_more_memory_than_ten(algorithm: str, tmp_path: Path) -> None:
+def test_no_adapter_of_any_client_stays_in_memory(algorithm: str, tmp_path: Path) -> None:
     assert algorithm in ALGORITHMS
     few, many = peak_mb(tmp_path / "few", algorithm, FEW), peak_mb(tmp_path / "many", algorithm, MANY)
     print(f"{algorithm}: {few:.0f} MB with {FEW} clients, {many:.0f} MB with {MANY}")
-    assert many <= 1.3 * few
+    assert many - few < 0.5 * (MANY - FEW) * ADAPTER_MB

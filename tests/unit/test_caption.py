@@ -77,7 +77,7 @@ def test_the_loss_is_the_familys_own(family: str, folder: Path) -> None:
         whole = t.AutoModelForImageTextToText.from_pretrained(folder / family).eval()
     backbone: Any = models._backbone
     with torch.no_grad():
-        logits = whole(**backbone._moved(batch)).logits
+        logits = whole(**backbone.accepted(batch)).logits
     labels = batch["labels"][:, 1:]
     expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none", ignore_index=-100)
     torch.testing.assert_close(found[:, 1:], expected, atol=1e-5, rtol=1e-5)
@@ -171,7 +171,7 @@ def test_the_projector_can_be_trained_whole_and_travels_with_the_adapter(
         whole = PeftModel.from_pretrained(base, str(tmp_path / "export")).eval()
     backbone: Any = models._backbone
     with torch.no_grad():
-        logits = whole.get_base_model()(**backbone._moved(batch)).logits
+        logits = whole.get_base_model()(**backbone.accepted(batch)).logits
     labels = batch["labels"][:, 1:]
     expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none", ignore_index=-100)
     torch.testing.assert_close(found[:, 1:], expected, atol=2e-5, rtol=1e-5)

@@ -13,10 +13,12 @@ from celora.core.problems import Fit
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, load
 from celora.models.learner import ModelLearner
+from celora.models.placement import INSTALL
 from celora.models.settings import Adapter, Model
 from celora.tensors import but
 from tests.classifier import forward, initial
 from tests.classifier import rows as rows_of
+from tests.large import TARGETS, loaded, saved, start, stepped
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
@@ -75,6 +77,45 @@ def test_scores_and_features_equal_those_of_a_cpu() -> None:
 def test_a_backbone_in_bfloat16_trains_float32_adapters() -> None:
     for fitted in trained(backbone("cuda", dtype="bfloat16"), True):
         assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in fitted.weights.values())
+
+
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("again", [False, True])
+def test_families_equal_themselves_on_a_cpu_but_for_rounding(family: str, again: bool, tmp_path: Path) -> None:
+    folder, found = saved(tmp_path), list[Any]()
+    for device in ("cpu", "cuda"):
+        of = loaded(folder, family, device=device, gradient_checkpointing=again)
+        weights = {name: weight.to(device) for name, weight in start(of, clients=2).items()}
+        found.append(stepped(of, weights))
+    (losses, gradient), (there, slopes) = found
+    torch.testing.assert_close(there.cpu(), losses, rtol=1e-3, atol=1e-3)
+    for one, other in zip(gradient, slopes, strict=True):
+        torch.testing.assert_close(other.cpu(), one, rtol=1e-2, atol=1e-3 * float(one.abs().max()))
+
+
+def test_a_language_model_answers_as_on_a_cpu(tmp_path: Path) -> None:
+    folder, prompts = saved(tmp_path), [[2, 9, 8], [2, 7]]
+    cpu, cuda = (loaded(folder, "llama", device=device).answers(prompts, {}, 8) for device in ("cpu", "cuda"))
+    assert cpu == cuda
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_packed_backbones_train_on_cuda(bits: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason=INSTALL)
+    of = loaded(saved(tmp_path), "llama", device="cuda", quantise=bits, dtype="bfloat16")
+    losses, gradient = stepped(of, {name: weight.to("cuda") for name, weight in start(of).items()})
+    assert losses.isfinite().all() and all(one.isfinite().all() and one.abs().max() > 0 for one in gradient)
+
+
+def test_a_map_over_cuda_and_the_cpu_gives_the_numbers_of_one_device(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    where: dict[str, Any] = {
+        "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0,
+        "model.rotary_emb": 0, "lm_head": 0,
+    }  # fmt: skip
+    of, plain = loaded(folder, "llama", device_map=where), loaded(folder, "llama")
+    weights = {name: weight.to(of.device) for name, weight in start(of).items()}
+    torch.testing.assert_close(stepped(of, weights)[0].cpu(), stepped(plain, start(plain))[0], rtol=1e-3, atol=1e-3)
 
 
 def test_the_capacity_follows_free_memory() -> None:

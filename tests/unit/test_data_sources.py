@@ -233,6 +233,15 @@ def test_hub_errors_say_what_to_do(hub: dict[str, Any], monkeypatch: pytest.Monk
     ("section", "message"),
     [
         ({"validation": 0.5, "test_share": 0.5}, r"validation \+ test_share = 1 leaves no row"),
+        (
+            {"source": "docstrings", "columns": {"pair": "other"}},
+            "columns cannot be set with source = 'docstrings'; remove it",
+        ),
+        ({"source": "digits", "image": "picture"}, "image cannot be set with source = 'digits'; remove it"),
+        (
+            {"source": "a.csv", "image": "picture", "columns": {"pair": "other"}},
+            "image and columns.pair both say what is read of a row; set one of them",
+        ),
         ({"source": "digits", "client": "ward"}, "client cannot be set with source = 'digits'"),
         (
             {"source": "hub:glue", "test": "a.csv", "split": "fold"},

@@ -110,7 +110,12 @@ def test_labels_are_told_only_where_nobody_has_listed_them(shard: Path) -> None:
 
 def test_another_backbone_is_refused(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backbone, "fingerprint", lambda self: "0123456789abcdef" * 4)
-    with pytest.raises(FederationError, match=r"has SHA-256 0123456789abcdef… here, .* ffff.*same weights"):
+    with pytest.raises(FederationError, match=r"minilm has SHA-256 0123456789ab here, f{12} at .* same revision"):
+        enter("mine", taking_part(shard))(JobStart(config(), "fedit", "f" * 64, b"", ()))
+
+
+def test_a_fingerprint_of_another_kind_is_told_apart_from_another_backbone(shard: Path) -> None:
+    with pytest.raises(FederationError, match=r"they say nothing of each other: run one version of celora"):
         enter("mine", taking_part(shard))(JobStart(config(), "fedit", "f" * 64, b"", ()))
 
 

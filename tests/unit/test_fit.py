@@ -242,3 +242,13 @@ def test_the_toy_speaks_for_several_clients_at_once() -> None:
     stacked = client.losses(both, {key: torch.stack([value] * 2) for key, value in batch.items()})
     expected = torch.stack([client.losses(client.initial, batch), client.losses(one, batch)])
     torch.testing.assert_close(stacked, expected)
+
+
+def test_a_cosine_over_rounds_ends_at_lr_end_and_is_half_way_in_the_middle() -> None:
+    recipe = Recipe(lr=5e-5, schedule="cosine", lr_end=1e-6)
+    rates = [recipe.in_round(round, 4).lr for round in (1, 2, 3, 4, 5)]
+    half = (5e-5 + 1e-6) / 2
+    assert rates == pytest.approx([half + (5e-5 - half) * 0.5**0.5, half, half - (half - 1e-6) * 0.5**0.5, 1e-6, 1e-6])
+    assert Recipe(lr=5e-5).in_round(3, 4) == Recipe(lr=5e-5)
+    with pytest.raises(ValueError, match="expected at most lr"):
+        Recipe(lr=1e-5, schedule="cosine", lr_end=1e-3)

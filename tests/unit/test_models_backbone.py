@@ -1,13 +1,22 @@
 """celora.models.backbone, loading and targets: loading, targets, pooling, and what is said when it cannot be."""
 
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    RegNetConfig,
+    RegNetModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTImageProcessorPil,
+)
 
 from celora.errors import ModelError
 from celora.models.backbone import Backbone, load
@@ -222,3 +231,25 @@ def test_a_device_that_is_not_there(device: str, message: str) -> None:
         pytest.skip("there is one")
     with pytest.raises(ModelError, match=message):
         load(Model(backbone="random-vit", device=device), VIT, Path())
+
+
+@pytest.mark.parametrize(("kind", "config"), [(ResNetModel, ResNetConfig), (RegNetModel, RegNetConfig)])
+def test_an_image_backbone_of_any_size_takes_the_size_that_its_processor_makes(
+    kind: Any, config: Any, tmp_path: Path
+) -> None:
+    with quiet(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        width = {"groups_width": 8} if config is RegNetConfig else {}
+        kind(config(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], **width)).save_pretrained(tmp_path)
+    model = Model(backbone=str(tmp_path), device="cpu")
+    with pytest.raises(ModelError, match=r"no image_size, so the size of its images is unknown: save its processor"):
+        load(model, Adapter(targets="all-linear", rank=2), Path())
+    ViTImageProcessorPil(size={"height": 64, "width": 48}).save_pretrained(tmp_path)
+    backbone = load(model, Adapter(targets="all-linear", rank=2), Path())
+    assert backbone.image_shape == (3, 64, 48)
+    assert backbone.positions == 8 * 6  # an eighth of each side
+    inputs = backbone.read(torch.rand(2, 3, 80, 60), BUDGET)
+    features = backbone.encode(backbone.batch(inputs, [0, 1]), {})
+    assert features.shape == (2, 32) and bool(features.isfinite().all())
+    square = load(replace(model, image_size=32), Adapter(targets="all-linear", rank=2), Path())
+    assert square.image_shape == (3, 32, 32)

@@ -5,57 +5,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from celora.core.adapters import Tri
 from celora.errors import RunFolderError
 from celora.models.backbone import load
-from celora.models.export import export_peft, replacing
-from celora.models.export import load as load_adapters
-from celora.models.export import save as save_adapters
+from celora.models.export import export_shared, load_export, replacing
 from celora.models.settings import Adapter, Model
 from celora.tasks.classify import Classify
 from tests.classifier import initial
 
 
-def test_every_clients_weights_come_back_bit_by_bit(tmp_path: Path) -> None:
-    shared = torch.randn(4, 4)
-    clients = {
-        "site/α": {"m.A": shared, "m.B": shared.T, "head.bias": torch.zeros(2)},
-        "Site α": {"m.A": shared[:2], "m.C": torch.eye(2, dtype=torch.bfloat16)},
-        "..": {"m.A": torch.zeros(0, 3)},
-        "x" * 300: {"m.A": shared},
+def test_writing_again_replaces_the_folder(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        with replacing(tmp_path / "all") as folder:
+            (folder / name).write_text("x")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["all", "all/new"]
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
+    with replacing(tmp_path / "all") as folder:
+        save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == {
+        "all": 0o755,
+        "model.safetensors": 0o644,
     }
-    save_adapters(tmp_path / "all", clients)
-    found = load_adapters(tmp_path / "all")
-    assert list(found) == list(clients)
-    for client, weights in clients.items():
-        assert all(torch.equal(found[client][name], w) for name, w in weights.items())
-        assert {name: w.dtype for name, w in found[client].items()} == {n: w.dtype for n, w in weights.items()}
-
-
-def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
-    save_adapters(tmp_path / "all", {"a": {"m.A": torch.ones(1)}, "b": {"m.A": torch.ones(1)}})
-    save_adapters(tmp_path / "all", {"c": {"m.A": torch.ones(1)}})
-    assert list(load_adapters(tmp_path / "all")) == ["c"]
-    assert [path.name for path in tmp_path.iterdir()] == ["all"]
 
 
 def test_a_failed_write_leaves_the_old_folder_and_no_other(tmp_path: Path) -> None:
-    save_adapters(tmp_path / "all", {"a": {"m.A": torch.ones(1)}})
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "all") as new:
-        (new / "half" / "written").write_text("x")
-    assert list(load_adapters(tmp_path / "all")) == ["a"]
-    assert [path.name for path in tmp_path.iterdir()] == ["all"]
+    with replacing(tmp_path / "all") as folder:
+        (folder / "old").write_text("x")
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "all") as folder:
+        (folder / "half" / "written").write_text("x")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["all", "all/old"]
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="holds no adapters"):
-        load_adapters(tmp_path / "nowhere")
-    save_adapters(tmp_path / "all", {"a": {"m.A": torch.ones(1000)}})
-    (path,) = (tmp_path / "all").iterdir()
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RunFolderError, match="is damaged"):
-        load_adapters(tmp_path / "all")
+    with pytest.raises(RunFolderError, match="holds no adapter of celora's"):
+        load_export(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"none")
+    with pytest.raises(RunFolderError, match=r"adapter_model\.safetensors is damaged"):
+        load_export(tmp_path)
 
 
 def test_an_export_tells_what_it_is(tmp_path: Path) -> None:
@@ -63,7 +53,7 @@ def test_an_export_tells_what_it_is(tmp_path: Path) -> None:
     adapter = Adapter(targets=r".*1\..*(q|v)_proj", rank=3, alpha=6)
     backbone = load(model, adapter, tmp_path)
     weights, card = initial(backbone, adapter, Tri(), 2, seed=0), Classify(classes=("no", "yes")).model_card()
-    export_peft(tmp_path / "out", backbone, weights, family=Tri(), card=card, model=model, adapter=adapter)
+    export_shared(tmp_path / "out", backbone, weights, family=Tri(), card=card, model=model, adapter=adapter)
     about = json.loads((tmp_path / "out" / "celora.json").read_text())
     assert about["classes"] == ["no", "yes"]
     assert about["pooling"] == "cls"

@@ -17,7 +17,7 @@ from celora.errors import DataError
 from celora.models import families
 from celora.models.backbone import load
 from celora.models.batching import BatchedForward
-from celora.models.export import export_peft
+from celora.models.export import export_shared
 from celora.models.learner import ModelLearner
 from celora.models.rows import Rows
 from celora.models.settings import Adapter, Model
@@ -122,7 +122,7 @@ def test_the_code_of_an_exports_readme_gives_the_same_logits(tmp_path: Path, mon
     models = SharedBackbone(backbone, task, model=model, adapter=adapter, family=Lora(), seed=0)
     draw = torch.Generator().manual_seed(2)
     weights = {name: w + 0.1 * torch.randn(w.shape, generator=draw) for name, w in models.initial.items()}
-    export_peft(
+    export_shared(
         tmp_path / "out", backbone, weights, family=Lora(), card=task.model_card(), model=model, adapter=adapter
     )
     theirs = run_readme(tmp_path / "out", monkeypatch)["logits"]

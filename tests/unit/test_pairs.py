@@ -20,7 +20,7 @@ from celora.models import families
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, load
 from celora.models.batching import BatchedForward
-from celora.models.export import export_peft
+from celora.models.export import export_shared
 from celora.models.learner import ModelLearner
 from celora.models.loading import embedded, quiet
 from celora.models.rows import Rows
@@ -156,17 +156,18 @@ def test_predictions_of_pairs_are_those_of_the_code_in_an_exports_readme(
     models = SharedBackbone(backbone, task, model=model, adapter=adapter, family=Lora(), seed=0)
     draw = torch.Generator().manual_seed(2)
     weights = {name: w + 0.1 * torch.randn(w.shape, generator=draw) for name, w in models.initial.items()}
-    export_peft(
+    export_shared(
         tmp_path / "out", backbone, weights, family=Lora(), card=task.model_card(), model=model, adapter=adapter
     )
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     texts, others = map(list, zip(*PAIRS, strict=True))
     code = code.replace('["a text", "and another one"]', repr(texts)).replace(
-        "(texts, **options)  # of pairs: (texts, pairs, **options)", f"(texts, {others!r}, **options)"
+        "(texts, **options)  # of pairs: tokenizer(texts, pairs, **options | dict(return_token_type_ids=True))",
+        f"(texts, {others!r}, **options | dict(return_token_type_ids=True))",
     )
     assert repr(others) in code
-    (tmp_path / "out" / "snippet.py").write_text(code)
-    monkeypatch.chdir(tmp_path / "out")
+    (tmp_path / "snippet.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
     with stock():
         theirs: Tensor = runpy.run_path("snippet.py")["logits"]
     ours = models.predict("a", weights, PAIRS)

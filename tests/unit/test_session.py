@@ -77,6 +77,18 @@ def test_an_older_run_that_is_not_done_is_refused_with_the_version_that_began_it
         list(resume(folder))
 
 
+def test_a_run_is_resumed_whatever_fingerprint_its_manifest_has(folder: Path) -> None:
+    """celora once took weights in memory, and now takes files: the same backbone has two fingerprints."""
+    path, summaries = folder / "fedit" / "manifest.json", json.loads((folder / "compare.json").read_text())
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"backbone": manifest["backbone"] | {"sha256": "0" * 64}}))
+    (folder / "fedit" / "summary.json").unlink()
+    *_, closing = resume(folder)
+    then, now = ([one["algorithm"] for one in found] for found in (summaries, closing["summaries"]))
+    assert now == then == ["local", "fedit"]
+    assert closing["summaries"][1]["bytes"] == summaries[1]["bytes"]
+
+
 def test_a_newer_run_that_is_not_done_is_refused_too(folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(saved(folder) | {"schema": SCHEMA + 1, "celora": "9.9"}))
     (folder / "fedit" / "summary.json").unlink()

@@ -36,7 +36,9 @@ def imported(*words: str, code: int = 0, **environment: str) -> set[str]:
     return set(names)
 
 
-@pytest.mark.parametrize("words", [("--version",), ("--help",), ("run", "--help"), ("site", "ledger", "--help")])
+@pytest.mark.parametrize(
+    "words", [("--version",), ("--help",), ("run", "--help"), ("export", "--help"), ("site", "ledger", "--help")]
+)
 def test_version_and_help_import_neither_pydantic_nor_anything_heavier(words: tuple[str, ...]) -> None:
     assert not imported(*words) & {*HEAVY, "pydantic"}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from celora.tensors import but, flatten, mean, nbytes, only, part, select
+from celora.tensors import but, common, flatten, mean, nbytes, on_device, only, part, select
 
 NAMES = ("enc.0.q.A", "enc.0.q.B", "enc.0.q.C", "head.weight", "head.bias", "header.A")
 TENSORS = {name: torch.tensor([float(i)]) for i, name in enumerate(NAMES)}
@@ -67,6 +67,16 @@ def test_a_mean_holds_one_holders_tensors_at_a_time() -> None:
             yield {"A": tensor}, 1.0
 
     assert mean(holders())["A"].tolist() == [2.0, 2.0]
+
+
+def test_what_is_one_object_for_several_is_moved_once_and_stays_one() -> None:
+    """Else what clients hold in common would be stacked on a GPU, and nowhere else."""
+    shared, own = torch.zeros(3), [torch.zeros(2), torch.ones(2)]
+    there = on_device([{"A": shared, "B": one} for one in own], torch.device("meta"))
+    assert common([one["A"] for one in there]).shape == (3,)
+    assert common([one["B"] for one in there]).shape == (2, 2)
+    assert all(tensor.is_meta for one in there for tensor in one.values())
+    assert on_device([{"A": shared}], torch.device("cpu"))[0]["A"] is shared
 
 
 def test_flatten_goes_row_by_row_in_the_mappings_order() -> None:

@@ -113,7 +113,7 @@ def test_what_is_no_finished_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"found no summary.json, expected one of its folders run"):
         load(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["agreement"]
+    del manifest["agreement"], manifest["classes"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RunFolderError, match="written by an older celora"):
         load(folder)

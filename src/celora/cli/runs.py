@@ -1,4 +1,4 @@
-"""The commands of one machine: run, compare, resume, list."""
+"""The commands of one machine: run, compare, resume, export, list."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from celora.cli.later import catalog, experiment, output
+from celora.cli.later import catalog, experiment, exports, output
 from celora.cli.options import Config, Group, Json, Out, Quiet, Sets, examples, read
 from celora.errors import ConfigError
 from celora.exits import SessionState, explained
 from celora.experiment.engines import choices
+from celora.lazy import all_is_loaded
 
 ENGINE_HELP = f"Where the clients are: {'; '.join(f'{name}, {place}' for name, place in choices().items())}."
 
@@ -36,6 +37,13 @@ def add(app: typer.Typer) -> None:
         )
     )(compare)
     app.command(epilog=examples("celora resume runs/demo"))(resume)
+    app.command(
+        epilog=examples(
+            "celora export runs/demo",
+            "celora export runs/demo --client site-a --format merged --out models",
+            "celora export runs/comparison/ce-lora --client client-03 --json",
+        )
+    )(export)
     app.command("list", epilog=examples("celora list", "celora list ce-lora", "celora list --json"))(list_)
 
 
@@ -97,6 +105,37 @@ def resume(
 ) -> None:
     """Continue the run or comparison in RUN after its last whole round, as if it had never stopped."""
     output.follow(lambda log: experiment.resume(folder, log), as_json, quiet)
+
+
+def export(
+    *,
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run that has finished; of a comparison one of its.")],
+    client: Annotated[str, typer.Option(metavar="ID|all", help="Whose model.")] = "all",
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="peft|merged",
+            help="An adapter for stock peft and vLLM, of a rank that vLLM serves; or a whole transformers checkpoint.",
+        ),
+    ] = "peft",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Where: a folder for each client.", show_default="RUN/exports"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the models that RUN has trained so that others can load them; each is loaded by stock peft and compared."""
+    with explained(SessionState(), as_json=as_json):
+        written = list[exports.ClientExport]()
+        for one in exports.export(folder, client, format, out):
+            all_is_loaded()
+            written.append(one)
+            if not as_json:
+                typer.echo(str(one))
+        if as_json:
+            typer.echo(json.dumps([one.described for one in written], indent=2))
+        else:
+            output.show_all(*exports.closing(written))
 
 
 def list_(

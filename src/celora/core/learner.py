@@ -5,7 +5,9 @@ What is asked of a learner is a problem (`celora.core.problems`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from celora.fields import Count, NonNegative, Positive, setting, settings
@@ -29,6 +31,27 @@ class Recipe:
     clip: NonNegative = setting(1.0, "largest norm of a gradient; 0 turns clipping off")
     weight_decay: NonNegative = setting(0.0, "decoupled weight decay; note that it pulls C to 0, not to I")
     decay: Literal["none", "linear"] = setting("none", "learning rate within a round: constant, or linear to 0")
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant", "learning rate of a round: lr, or from it along half a cosine to lr_end in the last round"
+    )
+    lr_end: NonNegative = setting(0.0, "cosine: learning rate of the last round")
+
+    def __post_init__(self) -> None:
+        if self.schedule == "constant" and self.lr_end:
+            raise ValueError(f"lr_end: found {self.lr_end:g} with a constant schedule; expected schedule = 'cosine'")
+        if self.lr_end > self.lr:
+            raise ValueError(f"lr_end: found {self.lr_end:g}, expected at most lr = {self.lr:g}")
+
+    def in_round(self, round: int, rounds: int) -> Recipe:
+        """The recipe of a round: lr_end + (lr - lr_end) (1 + cos(pi t / T)) / 2 in round t of T with a cosine.
+
+        Source: stochastic gradient descent with warm restarts (Loshchilov & Hutter, ICLR 2017, equation 5), over rounds
+        as FlowerTune has it. A last rate of 0 is kept away from 0 by a millionth of `lr`.
+        """
+        if self.schedule == "constant":
+            return self
+        share = (1 + math.cos(math.pi * min(round, rounds) / rounds)) / 2
+        return replace(self, lr=max(self.lr_end + (self.lr - self.lr_end) * share, 1e-6 * self.lr))
 
 
 Losses = Callable[[Tensors], Tensor]

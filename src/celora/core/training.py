@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from celora.core.learner import Batch, Learner, Losses, Metrics
 from celora.core.optim import AdamW, unflatten
 from celora.lazy import Tensor, torch
-from celora.tensors import Names, Tensors, common, flatten
+from celora.tensors import Names, Tensors, common, flatten, on_device
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Prepared:
     """A `Fit` or a `Gradient` made ready.
 
     Attributes:
-        start: all weights, on the learner's device.
+        start: all weights, as they were handed in.
         shapes: of those with respect to which the loss is differentiated.
         batches: the mini-batches, one a step.
         penalty, objective: of a `Fit`.
@@ -94,7 +94,7 @@ class Prepared:
         Raises:
             ValueError: if no weight is in `names`.
         """
-        start = {name: w.to(learner.device) for name, w in {**learner.initial, **weights}.items()}
+        start = {**learner.initial, **weights}
         shapes = {name: w.shape for name, w in start.items() if names(name)}
         if not shapes:
             raise ValueError(f"nothing to train among {', '.join(start)}")
@@ -143,7 +143,7 @@ def minimise(problems: Sequence[Prepared], *, whole: bool = False) -> list[Fitte
     adapted and however many clients train.
     """
     order = sorted(range(len(problems)), key=lambda at: -len(problems[at].batches))
-    ranked = [problems[at] for at in order]
+    ranked = _moved([problems[at] for at in order])
     shapes, recipe = ranked[0].shapes, ranked[0].learner.recipe
     stack = torch.stack([flatten({name: problem.start[name] for name in shapes}) for problem in ranked])
     adamw = AdamW(stack, recipe)
@@ -165,10 +165,16 @@ def minimise(problems: Sequence[Prepared], *, whole: bool = False) -> list[Fitte
     solved: dict[int, Fitted] = {}
     for row, at in enumerate(order):
         new = {name: w.clone() for name, w in unflatten(ends[row], shapes).items()}
-        weights = {name: new[name] if name in new else w.cpu() for name, w in ranked[row].start.items()}
+        weights = {name: new[name] if name in new else w.cpu() for name, w in problems[at].start.items()}
         mean = totals[row] / steps[row] if steps[row] else math.nan
         solved[at] = Fitted(weights, {"loss": mean, "steps": float(steps[row])})
     return [solved[at] for at in range(len(problems))]
+
+
+def _moved(problems: Sequence[Prepared]) -> list[Prepared]:
+    """The problems with their weights on the device."""
+    starts = on_device([problem.start for problem in problems], problems[0].learner.device)
+    return [replace(problem, start=start) for problem, start in zip(problems, starts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,7 @@ def _shares(counts: Sequence[int]) -> list[float]:
 
 def gradients(problems: Sequence[Prepared], *, whole: bool = False) -> list[GradientResult]:
     """Each problem's gradient at its start."""
+    problems = _moved(problems)
     shapes = problems[0].shapes
     stack = torch.stack([flatten({name: problem.start[name] for name in shapes}) for problem in problems])
     losses, gradient = torch.zeros(len(problems), device=stack.device), torch.zeros_like(stack)

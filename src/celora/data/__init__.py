@@ -74,11 +74,13 @@ class Data:
                 "expected less than 1"
             )
         if self.source in EMBEDDED or self.source.startswith("hub:"):
-            file_only = {"test": self.test, "split": self.split}
+            file_only: dict[str, object] = {"test": self.test, "split": self.split}
             if self.source in EMBEDDED:
-                file_only["client"] = self.client
+                file_only |= {"client": self.client, "image": self.image, "columns": self.columns}
             if chosen := [name for name, value in file_only.items() if value is not None]:
                 raise ValueError(f"{' and '.join(chosen)} cannot be set with source = {self.source!r}; remove it")
+        if self.image is not None and "pair" in (self.columns or {}):
+            raise ValueError("image and columns.pair both say what is read of a row; set one of them")
         if self.test is not None and self.split is not None:
             raise ValueError("test and split both say which rows test; set one of them")
 

@@ -188,7 +188,7 @@ def _text(value: object, column: str, where: str) -> str | None:
         return value if value and value.strip() else None
     raise DataError(
         f"{where}: column {column!r} holds {_kind(value)}, expected a text in quotes. "
-        "Point `text` in [data] at a column of texts, or write this one as texts."
+        "Choose a column of texts in [data], or write this one as texts."
     )
 
 

@@ -61,11 +61,8 @@ def enter(name: ClientId, site: "Join", policy: Policy = NO_FILE) -> Callable[[J
 
     def enter_job(start: JobStart) -> JobContext:
         experiment = local(start.config, rows, policy)
-        if (found := resources.fingerprint(experiment)) != start.backbone:
-            raise FederationError(
-                f"the backbone {experiment.model.backbone} has SHA-256 {found[:16]}… here, the server's has "
-                f"{start.backbone[:16]}…: install the same weights at both ends"
-            )
+        if not (finding := backbone(start.backbone, resources.fingerprint(experiment))).ok:
+            raise FederationError(f"the backbone {experiment.model.backbone} has {finding.found}: {finding.todo}")
         task = experiment.task
         federation = data.alone(experiment.data, experiment.base, name, experiment.plan.seed, task)
         if name not in federation.clients:

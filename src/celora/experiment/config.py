@@ -196,8 +196,7 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
         fields_of.pop("name", None)
         values["algorithm"] = _validated("algorithm", algorithm, fields_of, problems)
         if None not in (values["algorithm"], values["adapter"], values["model"]):
-            own = values["model"].own is not None
-            problems += conflicts(name, values["algorithm"], values["adapter"], own=own)
+            problems += conflicts(name, values["algorithm"], values["adapter"], values["model"])
         if None not in (values["model"], values["task"]):
             problems += _unmet(name, algorithm.info, values["task"], own=values["model"].own is not None)
     if problems:

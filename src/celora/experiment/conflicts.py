@@ -2,12 +2,12 @@
 
 from celora.algorithms import ALGORITHMS
 from celora.core.algorithm import AnyAlgorithm
-from celora.models.settings import Adapter
+from celora.models.settings import Adapter, Model
 
 
-def conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool) -> list[str]:
+def conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, model: Model) -> list[str]:
     """Settings that are fine alone and not together."""
-    info, found = algorithm.info, []
+    info, found, own = algorithm.info, list[str](), model.own is not None
     if adapter.bases == "secret" and not info.private_bases:
         found.append(f"adapter.bases: found 'secret', but {name} needs the same A at every client; expected 'shared'")
     draws = {part.draw for part in algorithm.family.parts(adapter.rank, adapter.rank, adapter.rank).values()}
@@ -23,6 +23,11 @@ def conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, *, own: bool
             found.append(
                 f"adapter.init: found 'pissa' with adapter.{apart}, but what is left of the frozen weights must be one "
                 "for all clients; expected 'kaiming'"
+            )
+        if model.quantise is not None:
+            found.append(
+                f"adapter.init: found 'pissa' with model.quantise = '{model.quantise}', but A and B would start from "
+                "rounded weights, which are not those that were trained; expected 'kaiming'"
             )
     if own and not info.own_models:
         able = ", ".join(key for key, kind in ALGORITHMS.items() if kind.info.own_models)

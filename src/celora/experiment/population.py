@@ -195,7 +195,8 @@ class Population:
 
     def learner(self, client: ClientId, round: int) -> Learner:
         """The client's learner in a round."""
-        return self.models.learner(client, round, self.rows[client], self.start(client), self.experiment.train)
+        recipe = self.experiment.train.in_round(round, self.experiment.plan.rounds)
+        return self.models.learner(client, round, self.rows[client], self.start(client), recipe)
 
     @property
     def info(self) -> FederationInfo:

@@ -54,6 +54,9 @@ class SitesEngine(Engine):
 
     def check(self, experiment: Experiment, resources: ResourceCache) -> None:
         """As `Engine.check`; the server has no rows."""
+        if isinstance(experiment.model.device_map, Mapping):
+            found = "found a mapping, which names the devices of one machine; expected 'auto' with sites"
+            raise ConfigError([f"model.device_map: {found}"])
         endpoint = self.endpoint()
         if isinstance(endpoint.expected, tuple) and endpoint.tls:
             unknown = [name for name in endpoint.expected if name not in endpoint.keys]

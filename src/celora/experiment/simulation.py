@@ -13,6 +13,7 @@ from typing import Any
 from celora.core.algorithm import ClientId
 from celora.engines.remote import JobStart
 from celora.engines.remote_exchange import Remote
+from celora.errors import ConfigError
 from celora.experiment.config import Experiment, dump, resolve
 from celora.experiment.population import ResourceCache
 from celora.experiment.runtimes import (
@@ -43,6 +44,9 @@ class SimulationEngine(Engine):
 
     def check(self, experiment: Experiment, resources: ResourceCache) -> None:
         """As `Engine.check`."""
+        if experiment.model.device_map is not None:
+            why = "each of the processes that play clients has a backbone of its own, and this is too large for one"
+            raise ConfigError([f"model.device_map: with the engine 'flower-sim' {why}; expected the engine 'embedded'"])
         check_population(experiment, resources)
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from celora.errors import RunFolderError
 from celora.experiment.config import Experiment, resolve
 from celora.experiment.job import SUMMARY
 from celora.experiment.session import FILE
-from celora.models.export import load_export
+from celora.models.export import ABOUT, Exported, Format, load_export
 from celora.models.loader import ModelLoader
 from celora.models.protocol import ClientModels
+from celora.tasks.classes import Named
 from celora.tensors import Tensors
 from celora.track.disk import folder_name
 from celora.track.folder import RunFolder
@@ -66,6 +67,25 @@ class ClientModel:
         """
         models, weights = self._model(trained)
         return models.answers(self.client, weights, inputs) if len(inputs) else []
+
+    def export(self, folder: Path | str, format: Format = "peft") -> Exported:
+        """Write the model so that others can load it, in place of an earlier export: the README.md in it says how.
+
+        Args:
+            format: "peft", plain LoRA of a rank that vLLM serves, filled up with zeros if need be; or "merged", a whole
+                model of transformers with the adapter in its weights.
+
+        Raises:
+            RunFolderError, ModelError: as `outputs`; and if the folder holds something else, if what stock libraries
+                make of it is not what was trained, or if there is nothing to merge: an adapter that is no matrix, or a
+                client's own model.
+        """
+        path = Path(folder)
+        if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / ABOUT).is_file())):
+            raise RunFolderError(f"{path} exists and is no earlier export (it has no {ABOUT}): choose another --out")
+        weights, plain = load_export(self.folder)
+        models = self._run.models(plain=plain)
+        return models.export(path, self.client, weights, format=format, pad=True)
 
     def _model(self, trained: bool) -> tuple[ClientModels, Tensors]:
         """What predicts, and its weights: without training, whatever A is drawn from, B is 0."""
@@ -116,9 +136,11 @@ class TrainedRun(Mapping[ClientId, ClientModel]):
 
     @cached_property
     def task(self) -> Task:
-        """As the clients agreed on it."""
-        agreement = bytes.fromhex(RunFolder(self.folder).read_json("manifest.json")["agreement"])
-        return self.experiment.task.agreed(agreement)
+        """As the clients agreed on it; classes by their names, which older runs kept alone or packed otherwise."""
+        manifest, task = RunFolder(self.folder).read_json("manifest.json"), self.experiment.task
+        if isinstance(task, Named):
+            return replace(task, classes=tuple(manifest["classes"]))
+        return task.agreed(bytes.fromhex(manifest["agreement"]))
 
     def models(self, *, plain: bool) -> ClientModels:
         """What predicts.
@@ -161,6 +183,6 @@ def load(run: Path | str) -> TrainedRun:
         raise RunFolderError(f"{folder}: found no {SUMMARY}, expected {expected}")
     if summary["adapters"] is None:
         raise RunFolderError(f"{folder}: each site has written its own adapter; load it there")
-    if "agreement" not in (RunFolder(folder).read_json("manifest.json") or {}):
+    if not {"agreement", "classes"} & (RunFolder(folder).read_json("manifest.json") or {}).keys():
         raise RunFolderError(f"{folder} was written by an older celora, which did not keep what its clients agreed on")
     return TrainedRun(folder, summary)

@@ -14,7 +14,7 @@ tries a few rows when it is made; where they disagree, it does without and says 
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from celora.errors import ModelError
 from celora.models.backbone import Backbone
 from celora.models.loading import reason
 from celora.models.rows import ALONG_TOKENS, count_rows
+from celora.models.slots import replaced
 
 _REGISTER = 16
 """Tokens that a text is padded to a multiple of: float32 numbers in the widest vector register."""
@@ -96,13 +97,10 @@ class LowerLayers:
         def forward(*_: Any, **__: Any) -> Any:
             return returned
 
-        for layer in self._layers:
-            layer.forward = forward
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for layer in self._layers:
-                del layer.forward  # the class's own shows again
+                stack.enter_context(replaced(layer, forward))
+            yield
 
     def _reached(self, batch: Batch) -> tuple[Any, list[Any]]:
         """What the layer just below returns, and all that the first adapted one is called with; no more is computed."""

@@ -1,28 +1,29 @@
 """The frozen backbone: loaded once, adapted by stock PEFT, shared by every client of the process."""
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
 from celora.core.task import Architecture, HeadOf, Representation
 from celora.errors import ModelError
-from celora.models import loading, targets
-from celora.models.feature_maps import as_tokens, keep_statistics, numbers_put_out
+from celora.models import capacity, fingerprint, loading, placement, targets
+from celora.models.checkpointing import Checkpoints
+from celora.models.dropping import seeded
+from celora.models.feature_maps import as_tokens, numbers_put_out, patches
 from celora.models.inputs import inputs_of
 from celora.models.language import LanguageHead, answered
-from celora.models.row_reader import NO_DUAL, NO_IMAGES, RowReader
+from celora.models.pooling import pooled
+from celora.models.represented import Represented
+from celora.models.row_reader import NO_IMAGES, RowReader
 from celora.models.settings import Adapter, Model, Pooling
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
 from celora.models.task_classes import TaskClass, task_class
@@ -30,12 +31,8 @@ from celora.models.tokens import TokenRows
 from celora.tensors import Tensors
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
-_PASS = 1024 * 384
-"""Numbers in one hidden state of a pass on a CPU: MiniLM, 384 wide, is fastest at 512 to 1024 tokens."""
-_LEAST = 512
-"""Tokens in a pass, at least."""
-
-
+_TRIED = 2
+"""Rows that a language model is tried on, where each has a logit for every word."""
 Replay = Callable[[Batch], AbstractContextManager[None]]
 
 
@@ -55,7 +52,7 @@ class Backbone(RowReader):
         kind: "text" or "image".
         width: length d of a pooled feature vector.
         targets: adapted module -> (d_out, d_in).
-        device: where it runs.
+        device: where it runs; of several, the one where rows enter and leave it.
         scalings: adapted module -> s, the factor of ΔW.
         fan_in_fan_out: whether the adapted modules store Wᵀ, as GPT-2's do; PEFT wants to know.
         convolutions: those of the adapted modules that are 1 × 1 convolutions.
@@ -63,15 +60,18 @@ class Backbone(RowReader):
         layers: its layers, from the input up.
         depth: frozen layers below the first adapted one, whose work need not be repeated; 0 with dropout.
         longest: tokens that a text may have; None for images.
-        rows_first: whether the first axis of what the adapted modules read is that of rows, so that clients can share
-            a pass. It is not in XLNet and Longformer, where tokens come first, nor where DeBERTa projects positions.
-        dropout: whether the backbone's own dropout is on while training.
+        rows_first: whether clients can share a pass: the first axis of what adapted modules read is that of rows, as it
+            is not in XLNet and Longformer, nor where DeBERTa projects positions; and no row looks at others, as layers
+            of 8 bits do for columns with outliers.
+        dropout: whether the backbone's own dropout is on while training; dtype: of weights that are no packed bits.
         tokenizer: None for images.
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
         head: of a language model; None where hidden states are all that is read.
         prefix: where the transformer lies in the model that it was loaded as, "" or such as "model.".
         tower: the image encoder that reads for this backbone, if it has one of its own.
         own_head: tensors `head.*` that the backbone itself brings, as they start; they are trained as a task's are.
+        saved: modules that are trained whole and have a place in the class of transformers.
+        joined: whether it is put together here of two models, as no class of transformers is.
         pooling: how a row's token vectors become one vector: `model.pooling`, or what becomes this backbone.
 
     Raises:
@@ -81,9 +81,7 @@ class Backbone(RowReader):
 
     def __init__(
         self,
-        transformer: nn.Module,
-        tokenizer: Any,
-        source: str,
+        found: loading.Fetched,
         *,
         model: Model,
         adapter: Adapter,
@@ -91,17 +89,19 @@ class Backbone(RowReader):
         adapted: bool = True,
         projector: Sequence[str] = (),
     ) -> None:
-        whole: Any = transformer
+        whole: Any = found.transformer
+        tokenizer, self._folder = found.tokenizer, found.folder
         self.head = LanguageHead(whole) if architecture in ("causal-lm", "image-text") else None
         self.prefix = f"{whole.base_model_prefix}." if self.head and whole.base_model_prefix else ""
         self.own_head: Tensors = {}
         self.tower: Backbone | None = None
-        transformer = whole.base_model if self.head else transformer
+        self.saved, self.joined = tuple[str, ...](), False
+        transformer = whole.base_model if self.head else whole
         kind = loading.kind(transformer)
         self.longest = loading.longest(transformer, tokenizer) if kind == "text" else None
         if self.longest is not None and model.max_length > self.longest:
-            found, expected = model.max_length, self.longest
-            raise ModelError(f"model.max_length = {found}, but {model.backbone} reads at most {expected}")
+            most = self.longest
+            raise ModelError(f"model.max_length = {model.max_length}, but {model.backbone} reads at most {most}")
         layers = targets.layers(transformer)
         names = list[str]()
         if adapted:
@@ -115,20 +115,24 @@ class Backbone(RowReader):
             if name not in projector
         }
         self.layers = tuple(layers.values())
-        self.depth = 0 if model.dropout or not names else targets.below(names, layers)
+        self.depth = 0 if model.dropout or projector or not names else targets.below(names, layers)
         self.scalings = {name: adapter.factor_at(name) for name in self._adapted}
         self.fan_in_fan_out = any(map(transposed, self._adapted.values()))
         self.convolutions = frozenset(name for name, layer in self._adapted.items() if reads_maps(layer))
-        self.device = loading.device_of(model.device)
-        self.dropout = model.dropout
+        self.device = placement.first_device(whole, model)
+        self.dropout, self.dtype = model.dropout, placement.dtype_of(model)
         decides = architecture == "encoder" and kind == "text" and model.pooling in (None, "last")
         self._sequence = task_class(transformer, "sequence") if decides else None
         self.pooling: Pooling = model.pooling or ("last" if self._sequence else "mean")
         config: Any = transformer.config
-        typed = not self._sequence and "token_type_ids" in signature(transformer.forward).parameters
-        super().__init__(kind, tokenizer, source, model=model, config=config, typed=typed)  # decoders know no types
-        self._whole: nn.Module = whole.requires_grad_(False).eval().to(self.device)
+        typed = not self._sequence and "token_type_ids" in signature(transformer.forward).parameters  # decoders: none
+        super().__init__(kind, tokenizer, found.source, model=model, config=config, typed=typed)
+        self._whole: nn.Module = whole.requires_grad_(False).eval()
+        if model.device_map is None and model.quantise is None:  # others lie where they are to be
+            self._whole.to(self.device)
         self._transformer = transformer
+        above = dict(list(layers.items())[self.depth :]) if model.gradient_checkpointing else {}
+        self._checkpoints = Checkpoints(above, self._adapted)
         (_, one), (states, two) = self._tried(1), self._tried(2)
         self.positions = math.prod(states.shape[2:]) if states.dim() == 4 else None
         if self.positions and self.pooling != "mean":
@@ -137,34 +141,36 @@ class Backbone(RowReader):
         # a call has rows on the first axis of what it reads if that is twice as long for two of them
         calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self.targets}
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
-        self.rows_first = all(map(all, self._of_rows.values()))
+        self.rows_first = all(map(all, self._of_rows.values())) and model.quantise != "8bit"
         if self.head:
-            with torch.no_grad():
-                batch = self._moved(self.batch(self.sample(), [0]))
-                self.head.check(self.name, partial(self.states, updates={}), batch)
+            self.head.check(self.name, partial(self.states, updates={}), self.accepted(self.batch(self.sample(), [0])))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the frozen weights."""
-        return next(self._whole.parameters()).dtype
+    def module(self) -> Any:
+        """The frozen model, with its head if it is a language model; Slots stand at the adapted modules."""
+        return self._whole
 
     @cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in self._whole.state_dict().items():
-            head = f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}\n"
-            digest.update(head.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        if self._folder is None:
+            return fingerprint.of_weights(self._whole.state_dict())
+        return fingerprint.of_files(self._folder, f"{self._model.dtype} {self._model.quantise or ''}".strip())
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and values of the frozen weights, whatever adapts them."""
+        """What tells this backbone from others, whatever adapts it (`celora.models.fingerprint`)."""
         return self._digest
 
     def weight(self, module: str) -> Tensor:
-        """The frozen weight of an adapted module, (d_out, d_in) float64 on the CPU."""
+        """The frozen weight of an adapted module, (d_out, d_in) float64 on the CPU.
+
+        Raises:
+            ModelError: if it is packed, or not in memory.
+        """
         layer = self._adapted[module]
-        weight: Tensor = layer.get_base_layer().weight.detach().cpu().double()
+        weight: Tensor = layer.get_base_layer().weight.detach()
+        if weight.is_meta or not weight.is_floating_point():
+            raise ModelError(f"the weight of {module} is packed or on the disk: use another adapter.init")
+        weight = weight.cpu().double()
         return weight.T if layer.fan_in_fan_out else weight
 
     def class_of(self, head_of: HeadOf | None) -> TaskClass | None:
@@ -184,10 +190,7 @@ class Backbone(RowReader):
             return 1
         if self.positions:
             return self.positions
-        patch = self._config.to_dict().get("patch_size") or 16
-        down, across = (patch, patch) if isinstance(patch, int) else patch
-        _, height, width = self.image_shape
-        return (height // down) * (width // across) + 1
+        return patches(self._config, self.image_shape) + 1
 
     @property
     def pads(self) -> bool:
@@ -196,24 +199,18 @@ class Backbone(RowReader):
 
     @cached_property
     def capacity(self) -> int:
-        """Tokens in one pass: what is fastest on a CPU; on CUDA what half of the free memory holds.
-
-        Activations take h (34 + 5 a t / h) bytes a token and layer at 2 bytes a number, twice that at 4 (Korthikanti
-        et al., MLSys 2023, equation 2; a heads, t tokens a row, here the longest that is read). Those of convolutions
-        are counted.
-        """
+        """Tokens in one pass (`celora.models.capacity`); activations of convolutions are counted."""
         if self.device.type != "cuda":
-            return max(_LEAST, _PASS // self.width)
+            return capacity.on_cpu(self.width)
         free, _ = torch.cuda.mem_get_info(self.device)
-        config, width = self._config.get_text_config(), 2 if self._model.dtype == "bfloat16" else 4
+        chunk, number = self.head.chunk_bytes if self.head else 0, self.dtype.itemsize
         if self.positions:
             with bound(self._adapted, {}):
-                numbers = numbers_put_out(self._transformer, self._moved(self.batch(self.sample(), [0])))
-            return max(_LEAST, int(free / 2 / (numbers * width) * self.positions))
+                numbers = numbers_put_out(self._transformer, self.accepted(self.batch(self.sample(), [0])))
+            return capacity.fitting(free, numbers * number / self.positions)
         longest = self._model.max_length if self.kind == "text" else self.image_tokens
-        heads = np.max(config.num_attention_heads)  # Swin has some for each stage
-        inner = 34 * config.hidden_size + 5 * heads * longest
-        return max(_LEAST, int(free / 2 / (config.num_hidden_layers * inner * width / 2)))
+        config, again = self._config.get_text_config(), self._model.gradient_checkpointing
+        return capacity.fitting(free, capacity.of_layers(config, longest, number, again), chunk)
 
     def encode(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None) -> Tensor:
         """Pooled features (rows, d), float32; arguments as `states`."""
@@ -228,7 +225,8 @@ class Backbone(RowReader):
             replay: within what it gives for the batch, layers below the first adapted one need not be computed.
         """
         with replay(inputs):
-            return _Represented(self, *self.states(inputs, updates, dropout_seed))
+            states, mask = self.states(inputs, updates, dropout_seed)
+        return Represented(self.name, self.head, self.pool, states, mask)
 
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows; images are all alike."""
@@ -251,15 +249,16 @@ class Backbone(RowReader):
             dropout_seed: given, what drops out draws from this seed: the backbone, where its dropout is on, and
                 updates.
         """
-        states: Tensor = self._run(inputs, updates, dropout_seed).last_hidden_state
-        mask = inputs.get("attention_mask")
-        return as_tokens(states.float()), None if mask is None else mask.to(self.device, non_blocking=True)
+        accepted = self.accepted(inputs)
+        states: Tensor = self._run(accepted, updates, dropout_seed).last_hidden_state
+        return as_tokens(states.to(self.device).float()), accepted.get("attention_mask")
 
-    def _run(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None) -> Any:
-        """What the transformer puts out."""
-        accepted = self._moved(inputs)
-        with bound(self._adapted, updates):
-            return self._transformer(**accepted) if dropout_seed is None else self._seeded(accepted, dropout_seed)
+    def _run(self, accepted: Mapping[str, Tensor], updates: Mapping[str, Update], dropout_seed: int | None) -> Any:
+        """What the transformer puts out for what it accepts of a batch."""
+        again = self._checkpoints(updates, random=dropout_seed is not None)
+        drawn = seeded(self._transformer, dropout_seed, self.dropout, self.device)
+        with bound(self._adapted, updates), again, drawn:
+            return self._transformer(**accepted)
 
     def own_updates(self, weights: Tensors) -> dict[str, Update]:
         """What is added to modules that are trained whole; none."""
@@ -271,6 +270,16 @@ class Backbone(RowReader):
             ModelError: always, as this is no model of images and texts.
         """
         raise ModelError(NO_IMAGES.format(self.name))
+
+    def trial(self) -> dict[str, Tensor]:
+        """A few rows that nobody owns, to try an export on, on the CPU."""
+        sample = self.sample()
+        return self.batch(sample, range(min(len(sample), _TRIED) if self.head else len(sample)))
+
+    def put_out(self, model: Any, batch: Batch) -> Tensor:
+        """Logits, or hidden states (rows, t, d), of a model of transformers or of PEFT's for a batch, float32."""
+        found = model(**self.accepted(batch))
+        return found.logits.float() if self.head else as_tokens(found.last_hidden_state.float())
 
     def answers(
         self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int, batch: Batch | None = None
@@ -297,15 +306,16 @@ class Backbone(RowReader):
                 most=most,
                 end=self.head.ends(self.tokenizer),
                 padding=self.padding,
+                device=self.device,
             )
         return [text.text(ids) for ids in found]
 
-    def _moved(self, inputs: Batch) -> dict[str, Tensor]:
+    def accepted(self, inputs: Batch) -> dict[str, Tensor]:
         """What the transformer reads of a batch, on the device; the copy does not wait."""
         accepted = {name: inputs[name] for name in _ACCEPTED if name in inputs}
-        if self.device.type != "cuda":
-            return {name: tensor.to(self.device) for name, tensor in accepted.items()}
-        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in accepted.items()}
+        if self.device.type == "cuda":  # what lies there already cannot be pinned
+            accepted = {name: one if one.is_cuda else one.pin_memory() for name, one in accepted.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in accepted.items()}
 
     @torch.no_grad()
     def squares(self, inputs: Batch) -> dict[str, Tensor]:
@@ -319,13 +329,13 @@ class Backbone(RowReader):
                 f"{absent[0]} of {self.name} reads no tensor (rows, tokens, width), so its tokens cannot be told from "
                 "padding: choose other adapter.targets, or an algorithm that needs no input norms"
             )
-        accepted, found = self._moved(inputs), dict[str, Tensor]()
+        accepted, found = self.accepted(inputs), dict[str, Tensor]()
         mask, of_rows = accepted.get("attention_mask"), {name: iter(calls) for name, calls in self._of_rows.items()}
 
         def look(name: str, x: Tensor) -> None:
             if name in of_rows and next(of_rows[name], False):
                 x = x.double().square()
-                x = x if mask is None else x.reshape(*mask.shape, -1) * mask.unsqueeze(-1)
+                x = x if mask is None else x.reshape(*mask.shape, -1) * mask.unsqueeze(-1).to(x.device)
                 found[name] = x.flatten(0, -2).sum(0).cpu() + found.get(name, 0)
 
         with watched(self._adapted, look):
@@ -337,10 +347,10 @@ class Backbone(RowReader):
         """Last hidden states of one row or two; and adapted module -> the length of what it reads in each call."""
         lengths, what = dict[str, list[int]](), f"{self.name}, a {type(self._transformer).__name__},"
         try:
-            batch = self._moved(self.batch(self.sample(), [0, 1]))
+            batch = self.accepted(self.batch(self.sample(), [0, 1]))
             accepted = {name: tensor[:count] for name, tensor in batch.items()}
             with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
-                states: Tensor = self._transformer(**accepted).last_hidden_state
+                states: Tensor = self._transformer(**accepted).last_hidden_state.to(self.device)
         except ModelError:
             raise
         except Exception as error:
@@ -354,55 +364,9 @@ class Backbone(RowReader):
             )
         return states, lengths
 
-    def _seeded(self, inputs: Batch, seed: int) -> Any:
-        """One pass that drops out; it needs the global generator, which is put back afterwards."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            self._transformer.train(self.dropout)
-            keep_statistics(self._transformer)
-            try:
-                return self._transformer(**inputs)
-            finally:
-                self._transformer.eval()
-
     def pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """(rows, t, d) -> (rows, d); padding takes no part."""
-        if mask is None:
-            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        match self.pooling:
-            case "cls":
-                return hidden[:, 0]
-            case "mean":
-                weights = mask.to(hidden.dtype)
-                return (weights.unsqueeze(1) @ hidden).squeeze(1) / weights.sum(1, keepdim=True)
-            case _:
-                return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-
-
-@dataclass(frozen=True)
-class _Represented:
-    """As `celora.core.task.Representation`."""
-
-    backbone: Backbone
-    states: Tensor
-    mask: Tensor | None
-
-    @property
-    def features(self) -> Tensor:
-        return self.backbone.pool(self.states, self.mask)
-
-    def token_losses(self, labels: Tensor) -> Tensor:
-        if self.backbone.head is None:
-            raise ModelError(f"{self.backbone.name} is no language model, so it predicts no tokens")
-        return self.backbone.head.losses(self.states, labels.to(self.states.device, non_blocking=True))
-
-    def embedded(self, content: Literal["image", "text"], weights: Tensors) -> Tensor:
-        raise ModelError(NO_DUAL.format(self.backbone.name))
-
-    @property
-    def similarity(self) -> None:
-        return None
+        return pooled(hidden, mask, self.pooling)
 
 
 def load(model: Model, adapter: Adapter, base: Path, architecture: Architecture = "encoder") -> Backbone:
@@ -413,6 +377,4 @@ def load(model: Model, adapter: Adapter, base: Path, architecture: Architecture 
     """
     # oneDNN keeps a compiled kernel for each shape it has seen, 1,024 of them: 50 MB, and no faster than with a few
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    found, tokenizer, source = loading.fetch(model.backbone, base, model.allow_download, dtype, architecture)
-    return Backbone(found, tokenizer, source, model=model, adapter=adapter, architecture=architecture)
+    return Backbone(loading.fetch(model, base, architecture), model=model, adapter=adapter, architecture=architecture)

@@ -21,6 +21,7 @@ from celora.core.learner import Batch
 from celora.core.task import HeadOf
 from celora.errors import ModelError
 from celora.models.backbone import Backbone, Replay, computed
+from celora.models.feature_maps import as_tokens
 from celora.models.inputs import Inputs, TokenisedTexts, inputs_of
 from celora.models.row_reader import NO_IMAGES
 from celora.models.slots import Update
@@ -29,6 +30,7 @@ from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
 
 Tower = Literal["image", "text"]
+TOWERS: Sequence[Tower] = ("image", "text")
 PREFIXES: Mapping[Tower, str] = {"image": "vision_model.", "text": "text_model."}
 """Where transformers' dual encoders have their towers."""
 
@@ -67,31 +69,33 @@ class DualBackbone:
 
     Args:
         towers: the two, each adapted or not.
+        module: what both are parts of.
         learned: factor and offset that make logits of cosines; None where the model has none.
-        rest: what is frozen beside the towers, such as projections.
         projection: from images into the space of texts, of a pair; trained as a head.
         filled: whether all texts have one length, filled up and without a mask.
         notices: what the user should know.
     """
 
     longest, head, prefix = None, None, ""
+    saved: tuple[str, ...] = ()
 
     def __init__(
         self,
         towers: Mapping[Tower, Backbone],
         *,
+        module: Any,
         name: str,
         source: str,
         learned: tuple[float, float] | None,
-        rest: Tensors,
         projection: Tensor | None,
         filled: bool = False,
         notices: Sequence[str] = (),
     ) -> None:
         self.tower = towers["image"]
         self.image, self.text, self.name, self.source = towers["image"], towers["text"], name, source
-        self.learned, self.filled, self._rest, self.notices = learned, filled, rest, notices
+        self.module, self.learned, self.filled, self.notices = module, learned, filled, notices
         self.own_head: Tensors = {} if projection is None else {"head.weight": projection}
+        self.joined = projection is not None
         both = [(PREFIXES[of], tower) for of, tower in towers.items()]
         self.targets = {f"{at}{module}": shape for at, one in both for module, shape in one.targets.items()}
         self.scalings = {f"{at}{module}": s for at, one in both for module, s in one.scalings.items()}
@@ -119,12 +123,9 @@ class DualBackbone:
         return min(self.image.capacity, self.text.capacity)
 
     def fingerprint(self) -> str:
-        """SHA-256 over both towers and what is frozen beside them."""
-        digest = hashlib.sha256(f"{self.image.fingerprint()} {self.text.fingerprint()} {self.learned}".encode())
-        for name, tensor in self._rest.items():
-            digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """That of the folder which holds both towers and what stands beside them; of a pair, of both together."""
+        towers = self.image.fingerprint(), self.text.fingerprint()
+        return hashlib.sha256(" ".join(towers).encode()).hexdigest() if self.joined else towers[0]
 
     def weight(self, module: str) -> Tensor:
         """As `Backbone.weight`."""
@@ -175,6 +176,26 @@ class DualBackbone:
         """A few unlike rows, to try the backbone on."""
         images = inputs_of(self.image.sample())
         return CaptionedImages(images, inputs_of(self.text.sample()), range(len(images)))
+
+    def trial(self) -> dict[str, Tensor]:
+        """A few images with texts that nobody owns, to try an export on, on the CPU."""
+        sample = self.sample()
+        return self.batch(sample, range(len(sample)))
+
+    def put_out(self, model: Any, batch: Batch) -> Tensor:
+        """Vectors of both towers side by side, as `states`, of a model of transformers or of PEFT's for a batch."""
+        image = self.image.accepted(_of_tower(batch, "image"))
+        text = self.text.accepted(_of_tower(batch, "text"))
+        if not self.joined:
+            found = (model.get_image_features(**image).pooler_output, model.get_text_features(**text).pooler_output)
+            return torch.cat([vectors.float() for vectors in found], dim=1)
+        towers = model.get_base_model()
+        seen, read = towers["vision_model"](**image), towers["text_model"](**text)
+        pooled = (
+            self.image.pool(as_tokens(seen.last_hidden_state.float()), None),
+            self.text.pool(read.last_hidden_state.float(), text["attention_mask"]),
+        )
+        return torch.cat(pooled, dim=1)
 
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows: an image's, and its text's."""

@@ -3,18 +3,17 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
 from celora.errors import ModelError
-from celora.models import loading, targets
+from celora.models import loading, placement, targets
 from celora.models.backbone import Backbone
-from celora.models.dual_backbone import DualBackbone, Tower
+from celora.models.dual_backbone import PREFIXES, TOWERS, DualBackbone, Tower
+from celora.models.loading import Fetched, refuse
 from celora.models.projection import projected
 from celora.models.row_reader import NO_DUAL
 from celora.models.settings import SIGN, Adapter, Model
@@ -31,9 +30,7 @@ class PooledTower(Backbone):
 
     def __init__(
         self,
-        transformer: nn.Module,
-        tokenizer: Any,
-        source: str,
+        found: Fetched,
         *,
         model: Model,
         adapter: Adapter,
@@ -42,11 +39,11 @@ class PooledTower(Backbone):
         filled: bool,
     ) -> None:
         self._project, self._filled = project, filled
-        super().__init__(transformer, tokenizer, source, model=model, adapter=adapter, adapted=adapted)
+        super().__init__(found, model=model, adapter=adapter, adapted=adapted)
 
     def encode(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None) -> Tensor:
         """Vectors (rows, d) float32; arguments as `states`."""
-        pooled: Tensor = self._run(inputs, updates, dropout_seed).pooler_output
+        pooled: Tensor = self._run(self.accepted(inputs), updates, dropout_seed).pooler_output
         return self._project(pooled).float()
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -55,8 +52,9 @@ class PooledTower(Backbone):
         filler = self.tokenizer.pad_token_id
         return [ids + [filler] * (most - len(ids)) for ids in found] if self._filled else found
 
-    def _moved(self, inputs: Batch) -> dict[str, Tensor]:
-        found = super()._moved(inputs)
+    def accepted(self, inputs: Batch) -> dict[str, Tensor]:
+        """As `Backbone.accepted`, without a mask where all texts are filled up."""
+        found = super().accepted(inputs)
         if self._filled:
             found.pop("attention_mask", None)
         return found
@@ -68,41 +66,40 @@ def load_dual(model: Model, adapter: Adapter, base: Path) -> DualBackbone:
     Raises:
         ModelError: if it is missing or incomplete, is neither, or `adapter.targets` matches nothing in its towers.
     """
-    dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
     image, sign, text = model.backbone.partition(SIGN)
-    get = partial(loading.fetch, base=base, allow_download=model.allow_download, dtype=dtype)
-    if sign:
-        return _pair({"image": get(image), "text": get(text)}, model, adapter)
-    whole, tokenizer, source = get(model.backbone, architecture="dual-encoder")
-    return _whole(whole, tokenizer, source, model, adapter)
+    refuse(model, "a dual encoder", "an image tower" if sign else "one of images and texts", image)
+    if not sign:
+        return _whole(loading.fetch(model, base, "dual-encoder"), model, adapter)
+    found = (loading.fetch(replace(model, backbone=name), base) for name in (image, text))
+    return _pair(dict(zip(TOWERS, found, strict=True)), model, adapter)
 
 
-def _pair(found: Mapping[Tower, tuple[nn.Module, Any, str]], model: Model, adapter: Adapter) -> DualBackbone:
+def _pair(found: Mapping[Tower, Fetched], model: Model, adapter: Adapter) -> DualBackbone:
     """A dual encoder of two encoders of their own, and a projection between them."""
-    names = dict(zip(found, model.backbone.split(SIGN), strict=True))
-    for tower, (transformer, _, _) in found.items():
-        if (kind := loading.kind(transformer)) != tower:
+    names = dict(zip(found, model.backbone.split(SIGN, 1), strict=True))
+    for tower, one in found.items():
+        if (kind := loading.kind(one.transformer)) != tower:
             raise ModelError(
                 f'model.backbone = "{model.backbone}": found {names[tower]}, which reads {kind}s; expected an image '
                 'tower, then a text tower, such as "efficientnet-lite0 + minilm"'
             )
-    chosen = adapted(({tower: one for tower, (one, _, _) in found.items()}), adapter, model.backbone)
+    chosen = adapted({tower: one.transformer for tower, one in found.items()}, adapter, model.backbone)
     towers: dict[Tower, Backbone] = {}
-    for tower, (transformer, tokenizer, source) in found.items():
-        own = replace(model, backbone=names[tower], **_fitting(tower, transformer, tokenizer, model))
+    for tower, one in found.items():
+        own = replace(model, backbone=names[tower], **_fitting(tower, one, model))
         targets_of = replace(adapter, targets=chosen[tower])
-        towers[tower] = Backbone(
-            transformer, tokenizer, source, model=own, adapter=targets_of, adapted=bool(chosen[tower])
-        )
+        towers[tower] = Backbone(one, model=own, adapter=targets_of, adapted=bool(chosen[tower]))
     projection, notices = projected(towers["image"], towers["text"])
+    module = nn.ModuleDict({PREFIXES[tower].removesuffix("."): one.transformer for tower, one in found.items()})
     return DualBackbone(
-        towers, name=model.backbone, source=model.backbone, learned=None, rest={}, projection=projection,
+        towers, module=module, name=model.backbone, source=model.backbone, learned=None, projection=projection,
         notices=notices,
     )  # fmt: skip
 
 
-def _whole(whole: Any, tokenizer: Any, source: str, model: Model, adapter: Adapter) -> DualBackbone:
+def _whole(found: Fetched, model: Model, adapter: Adapter) -> DualBackbone:
     """A dual encoder of transformers."""
+    whole = found.transformer.requires_grad_(False)
     parts = dict(whole.named_children())
     if not {"vision_model", "text_model"} <= parts.keys() or "logit_scale" not in dict(whole.named_parameters()):
         raise ModelError(NO_DUAL.format(f"{model.backbone}, a {type(whole).__name__},"))
@@ -112,32 +109,30 @@ def _whole(whole: Any, tokenizer: Any, source: str, model: Model, adapter: Adapt
     }  # fmt: skip
     numbers = {name: float(value.detach()) for name, value in whole.named_parameters() if name.startswith("logit_")}
     chosen = adapted(modules, adapter, model.backbone)
-    towers: dict[Tower, Backbone] = {
-        tower: PooledTower(
-            module,
-            tokenizer if tower == "text" else None,
-            source,
-            model=replace(model, **_fitting(tower, module, tokenizer, model)),
+    tokenizers: Mapping[Tower, Any] = {"image": None, "text": found.tokenizer}
+    towers: dict[Tower, Backbone] = {}
+    for tower, module in modules.items():
+        one = replace(found, transformer=module, tokenizer=tokenizers[tower])
+        towers[tower] = PooledTower(
+            one,
+            model=replace(model, **_fitting(tower, one, model)),
             adapter=replace(adapter, targets=chosen[tower]),
             adapted=bool(chosen[tower]),
-            project=project[tower].requires_grad_(False).to(loading.device_of(model.device)),
+            project=project[tower].to(placement.device_of(model.device)),
             filled="logit_bias" in numbers,
         )
-        for tower, module in modules.items()
-    }
-    rest = {f"{of}.{name}": w for of in project for name, w in project[of].state_dict().items()}
     learned = math.exp(numbers["logit_scale"]), numbers.get("logit_bias", 0.0)
     return DualBackbone(
-        towers, name=model.backbone, source=source, learned=learned, rest=rest, projection=None,
+        towers, module=whole, name=model.backbone, source=found.source, learned=learned, projection=None,
         filled="logit_bias" in numbers,
     )  # fmt: skip
 
 
-def _fitting(tower: Tower, transformer: Any, tokenizer: Any, model: Model) -> dict[str, Any]:
+def _fitting(tower: Tower, found: Fetched, model: Model) -> dict[str, Any]:
     """Settings of a tower: texts are cut at what it reads."""
     if tower == "image":
         return {"pooling": None if model.pooling == "last" else model.pooling}
-    return {"max_length": min(model.max_length, loading.longest(transformer, tokenizer))}
+    return {"max_length": min(model.max_length, loading.longest(found.transformer, found.tokenizer))}
 
 
 def adapted(towers: Mapping[Tower, Any], adapter: Adapter, name: str) -> dict[Tower, tuple[str, ...]]:

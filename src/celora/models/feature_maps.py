@@ -39,11 +39,12 @@ def described(module: nn.Module) -> str:
     return f"{name} of {kernel}, stride {stride}, {module.groups} group{'' if module.groups == 1 else 's'}"
 
 
-def keep_statistics(transformer: nn.Module) -> None:
-    """Let no batch norm use or change statistics of a batch, whatever mode the transformer is in: they are frozen."""
-    for module in transformer.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+def patches(config: Any, shape: tuple[int, int, int]) -> int:
+    """Into how many patches a transformer cuts an image (channels, height, width)."""
+    patch = config.to_dict().get("patch_size") or 16
+    down, across = (patch, patch) if isinstance(patch, int) else patch
+    _, height, width = shape
+    return int((height // down) * (width // across))
 
 
 @torch.no_grad()

@@ -40,6 +40,10 @@ class ImageProcessor:
         found: NDArray[np.float32] = np.asarray(made["pixel_values"][0], dtype=np.float32)
         return found
 
+    def save(self, folder: Path) -> None:
+        """Write it as `AutoImageProcessor` reads it, with the size that it makes."""
+        type(self._processor).from_dict({**self._processor.to_dict(), **self._size}).save_pretrained(folder)
+
     def shape_of(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """What becomes of the shape (channels, height, width) of an image."""
         channels, height, width = self(torch.zeros(shape, dtype=torch.uint8)).shape

@@ -27,6 +27,8 @@ ANSWER_TOKENS = 64
 """Of an answer, at most, where the task does not say."""
 _LOGITS = 1 << 23
 """Numbers in the logits of a chunk: 32 MB."""
+_COPIES = 4
+"""As many numbers as a chunk's logits have stand at once: those of the product, of the loss, and of their gradients."""
 
 
 class LanguageHead:
@@ -48,7 +50,9 @@ class LanguageHead:
         self._factor = float(settings.get("logit_scale") or 1.0) / float(settings.get("logits_scaling") or 1.0)
         self.vocabulary: int = self._linear.out_features
         self.chunk = max(1, _LOGITS // self.vocabulary)
+        self.chunk_bytes = _COPIES * self.chunk * self.vocabulary * torch.float32.itemsize
 
+    @torch.no_grad()
     def check(
         self, name: str, states: Callable[[Batch], tuple[Tensor, Tensor | None]], batch: dict[str, Tensor]
     ) -> None:
@@ -68,7 +72,7 @@ class LanguageHead:
         what = f"{name}, a {type(self._whole).__name__},"
         if not near(whole[:, :-1], before):
             raise ModelError(f"{what} reads the tokens after those that it predicts; expected a causal language model")
-        if not near(self.logits(whole[0]), self._whole(**batch).logits[0].float()):
+        if not near(self.logits(whole[0]), self._whole(**batch).logits[0].float().to(whole.device)):
             raise ModelError(f"{what} makes its logits in a way that celora does not know")
 
     def ends(self, tokenizer: Any) -> list[int]:
@@ -79,22 +83,30 @@ class LanguageHead:
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, vocabulary) float32 of hidden states (n, d)."""
-        found: Tensor = self._linear(states.to(self._linear.weight.dtype)).float() * self._factor
+        product: Tensor = self._linear(states.to(self._linear.weight.dtype)).to(states.device)  # it may lie elsewhere
+        found = product.float() * self._factor
         return found if self._cap is None else self._cap * torch.tanh(found / self._cap)
+
+    def best(self, states: Tensor) -> Tensor:
+        """The likeliest token (n,) after each of hidden states (n, d); logits stand for a chunk of them at a time."""
+        return torch.cat([self.logits(part).argmax(-1) for part in torch.split(states, self.chunk)])
 
     def losses(self, states: Tensor, labels: Tensor) -> Tensor:
         """Negative log-likelihood of each target, 0 elsewhere: (rows, t) float32.
 
         Args:
             states: (rows, t, d).
-            labels: (rows, t), the id at each position, `ABSENT` where it is no target; the first of a row never is.
+            labels: (rows, t) on the CPU, the id at each position, `ABSENT` where it is no target; the first of a row
+                never is.
         """
-        at = labels[:, 1:] != ABSENT
+        where = (labels[:, 1:] != ABSENT).nonzero(as_tuple=True)  # on the CPU: no device is asked how many there are
+        ids = labels[:, 1:][where].to(states.device, non_blocking=True)
+        row, token = (one.to(states.device, non_blocking=True) for one in where)
         found = torch.zeros(labels.shape, dtype=torch.float32, device=states.device)
-        chosen = (states[:, :-1][at], labels[:, 1:][at])
-        if not len(chosen[1]):
+        if not len(ids):
             return found + 0 * states.sum()  # nothing counts, and the gradient is 0
-        return found.index_put((F.pad(at, (1, 0)),), _Losses.apply(*chosen, self))  # type: ignore[no-untyped-call]
+        each = _Losses.apply(states[row, token], ids, self)  # type: ignore[no-untyped-call]
+        return found.index_put((row, token + 1), each)
 
     def each(self, states: Tensor, labels: Tensor) -> Tensor:
         """Losses (n,) of hidden states (n, d) before labels (n,), all logits at once."""
@@ -125,10 +137,7 @@ class _Losses(torch.autograd.Function):
         states, labels, slopes = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return slopes * upstream.unsqueeze(1), None, None
-        size, parts = (
-            ctx.head.chunk,
-            list[Tensor](),
-        )  # a second derivative is asked for: the slopes as a function of the states
+        size, parts = ctx.head.chunk, list[Tensor]()  # a second derivative is asked for: of slopes by states
         for x, ids, up in zip(*(torch.split(one, size) for one in (states, labels, upstream)), strict=True):
             parts += torch.autograd.grad(ctx.head.each(x, ids), x, up, create_graph=True)
         return torch.cat(parts), None, None
@@ -143,6 +152,7 @@ def answered(
     most: int,
     end: Sequence[int],
     padding: int,
+    device: torch.device,
     first: Batch | None = None,
 ) -> list[list[int]]:
     """What a model answers to each prompt, greedily: the ids before one that ends an answer, at most `most`.
@@ -151,9 +161,9 @@ def answered(
 
     Args:
         transformer: without its head, its adapters bound.
+        device: where rows enter it.
         first: what it reads beside the prompts: pixels.
     """
-    device = next(transformer.parameters()).device
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), padding, device=device)
     mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
@@ -168,7 +178,7 @@ def answered(
         more = {} if step or first is None else dict(first)
         more |= {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positions else {}
         states = transformer(input_ids=ids, attention_mask=mask, past_key_values=kept, use_cache=True, **more)
-        ids = head.logits(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+        ids = head.best(states.last_hidden_state[:, -1].to(device)).unsqueeze(1)
         found.append(ids.squeeze(1))
         done |= torch.isin(ids.squeeze(1), ends)
         if done.all():

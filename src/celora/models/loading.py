@@ -1,8 +1,9 @@
-"""Where a backbone comes from: the package, a folder, the Hub's cache; and on which device it runs."""
+"""Where a backbone comes from: the package, a folder, a GGUF file, the Hub's cache."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,8 @@ from torch import nn
 from celora.core.task import Architecture
 from celora.errors import ModelError
 from celora.lazy import Lazy
-from celora.models import efficientnet_lite
+from celora.models import efficientnet_lite, gguf, placement
+from celora.models.settings import Model
 from celora.models.smollm2 import smollm2
 from celora.rng import generator
 
@@ -34,10 +36,25 @@ def embedded() -> Path:
     return Path(MODEL_DIR)
 
 
-def fetch(
-    name: str, base: Path, allow_download: bool, dtype: torch.dtype, architecture: Architecture = "encoder"
-) -> tuple[nn.Module, Any, str]:
-    """A transformer without its pooling layer, its tokenizer (None if it reads images), and its folder or Hub id.
+@dataclass(frozen=True)
+class Fetched:
+    """A transformer that was found.
+
+    Attributes:
+        transformer: without its pooling layer.
+        tokenizer: None if it reads images.
+        source: its folder or Hub id.
+        folder: where its files are; None for one that is drawn or put together here.
+    """
+
+    transformer: nn.Module
+    tokenizer: Any
+    source: str
+    folder: Path | None = None
+
+
+def fetch(model: Model, base: Path, architecture: Architecture = "encoder") -> Fetched:
+    """The transformer that `model.backbone` names.
 
     Args:
         architecture: "causal-lm" for a language model with its head; "dual-encoder" for two towers and a tokenizer;
@@ -46,26 +63,35 @@ def fetch(
     Raises:
         ModelError: saying what was found, what was expected and what to do.
     """
-    if name == "random-vit":
-        vit: nn.Module = random_vit()
-        return vit.to(dtype), None, name
-    if name == efficientnet_lite.NAME:
-        net: nn.Module = efficientnet_lite.efficientnet_lite0()
-        return net.to(dtype), None, name
+    name = model.backbone
+    made: Mapping[str, Callable[[], nn.Module]] = {
+        "random-vit": random_vit,
+        efficientnet_lite.NAME: efficientnet_lite.efficientnet_lite0,
+    }
+    if name in made:
+        if model.quantise is not None or model.device_map is not None:
+            which = "quantise" if model.quantise is not None else "device_map"
+            raise ModelError(f'model.{which} is for backbones that are read from files; "{name}" is made here: drop it')
+        net: nn.Module = made[name]()
+        return Fetched(net.to(placement.dtype_of(model)), None, name)
     match name:
         case "minilm":
             folder = embedded()
         case "smollm2":
             with quiet():
                 folder = smollm2()
+        case _ if name.endswith(gguf.SUFFIX):
+            with quiet():
+                folder = gguf.from_gguf(base / Path(name).expanduser(), placement.dtype_of(model))
         case _:
             folder = base / Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     if not folder.is_dir():
-        folder = _from_hub(name, folder, allow_download)
+        folder = _from_hub(name, folder, model.allow_download)
     contents = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json; found {contents}; expected what save_pretrained writes")
+    where = placement.options(model)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
@@ -73,10 +99,10 @@ def fetch(
                 "causal-lm": transformers.AutoModelForCausalLM,
                 "image-text": transformers.AutoModelForImageTextToText,
             }.get(architecture, transformers.AutoModel)
-            transformer, report = kind_of.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+            transformer, report = kind_of.from_pretrained(folder, output_loading_info=True, **where, **options)
             texts = architecture in ("dual-encoder", "image-text") or kind(transformer) == "text"
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options) if texts else None
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: found {contents}; {reason(error)}") from error
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
     if missing:
@@ -86,10 +112,33 @@ def fetch(
     pooler = getattr(transformer, "pooler", None)
     if isinstance(pooler, nn.Module) and list(pooler.parameters()):
         transformer.pooler = None  # features come from the last hidden states: to adapt it would be in vain
+    if model.quantise is not None:  # PEFT asks the part that it adapts
+        setattr(transformer.base_model, f"is_loaded_in_{model.quantise}", True)
+        if not any("bitsandbytes" in type(module).__module__ for module in transformer.modules()):
+            raise ModelError(f'model.quantise = "{model.quantise}": {name} has no linear layer that can be packed')
     config = transformer.config.get_text_config()
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    return transformer, tokenizer, source
+    return Fetched(transformer, tokenizer, source, folder)
+
+
+def refuse(model: Model, what: str, expected: str, image: str) -> None:
+    """Refuse settings for one transformer where there are several.
+
+    Args:
+        what: is loaded, for messages.
+        expected: what is to see.
+        image: the name of what is to see.
+
+    Raises:
+        ModelError: if they are set.
+    """
+    given = {"quantise": model.quantise, "device_map": model.device_map}
+    if found := [f"model.{name}" for name, value in given.items() if value is not None]:
+        raise ModelError(f'model.backbone = "{model.backbone}": {" and ".join(found)} cannot be set with {what}, which '
+                         "is several transformers: drop it")  # fmt: skip
+    if image.endswith(gguf.SUFFIX):
+        raise ModelError(f"model.backbone: found {image}, but a GGUF file holds a model of texts; expected {expected}")
 
 
 def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
@@ -100,8 +149,8 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(
             f'model.backbone = "{name}": no such folder ({folder.resolve()}); expected "minilm", '
-            '"smollm2", "efficientnet-lite0", "random-vit", a folder that save_pretrained wrote, or a Hub id such as '
-            "roberta-base"
+            '"smollm2", "efficientnet-lite0", "random-vit", a folder that save_pretrained wrote, a .gguf file, or a '
+            "Hub id such as roberta-base"
         )
     try:
         found = huggingface_hub.snapshot_download(
@@ -193,20 +242,3 @@ def random_vit() -> "transformers.ViTModel":
             deviation = 0.3 if is_position else weight[0].numel() ** -0.5
             weight.normal_(0, deviation, generator=generator(0, "random-vit", name))
     return model
-
-
-def device_of(name: str) -> torch.device:
-    """The torch device of `model.device`.
-
-    Raises:
-        ModelError: if there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f'model.device = "{name}" is unknown; expected "auto", "cpu" or "cuda"') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f'model.device = "{name}", but torch finds no CUDA device here: use "auto" or "cpu"')
-    return device

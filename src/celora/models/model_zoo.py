@@ -19,7 +19,7 @@ from celora.core.reading import Encode
 from celora.core.task import Task
 from celora.errors import ModelError
 from celora.models.batching import BatchedForward, predict
-from celora.models.export import export_private
+from celora.models.export import Exported, Format, export_private
 from celora.models.families import initial
 from celora.models.inputs import Inputs
 from celora.models.learner import ModelLearner
@@ -167,9 +167,12 @@ class ModelZoo:
         """As `ClientModels.answers`."""
         return self._task.answers(self.predict(client, weights, inputs))
 
-    def export(self, folder: Path, client: str, weights: Tensors) -> None:
+    def export(
+        self, folder: Path, client: str, weights: Tensors, *, format: Format = "peft", pad: bool = False
+    ) -> Exported:
         """The client's own network and the adapter beside it."""
-        export_private(folder, self._models[self._place(client)].name, weights, card=self._task.model_card())
+        name, card = self._models[self._place(client)].name, self._task.model_card()
+        return export_private(folder, name, weights, card=card, format=format)
 
     def _place(self, client: str) -> int:
         return self._clients.index(client) % len(self._models)

@@ -7,7 +7,7 @@ FC is the task's linear head. Weights of the body are named `own.<parameter>`, t
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from celora.core.adapters import Family, modules
 from celora.core.learner import Batch
 from celora.core.task import Task
 from celora.errors import ModelError
-from celora.models import loading, targets
+from celora.models import loading, placement, targets
 from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of
 from celora.models.settings import Model
 from celora.models.sources import source_of
@@ -105,14 +105,15 @@ class PrivateModel:
                 uniform = torch.rand(weight.shape, generator=generator(seed, "own", name, path))
                 weight.copy_((2 * uniform - 1) / math.sqrt(fan_in))
         elif layers.isdecimal():
-            transformer, self.tokenizer, _ = loading.fetch(backbone, base, model.allow_download, torch.float32)
+            found = loading.fetch(replace(model, backbone=backbone, own=None, dtype="float32"), base)
+            transformer, self.tokenizer = found.transformer, found.tokenizer
             if self.tokenizer is None:
                 raise ModelError(f"model.own: found {name!r}, which reads images; only text encoders can be cut")
             self.kind, self.width = "text", int(transformer.config.hidden_size)  # type: ignore[union-attr,arg-type]
             self.body = Encoder(transformer, int(layers), name)
         else:
             raise ModelError(f"model.own: found {name!r}, expected {', '.join(CNNS)}, or such as minilm:4")
-        self.device = loading.device_of(model.device)
+        self.device = placement.device_of(model.device)
         self.body = self.body.requires_grad_(False).eval().to(self.device)
         self.start = {f"{PREFIX}{path}": weight.detach().cpu() for path, weight in self.body.named_parameters()}
 

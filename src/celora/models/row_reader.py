@@ -17,6 +17,8 @@ from celora.models.sources import TextPairs, source_of
 from celora.models.tokens import TextTokenizer
 from celora.models.words import TokenisedWords
 
+_SQUARE = 256
+"""Pixels of a side of an image of no particular size, to see what a processor makes of it."""
 _SAMPLE = (
     "The first of a few texts.",
     "Another one, of about its length",
@@ -94,9 +96,14 @@ class RowReader:
         texts, others = map(list, zip(*pairs, strict=True))
         found = self.tokenizer(texts, others, truncation="longest_first", max_length=self._model.max_length)
         ids = [row or [self.padding] for row in found["input_ids"]]
-        if not self._typed or "token_type_ids" not in found:
+        if not self.types:
             return ids
         return [[row, types or [0]] for row, types in zip(ids, found["token_type_ids"], strict=True)]
+
+    @property
+    def types(self) -> bool:
+        """Whether pairs have types of tokens: tokenizer and transformer both know them."""
+        return self._typed and "token_type_ids" in self.tokenizer.model_input_names
 
     @cached_property
     def padding(self) -> int:
@@ -118,9 +125,18 @@ class RowReader:
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images an image backbone reads: what its own processor makes of them."""
-        side = self._config.image_size
-        height, width = (side, side) if isinstance(side, int) else side
+        """(channels, height, width) of the images an image backbone reads: what its own processor makes of them.
+
+        Raises:
+            ModelError: if neither a processor nor the configuration says it: ResNets, which read any size, say none.
+        """
+        side = self._config.to_dict().get("image_size")
+        if side is None and self.processor is None:
+            raise ModelError(
+                f"{self.name} brings no image processor ({PROCESSOR}) and its config.json no image_size, so the "
+                "size of its images is unknown: save its processor beside it, or set image_size in config.json"
+            )
+        height, width = (side, side) if isinstance(side, int) else side or (_SQUARE, _SQUARE)
         shape = self._config.num_channels, height, width
         return shape if self.processor is None else self.processor.shape_of(shape)
 

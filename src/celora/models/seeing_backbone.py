@@ -5,6 +5,7 @@ modules are trained whole, as heads are, by what is added to them, (W − W0) x 
 """
 
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -34,6 +35,8 @@ from celora.tensors import Tensors
 
 _PROJECTORS = (PROJECTOR, "multi_modal_projector", "connector", "visual.merger")
 """Where families have theirs."""
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "chat_template.json", "chat_template.jinja")
+"""Files that say how images and messages are read."""
 _READ = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw", *ALONG)
 
 
@@ -41,7 +44,7 @@ class SeeingBackbone(Backbone):
     """A model of images and texts (`Backbone`).
 
     Args:
-        whole: with its head.
+        found: with its head.
         look: what it makes of an image and a text.
         tower: what is frozen beside it, of a composition: its image encoder.
         template: what writes messages.
@@ -49,9 +52,7 @@ class SeeingBackbone(Backbone):
 
     def __init__(
         self,
-        whole: Any,
-        tokenizer: Any,
-        source: str,
+        found: loading.Fetched,
         *,
         model: Model,
         adapter: Adapter,
@@ -59,6 +60,7 @@ class SeeingBackbone(Backbone):
         template: Any,
         tower: Backbone | None = None,
     ) -> None:
+        whole: Any = found.transformer
         trained = adapter.projector or tower is not None
         start = {
             name: module
@@ -69,6 +71,10 @@ class SeeingBackbone(Backbone):
             raise ModelError(
                 f"adapter.projector: {model.backbone} has no linear projector; expected one in {_PROJECTORS}"
             )
+        if start and (model.quantise is not None or model.device_map is not None):
+            which = "quantise" if model.quantise is not None else "device_map"
+            raise ModelError(f"adapter.projector: found model.{which} beside it, but a projector that is trained whole "
+                             "lies in memory as floating-point numbers: drop one of the two")  # fmt: skip
         self._start = {
             f"head.{name}.{leaf}": weight.detach().float().cpu().clone()
             for name, module in start.items()
@@ -76,10 +82,9 @@ class SeeingBackbone(Backbone):
         }
         self._prefixed = whole.config.model_type == "paligemma"
         self._look, self._template = look, template
-        super().__init__(
-            whole, tokenizer, source, model=model, adapter=adapter, architecture="image-text", projector=list(start)
-        )
+        super().__init__(found, model=model, adapter=adapter, architecture="image-text", projector=list(start))
         self.depth, self.own_head, self.projector, self.tower = 0, self._start, tuple(start), tower
+        self.joined, self.saved = tower is not None, self.projector if tower is None else ()
         self._own = {name: 1 / adapter.factor_at(name) for name in start}
         self._fixed = {name: tensor.to(self.device) for name, tensor in self._start.items()}
         if start and tower is None:
@@ -98,9 +103,26 @@ class SeeingBackbone(Backbone):
     @cached_property
     def _digest(self) -> str:
         found = super()._digest
-        return (
-            found if self.tower is None else hashlib.sha256(f"{found} {self.tower.fingerprint()}".encode()).hexdigest()
-        )
+        if self.tower is None:
+            return found
+        return hashlib.sha256(f"{found} {self.tower.fingerprint()}".encode()).hexdigest()
+
+    @property
+    def module(self) -> Any:
+        """As `Backbone.module`; of a composition its language model, which is a class of transformers."""
+        return self._whole.language if isinstance(self._whole, Composed) else self._whole
+
+    def save_processor(self, folder: Path) -> None:
+        """Copy what says how the model reads images."""
+        for name in _PROCESSORS:
+            if self._folder is not None and (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, folder / name)
+
+    def trial(self) -> dict[str, Tensor]:
+        """As `Backbone.trial`, with an image each; of a composition, whose language model is what is tried, without."""
+        if self.tower is not None:
+            return super().trial()
+        return self.batch(self._plain_images(), [0, 1])
 
     def seen(self, rows: Any, write: Any, budget: int) -> SeenRows:
         """As `celora.core.reading.Reader`; rows are records with images, or mappings with an `image` each."""
@@ -137,8 +159,9 @@ class SeeingBackbone(Backbone):
                 first = {"pixel_values": batch["pixel_values"].to(self.device)}
                 ids = [list(map(int, prompt)) for prompt in prompts]
                 found = answered(
-                    self._transformer, self.head, ids, most=most, end=ends, padding=self.padding, first=first
-                )
+                    self._transformer, self.head, ids, most=most, end=ends, padding=self.padding, device=self.device,
+                    first=first,
+                )  # fmt: skip
             else:
                 found = self._generated(prompts, batch, most, ends)
         return [self.text_tokenizer.text(ids) for ids in found]
@@ -160,7 +183,7 @@ class SeeingBackbone(Backbone):
             for name, whole in along.items():
                 whole[row, longest - len(prompt) :] = batch[name][row, : len(prompt)]
         others = {name: x for name, x in batch.items() if name in _READ and name not in ALONG}
-        inputs = self._moved({**others, "input_ids": ids, "attention_mask": mask, **along})
+        inputs = self.accepted({**others, "input_ids": ids, "attention_mask": mask, **along})
         whole_model: Any = self._whole
         with loading.quiet():
             made = whole_model.generate(
@@ -170,7 +193,8 @@ class SeeingBackbone(Backbone):
         rows: list[list[int]] = made[:, longest:].tolist()
         return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
-    def _moved(self, inputs: Batch) -> dict[str, Tensor]:
+    def accepted(self, inputs: Batch) -> dict[str, Tensor]:
+        """As `Backbone.accepted`, with images as the family reads them."""
         chosen = flattened({name: inputs[name] for name in _READ if name in inputs})
         if self._prefixed:  # the whole prompt reads itself, what is 1 only what came before
             chosen.setdefault("token_type_ids", torch.ones_like(chosen["input_ids"]))
@@ -179,18 +203,22 @@ class SeeingBackbone(Backbone):
     @torch.no_grad()
     def _of_images(self) -> bool:
         """Whether the projector reads a tensor whose first axis is that of rows, so that clients can share a pass."""
-        lengths = list[tuple[int, int]]()
-
-        def write(row: Any, see: Any) -> Any:
-            return TokenRow(ids := see("a"), [False] * len(ids), 0)
-
-        rows = SeenRows(write, [{}, {}], [torch.zeros(3, 32, 32, dtype=torch.uint8)] * 2, self._look, 1 << 20)
+        lengths, rows = list[tuple[int, int]](), self._plain_images()
         for count in (1, 2):
-            batch = self._moved(self.batch(rows, range(count)))
+            batch = self.accepted(self.batch(rows, range(count)))
             projector = {name: self._adapted[name] for name in self.projector}
             with watched(projector, lambda _, x, count=count: lengths.append((len(x), count))):  # type: ignore[misc]
                 self._transformer(**batch)
         return all(found == count for found, count in lengths)
+
+    def _plain_images(self) -> SeenRows:
+        """Two rows with an image each, of one grey."""
+
+        def write(row: Any, see: Any) -> Any:
+            return TokenRow(ids := see("a"), [False] * len(ids), 0)
+
+        grey = [torch.full((3, 32, 32), shade, dtype=torch.uint8) for shade in (0, 160)]
+        return SeenRows(write, [{}, {}], grey, self._look, 1 << 20)
 
 
 def load_seeing(model: Model, adapter: Adapter, base: Path) -> SeeingBackbone:
@@ -199,29 +227,26 @@ def load_seeing(model: Model, adapter: Adapter, base: Path) -> SeeingBackbone:
     Raises:
         ModelError: if it is missing or incomplete, or is no such model.
     """
-    dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
     image, sign, language = model.backbone.partition(SIGN)
-    get = partial(loading.fetch, base=base, allow_download=model.allow_download, dtype=dtype)
     if sign:
-        return _composed(get(image), get(language, architecture="causal-lm"), model, adapter)
-    whole, tokenizer, source = get(model.backbone, architecture="image-text")
-    named: Any = whole
-    look, template = look_of(source, tokenizer, named.config, model.backbone)
-    return SeeingBackbone(whole, tokenizer, source, model=model, adapter=adapter, look=look, template=template)
+        loading.refuse(model, "an image encoder and a language model", "an image encoder", image)
+        tower = loading.fetch(replace(model, backbone=image), base)
+        return _composed(tower, loading.fetch(replace(model, backbone=language), base, "causal-lm"), model, adapter)
+    found = loading.fetch(model, base, "image-text")
+    named: Any = found.transformer
+    look, template = look_of(found.source, found.tokenizer, named.config, model.backbone)
+    return SeeingBackbone(found, model=model, adapter=adapter, look=look, template=template)
 
 
-def _composed(
-    encoder: tuple[nn.Module, Any, str], language: tuple[nn.Module, Any, str], model: Model, adapter: Adapter
-) -> SeeingBackbone:
+def _composed(encoder: loading.Fetched, language: loading.Fetched, model: Model, adapter: Adapter) -> SeeingBackbone:
     """Two models and a projector between them."""
     image, _, _ = model.backbone.partition(SIGN)
-    if (kind := loading.kind(encoder[0])) != "image":
+    if (kind := loading.kind(encoder.transformer)) != "image":
         raise ModelError(
             f'model.backbone = "{model.backbone}": found {image}, which reads {kind}s; expected an image encoder'
         )
-    tower = Backbone(*encoder, model=replace(model, backbone=image, pooling=None), adapter=adapter, adapted=False)
-    whole, tokenizer, source = language
-    composed = Composed(whole, tower.width, model.backbone)
+    tower = Backbone(encoder, model=replace(model, backbone=image, pooling=None), adapter=adapter, adapted=False)
+    composed, tokenizer = Composed(language.transformer, tower.width, model.backbone), language.tokenizer
     start = TextTokenizer(tokenizer, model.max_length).start
 
     @torch.no_grad()
@@ -233,8 +258,9 @@ def _composed(
         return Picture(input_ids=inputs_of([[*start, *places, *ids]]).fetch([0])[0], pixel_values=tokens)
 
     made = SeeingBackbone(
-        composed, tokenizer, source, model=model, adapter=adapter, look=look, template=tokenizer, tower=tower
-    )
+        replace(language, transformer=composed), model=model, adapter=adapter, look=look, template=tokenizer,
+        tower=tower,
+    )  # fmt: skip
     if tower.processor is None:
         made.notices = (f"pixels are divided by 255: {image} brings no image processor ({PROCESSOR})",)
     return made

@@ -2,7 +2,8 @@
 
 from celora.core.task import ModelCard
 from celora.models.language import ANSWER_TOKENS
-from celora.models.readme import base_of, page, source_of
+from celora.models.places import Place
+from celora.models.readme import base_of, bits, page
 from celora.models.seeing_backbone import SeeingBackbone
 from celora.models.settings import Model
 
@@ -12,16 +13,15 @@ text = processor.apply_chat_template(said, tokenize=False, add_generation_prompt
 """
 _WHOLE = """\
 import torch
-from peft import PeftModel
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+{peft}from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor{packed}
 
-base, image, prompt = {base!r}, Image.new("RGB", (96, 96)), "a prompt"
+{places}
+image, prompt = Image.new("RGB", (96, 96)), "a prompt"
 processor = AutoProcessor.from_pretrained(base)
 text = processor.image_token + prompt
-{chat}model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.{dtype})
-model = PeftModel.from_pretrained(model, ".").eval()
-inputs = processor(text=[text], images=[image], return_tensors="pt")
+{chat}model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.{dtype}{bits}).eval()
+{adapted}inputs = processor(text=[text], images=[image], return_tensors="pt")
 found = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
 answer = processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 """
@@ -31,10 +31,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-image_base, base, image, prompt = {image_base}, {base!r}, torch.rand(1, {shape}), "a prompt"
-tokenizer, head = AutoTokenizer.from_pretrained(base), load_file("head.safetensors")
+adapter, image_base, base = {folder!r}, {image_base}, {base!r}
+image, prompt = torch.rand(1, {shape}), "a prompt"
+tokenizer, head = AutoTokenizer.from_pretrained(base), load_file(adapter + "/head.safetensors")
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})
-model = PeftModel.from_pretrained(model, ".").eval()
+model = PeftModel.from_pretrained(model, adapter).eval()
 tower = AutoModel.from_pretrained(image_base, dtype=torch.{dtype}).eval()
 seen = tower(pixel_values=image).last_hidden_state.float(){tokens_of}
 seen = seen @ head["head.projector.weight"].T + head["head.projector.bias"]
@@ -49,25 +50,37 @@ answer = tokenizer.decode(found[0], skip_special_tokens=True).strip()
 """
 
 
-def seeing(backbone: SeeingBackbone, card: ModelCard, model: Model) -> str:
+def seeing(backbone: SeeingBackbone, card: ModelCard, model: Model, place: Place) -> str:
     """README.md of an adapter of a model of images and texts, or of an image encoder and a language model."""
+    base = place.base(backbone)
     common = {
-        "base": source_of(backbone),
         "dtype": model.dtype,
         "tokens": card.facts["answer_tokens"] or ANSWER_TOKENS,
     }
     tower = backbone.tower
     if tower is None:
-        code = _WHOLE.format(**common, chat=_CHAT if card.facts["template"] == "chat" else "")
-        return page(card, code)
+        code = _WHOLE.format(
+            **common,
+            peft="" if place.merged else "from peft import PeftModel\n",
+            places=f"base = {str(place.folder)!r}"
+            if place.merged
+            else f"adapter, base = {str(place.folder)!r}, {base!r}",
+            packed=", BitsAndBytesConfig" if model.quantise else "",
+            bits=bits(model),
+            adapted="" if place.merged else "model = PeftModel.from_pretrained(model, adapter).eval()\n",
+            chat=_CHAT if card.facts["template"] == "chat" else "",
+        )
+        return page(card, code, place)
     said = (
         "in [0, 1]" if tower.processor is None else "as `AutoImageProcessor.from_pretrained(image_base)` prepares them"
     )
     code = _COMPOSED.format(
         **common,
-        image_base=base_of(tower)[0],
+        base=base,
+        folder=str(place.folder),
+        image_base=base_of(tower, place)[0],
         shape=", ".join(map(str, tower.image_shape)),
         tokens_of=".flatten(2).mT" if tower.positions else "",
         start=backbone.begins,
     )
-    return page(card, code, f"\nAn image is pixels {said}; it stands at the beginning of a prompt.\n")
+    return page(card, code, place, f"\nAn image is pixels {said}; it stands at the beginning of a prompt.\n")

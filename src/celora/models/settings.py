@@ -33,8 +33,8 @@ class Model:
 
     backbone: str = setting(
         "minilm",
-        '"minilm" (embedded), "smollm2", "efficientnet-lite0" (packages), "random-vit", a local folder, or a Hub id; '
-        'of an image and a text tower: "efficientnet-lite0 + minilm"',
+        '"minilm" (embedded), "smollm2", "efficientnet-lite0" (packages), "random-vit", a local folder, a .gguf file, '
+        'or a Hub id; of an image and a text tower: "efficientnet-lite0 + minilm"',
     )
     own: tuple[str, ...] | None = setting(
         None,
@@ -54,7 +54,33 @@ class Model:
     )
     dropout: bool = setting(False, "the backbone's own dropout while training")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of the frozen weights; adapters are float32")
+    quantise: Literal["4bit", "8bit"] | None = setting(
+        None, "the frozen linear layers in so few bits, by bitsandbytes (4bit: NF4); adapters stay float32"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "keep what enters each layer and compute the rest again going back: less memory, a third more work"
+    )
     device: str = setting("auto", '"auto": CUDA if there is one, else "cpu"; or a torch device')
+    device_map: Literal["auto"] | Mapping[str, int | str] | None = setting(
+        None,
+        'instead of device, where a backbone too large for one lies: "auto", or {module = device, …}, a device being '
+        '0, "cpu", "disk", …',
+    )
+
+    def __post_init__(self) -> None:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(
+                f"device: found {self.device!r} beside device_map, which says where each module lies; remove one"
+            )
+        if self.device_map is not None and not self.device_map:
+            raise ValueError('device_map: found nothing in it, expected "auto" or {module = device, …}')
+        large = {
+            "quantise": self.quantise is not None,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "device_map": self.device_map is not None,
+        }
+        if self.own is not None and (found := [name for name, given in large.items() if given]):
+            raise ValueError(f"{' and '.join(found)} cannot be set with own: they are for a frozen backbone; remove it")
 
 
 @settings

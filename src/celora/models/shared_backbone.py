@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, computed
 from celora.models.batching import BatchedForward, predict
 from celora.models.dual_backbone import DualBackbone
-from celora.models.export import export_peft
+from celora.models.export import Exported, Format, export_shared
 from celora.models.families import initial
 from celora.models.inputs import Inputs
 from celora.models.language import ANSWER_TOKENS
@@ -27,7 +27,7 @@ from celora.models.pissa import Start
 from celora.models.rows import Rows, budgeted, unlabelled, well_filled
 from celora.models.seeing_backbone import SeeingBackbone
 from celora.models.settings import Adapter, Model
-from celora.models.slots import Update, dropping, less
+from celora.models.slots import Update, adding, dropping, less
 from celora.models.tokens import TextTokenizer, TokenRows
 from celora.tensors import Tensors
 
@@ -102,7 +102,7 @@ class AdaptedBackbone:
 
     def _update(self, module: str, w: Tensors, rate: float) -> Update:
         """What is added to a module's output, over s."""
-        update: Update = partial(self.family.delta, w=w)
+        update = adding(self.family, w)
         if rate:
             update = dropping(update, rate)
         return less(update, *self._start[module]) if module in self._start else update
@@ -285,9 +285,11 @@ class SharedBackbone:
             found |= dict(zip(chosen, answers, strict=True))
         return [found[at] for at in range(len(prompts))]
 
-    def export(self, folder: Path, client: str, weights: Tensors) -> None:
-        """The client's adapter as plain PEFT LoRA."""
-        export_peft(
+    def export(
+        self, folder: Path, client: str, weights: Tensors, *, format: Format = "peft", pad: bool = False
+    ) -> Exported:
+        """The client's adapter as plain PEFT LoRA, or merged."""
+        return export_shared(
             folder,
             self._backbone,
             weights,
@@ -297,4 +299,6 @@ class SharedBackbone:
             adapter=self._adapter,
             start=self._start,
             fits=self._class,
+            format=format,
+            pad=pad,
         )

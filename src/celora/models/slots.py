@@ -6,7 +6,7 @@ adapters (`celora.core.adapters`): a client update binds its functions, runs, an
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from celora.core.adapters import linear
+from celora.core.adapters import Family, linear
 from celora.lazy import Lazy
 from celora.models.settings import Adapter
+from celora.tensors import Tensors
 
 peft = Lazy("peft")
 _ADAPTER = "default"
@@ -27,6 +28,11 @@ Update = Callable[[Tensor], Tensor]
 """x (rows, ..., d_in) -> Δ(x) (rows, ..., d_out)."""
 
 
+def adding(family: Family, w: Tensors) -> Update:
+    """Δ(x) of a family's matrices, which follow x to the device where its module lies."""
+    return lambda x: family.delta(x, {part: matrix.to(x.device) for part, matrix in w.items()})
+
+
 def dropping(update: Update, rate: float) -> Update:
     """LoRA dropout: Δ of x with this share of its numbers set to 0, and the others scaled up."""
     return lambda x: update(F.dropout(x, rate))
@@ -34,7 +40,7 @@ def dropping(update: Update, rate: float) -> Update:
 
 def less(update: Update, a: Tensor, b: Tensor) -> Update:
     """Δ(x) − B A x."""
-    return lambda x: update(x) - linear(linear(x, a), b)
+    return lambda x: update(x) - linear(linear(x, a.to(x.device)), b.to(x.device))
 
 
 class Slot(nn.Module):
@@ -76,8 +82,7 @@ Layers = Mapping[str, Any]
 def inject(transformer: nn.Module, targets: list[str], adapter: Adapter) -> Layers:
     """Let stock PEFT adapt exactly the modules named in `targets`, each with its s, and put Slots into them.
 
-    PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator. A wrapped
-    convolution says its geometry as it did before, because transformers' MobileNets pad by it.
+    PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator.
     """
     if not targets:
         return {}
@@ -99,10 +104,15 @@ def inject(transformer: nn.Module, targets: list[str], adapter: Adapter) -> Laye
     }
     for layer in layers.values():
         layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER] = _Passing(), Slot(map=reads_maps(layer))
-        if reads_maps(layer):
-            base = layer.get_base_layer()
-            layer.kernel_size, layer.stride, layer.dilation = base.kernel_size, base.stride, base.dilation
+    keep_geometry(layers.values())
     return layers
+
+
+def keep_geometry(layers: Iterable[Any]) -> None:
+    """Let PEFT's layers of convolutions say the geometry of what they adapt: MobileNets pad by what layers say."""
+    for layer in filter(reads_maps, layers):
+        base = layer.get_base_layer()
+        layer.kernel_size, layer.stride, layer.dilation = base.kernel_size, base.stride, base.dilation
 
 
 def reads_maps(layer: Any) -> bool:
@@ -144,3 +154,17 @@ def watched(layers: Layers, look: Callable[[str, Tensor], None]) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within this context the module is run by `forward`; afterwards by what ran it before."""
+    before = vars(module).get("forward")  # where another library has put its own, as accelerate does
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward  # the class's own shows again
+        else:
+            module.forward = before

@@ -7,6 +7,7 @@ Sequence classes of encoders put layers of their own between hidden states and h
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 else:
     transformers = Lazy("transformers")
 
-TASK_TYPES = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+TASK_TYPES: Mapping[HeadOf, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 """As PEFT calls them."""
-AUTO_CLASSES = {"sequence": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
+AUTO_CLASSES: Mapping[HeadOf, str] = {
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+}
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,8 @@ class TaskClass:
 
 def task_class(transformer: Any, of: HeadOf) -> TaskClass | None:
     """The class for a transformer and what is classified; None where it has none whose head is all that it adds."""
-    known = {
-        "sequence": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        "token": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    }[of]
-    if type(transformer.config) not in known:
-        return None
-    kind: Any = known[type(transformer.config)]
-    with quiet(), torch.device("meta"):  # its shape alone is looked at
-        whole = kind(copy.deepcopy(transformer.config))
-    if type(whole.base_model) is not type(transformer):
+    whole = _empty(transformer, of)
+    if whole is None or type(whole.base_model) is not type(transformer):
         return None
     added = {
         name: child
@@ -66,3 +62,30 @@ def task_class(transformer: Any, of: HeadOf) -> TaskClass | None:
         case [(name, nn.Linear() as head)] if of == "token" or head.bias is None:
             return TaskClass(of, f"{whole.base_model_prefix}.", name, head.bias is not None)
     return None
+
+
+def in_class(transformer: Any, fits: TaskClass, outputs: int) -> Any:
+    """A transformer in its class, beside a head of so many outputs whose weights are not set.
+
+    The configuration becomes the class's own copy.
+    """
+    whole, like = _empty(transformer, fits.of, num_labels=outputs), next(transformer.parameters())
+    setattr(whole, whole.base_model_prefix, transformer)
+    whole.get_submodule(fits.head).to_empty(device=like.device).to(like.dtype)
+    return whole.requires_grad_(False).eval()
+
+
+def _empty(transformer: Any, of: HeadOf, **settings: Any) -> Any:
+    """The class that transformers maps a configuration to, without weights; None where it has none."""
+    known = {
+        "sequence": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "token": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    }[of]
+    if type(transformer.config) not in known:
+        return None
+    kind: Any = known[type(transformer.config)]
+    config = copy.deepcopy(transformer.config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with quiet(), torch.device("meta"):
+        return kind(config)

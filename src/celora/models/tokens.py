@@ -48,8 +48,10 @@ class TextTokenizer:
     def dialogue(self, messages: Sequence[Mapping[str, str]], reply: bool) -> str:
         """As `celora.core.reading.Tokenizer`."""
         if self._tokenizer.chat_template is None:
-            raise ModelError("the model has no chat template, so messages cannot be written as it reads them: "
-                             'set task.template = "plain" or "alpaca"')  # fmt: skip
+            raise ModelError(
+                "the model has no chat template, by which messages are written: choose a model that has one, or for "
+                'rows of prompts and answers task.template = "plain" or "alpaca"'
+            )
         try:
             found: str = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=reply

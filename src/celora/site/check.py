@@ -120,10 +120,16 @@ def versions(server: str, here: str) -> Finding:
 
 
 def backbone(server_sha: str, here_sha: str) -> Finding:
-    """Whether server and site hold the same frozen backbone, by its SHA-256."""
+    """Whether server and site hold the same frozen backbone, by its fingerprint (`celora.models.fingerprint`)."""
+    (server_kind, _, server), (kind, _, here) = server_sha.rpartition(":"), here_sha.rpartition(":")
     ok = server_sha == here_sha
-    found = f"SHA-256 {here_sha[:12]}" if ok else f"SHA-256 {here_sha[:12]} here, {server_sha[:12]} at the server"
+    found = f"SHA-256 {here[:12]}" if ok else f"SHA-256 {here[:12]} here, {server[:12]} at the server"
     todo = "get the same model in the same revision as the server, and set [model] to where it is"
+    if server_kind != kind:
+        todo = (
+            "one is of the model's files and one of its weights in memory, so they say nothing of each other: run one "
+            "version of celora at both ends, and name the backbone alike"
+        )
     return Finding("backbone", ok, found, "" if ok else todo)
 
 

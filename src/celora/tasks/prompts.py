@@ -46,13 +46,18 @@ def pieces(row: Any, template: Template, tokenizer: Tokenizer) -> tuple[Pieces, 
     A row without its answer ends where the answer begins.
 
     Raises:
-        DataError: if messages are none.
+        DataError: if messages are none, or are to be written otherwise than by a chat template.
         ModelError: if a chat template is asked for and the model has none, or refuses the messages.
     """
     match row:
         case str():
             return [(row, True)], True
         case {"messages": messages}:
+            if template in ("plain", "alpaca"):
+                raise DataError(
+                    f'found rows of messages with task.template = "{template}"; messages are written by the model\'s '
+                    'chat template: expected "auto" or "chat"'
+                )
             return _dialogue(_messages(messages), tokenizer), False
         case {"prompt": str(prompt)}:
             answer = row.get("completion")
@@ -102,7 +107,7 @@ def _dialogue(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> Pi
         if not (asked.startswith(written) and said.startswith(asked)):
             raise DataError(
                 "the model's chat template writes earlier messages anew when others follow, so it cannot be told what "
-                'the assistant said: leave one answer in each row, or set task.template = "plain"'
+                "the assistant said: leave one answer in each row"
             )
         found += [(asked[len(written) :], False), (said[len(asked) :], True)]
         written = said

@@ -1,0 +1,1 @@
+"""FedAvg of LoRA on a causal language model: a Flower app."""
