@@ -15,11 +15,13 @@ from celora.core.adapters import Lora
 from celora.data import Data, read
 from celora.errors import DataError, ModelError
 from celora.models.export import load_export
+from celora.models.fingerprint import of_files
 from celora.models.loading import quiet
 from celora.models.rows import join
 from celora.models.seeing_backbone import load_seeing
 from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import SharedBackbone
+from celora.models.stock import trial
 from celora.tasks.caption import Caption
 from tests.facts.test_models import stock
 from tests.image_text import SEEING, saved_seeing, write_pictures
@@ -177,16 +179,21 @@ def test_the_projector_can_be_trained_whole_and_travels_with_the_adapter(
     torch.testing.assert_close(found[:, 1:], expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llava", "paligemma", COMPOSED])
-def test_the_code_in_the_readme_gives_celoras_answer(family: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "format"), [("llava", "peft"), ("llava", "merged"), ("paligemma", "peft"), (COMPOSED, "peft")]
+)
+def test_the_code_in_the_readme_gives_celoras_answer_in_any_folder(
+    family: str, format: Any, folder: Path, tmp_path: Path
+) -> None:
     models = shared(folder, family, Caption(answer_tokens=6))
     weights = moved(models)
-    models.export(tmp_path / "export", "a", weights)
+    exported = models.export(tmp_path / "export", "a", weights, format=format, pad=True)
+    assert exported.generates == (family != COMPOSED)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     with stock(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore", DeprecationWarning)  # PaliGemma's processor makes arrays of tensors
-        patch.chdir(tmp_path / "export")
+        patch.chdir(tmp_path)
         if family == COMPOSED:
             names["GIVEN"] = torch.zeros(1, 3, 16, 16)
             code = re.sub(r"torch\.rand\(1, [\d, ]+\)", "GIVEN", code)
@@ -201,3 +208,53 @@ def test_what_sees_nothing_is_refused(folder: Path) -> None:
         load_seeing(Model(backbone="llama"), Adapter(targets=("q_proj",)), folder)
     with pytest.raises(ModelError, match="found llama, which reads texts; expected an image encoder"):
         load_seeing(Model(backbone="llama + llama"), Adapter(targets=("q_proj",)), folder)
+    with pytest.raises(
+        ModelError, match=r"found a.gguf, but a GGUF file holds a model of texts; expected a model such"
+    ):
+        load_seeing(Model(backbone="a.gguf"), Adapter(targets=("q_proj",)), folder)
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_adapter_and_projector_are_merged_and_tried_with_an_image(family: str, folder: Path, tmp_path: Path) -> None:
+    models = shared(folder, family, projector=True)
+    backbone: Any = models._backbone
+    of = trial(backbone, moved(models), family=Lora(), start={}, fits=None)
+    assert "pixel_values" in of.rows
+    models.export(tmp_path / "export", "a", moved(models), format="merged")
+    with stock():
+        whole = t.AutoModelForImageTextToText.from_pretrained(tmp_path / "export").eval()
+        of.check(whole, "it")
+        with pytest.raises(ModelError, match=r"it gives logits of .* that differ by"):
+            of.check(t.AutoModelForImageTextToText.from_pretrained(folder / family).eval(), "it")
+
+
+def test_a_composition_cannot_be_merged(folder: Path, tmp_path: Path) -> None:
+    models = shared(folder, COMPOSED)
+    with pytest.raises(ModelError, match=r"is put together here of two models, .*: choose the format peft"):
+        models.export(tmp_path / "export", "a", models.initial, format="merged")
+
+
+@pytest.mark.parametrize("quantise", ["4bit", "8bit"])
+def test_a_model_that_sees_can_be_packed_but_not_with_its_projector(
+    quantise: Any, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="packs weights")
+    chosen = Model(backbone="llava", device="cpu", max_length=64, quantise=quantise)
+    queries = Adapter(rank=2, targets=("q_proj",))
+    backbone = load_seeing(chosen, queries, folder)
+    models = SharedBackbone(backbone, Caption(), model=chosen, adapter=queries, family=Lora(), seed=0, budget=ROOM)
+    models.export(tmp_path / "export", "a", moved(models))  # stock PEFT puts out the same, or it is an error
+    assert "load_in_8bit" in (text := (tmp_path / "export" / "README.md").read_text()) or "load_in_4bit" in text
+    with pytest.raises(ModelError, match=r"adapter.projector: found model.quantise beside it"):
+        load_seeing(chosen, Adapter(targets=("q_proj",), projector=True), folder)
+    with pytest.raises(ModelError, match=r"model.quantise cannot be set with an image encoder and a language model"):
+        load_seeing(Model(backbone=COMPOSED, quantise=quantise), queries, folder)
+
+
+def test_a_composition_is_told_from_others_by_both_of_its_models(folder: Path) -> None:
+    saved(folder / "other", "qwen2")
+    found = [load_seeing(Model(backbone=name), Adapter(targets=("q_proj",)), folder).fingerprint()
+             for name in (COMPOSED, COMPOSED, "random-vit-rgb + other", "llava", "paligemma")]  # fmt: skip
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
+    assert found[3] == of_files(folder / "llava", "float32")

@@ -14,11 +14,13 @@ from celora.data import Data, load, read
 from celora.errors import DataError, ModelError
 from celora.models.dual_loading import load_dual
 from celora.models.families import initial
+from celora.models.fingerprint import of_files
 from celora.models.inputs import ReadyInputs
 from celora.models.projection import ridge
 from celora.models.rows import join
 from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import AdaptedBackbone, SharedBackbone
+from celora.models.stock import loaded, trial
 from celora.tasks.contrast import Contrast
 from tests.facts.test_models import stock
 from tests.image_text import COLOURS, saved_dual, write_pictures
@@ -108,7 +110,7 @@ def test_outputs_and_losses_are_those_of_the_model_itself(family: str, folder: P
 
 
 def shared(folder: Path, task: Contrast, name: str = "clip", adapter: Adapter = QUERIES) -> SharedBackbone:
-    chosen = model(str(folder / name))
+    chosen = model(name, max_length=32)
     backbone = load_dual(chosen, adapter, folder)
     return SharedBackbone(backbone, task, model=chosen, adapter=adapter, family=Lora(), seed=0, budget=ROOM)
 
@@ -241,8 +243,19 @@ def trained(models: SharedBackbone) -> dict[str, torch.Tensor]:
     return {name: w + 0.2 * torch.randn(w.shape, generator=draw) for name, w in models.initial.items()}
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "random-vit + clip-text"])
-def test_the_code_in_the_readme_gives_celoras_cosines(name: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("clip", "peft"),
+        ("clip", "merged"),
+        ("siglip", "peft"),
+        ("siglip", "merged"),
+        ("random-vit + clip-text", "peft"),
+    ],
+)
+def test_the_code_in_the_readme_gives_celoras_cosines_in_any_folder(
+    name: str, format: Any, folder: Path, tmp_path: Path
+) -> None:
     if "+" in name and not (folder / "clip-text").exists():
         saved(folder / "clip-text")
     task = Contrast(classes=("blue", "red"), temperature=1.0)
@@ -250,14 +263,14 @@ def test_the_code_in_the_readme_gives_celoras_cosines(name: str, folder: Path, t
     backbone = load_dual(chosen, QUERIES, folder)
     models = SharedBackbone(backbone, task, model=chosen, adapter=QUERIES, family=Lora(), seed=0, budget=ROOM)
     weights = trained(models)
-    models.export(tmp_path / "export", "a", weights)
+    assert not models.export(tmp_path / "export", "a", weights, format=format, pad=True).generates
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)
     images = torch.rand(2, *backbone.image_shape, generator=torch.Generator().manual_seed(1))
     code, count = re.subn(r"torch\.rand\(2, [\d, ]+\)", "GIVEN", code)
     assert count == 1
     names: dict[str, Any] = {"GIVEN": images}
     with stock(), pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path / "export")
+        patch.chdir(tmp_path)
         exec(code, names)
     network = models._network
     with torch.no_grad():
@@ -265,3 +278,66 @@ def test_the_code_in_the_readme_gives_celoras_cosines(name: str, folder: Path, t
         held = {**weights, **network.candidates(task, weights)}
         expected = task.outputs(network._encoded(weights, batch, None), held, batch)
     torch.testing.assert_close(names["cosines"], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "random-vit + clip-text"])
+def test_an_export_that_changes_nothing_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    if "+" in name and not (folder / "clip-text").exists():
+        saved(folder / "clip-text")
+    models = shared(folder, Contrast(classes=("a", "b")), name)
+    backbone: Any = models._backbone
+    of = trial(backbone, trained(models), family=Lora(), start={}, fits=None)
+    models.export(tmp_path / "start", "a", models.initial)
+    with pytest.raises(ModelError, match=r"it changes nothing: its hidden states are those of .* without it"):
+        of.check(loaded(tmp_path / "start", backbone, fits=None, outputs=0), "it")
+
+
+def test_two_towers_put_together_here_cannot_be_merged(folder: Path, tmp_path: Path) -> None:
+    saved(folder / "alone")
+    models = shared(folder, Contrast(classes=("a", "b")), "random-vit + alone")
+    with pytest.raises(
+        ModelError, match=r'"random-vit \+ alone" is put together here of two models, .*: choose .* peft'
+    ):
+        models.export(tmp_path / "export", "a", models.initial, format="merged")
+
+
+# --- large models --------------------------------------------------------------------------------------------------
+
+
+def test_settings_for_one_transformer_are_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r'"clip": model.quantise cannot be set with a dual encoder, .*: drop it'):
+        load_dual(model("clip", quantise="8bit"), QUERIES, folder)
+    with pytest.raises(ModelError, match=r'"a \+ b": model.device_map cannot be set with a dual encoder'):
+        load_dual(Model(backbone="a + b", device_map="auto"), QUERIES, folder)
+    with pytest.raises(
+        ModelError, match=r"found a.gguf, but a GGUF file holds a model of texts; expected an image tower"
+    ):
+        load_dual(model("a.gguf + b"), QUERIES, folder)
+
+
+def test_towers_are_told_from_others_by_their_files_and_a_pair_by_both(folder: Path) -> None:
+    saved(folder / "first")
+    saved(folder / "second", "qwen2")
+    names = ("clip", "siglip", "random-vit + first", "random-vit + second")
+    found = {name: load_dual(model(name), QUERIES, folder).fingerprint() for name in names}
+    assert len(set(found.values())) == 4
+    assert found["clip"] == of_files(folder / "clip", "float32")
+    again = load_dual(model("clip"), Adapter(rank=4, targets=("v_proj",), towers="text"), folder)
+    assert again.fingerprint() == found["clip"]
+
+
+@pytest.mark.parametrize("name", ["clip", "random-vit + checked"])
+def test_with_gradient_checkpointing_gradients_are_the_same_to_the_last_bit(name: str, folder: Path) -> None:
+    saved(folder / "checked")
+    found = []
+    for again in (False, True):
+        backbone = load_dual(model(name, gradient_checkpointing=again), QUERIES, folder)
+        network, weights = (
+            AdaptedBackbone(backbone, Lora(), budget=ROOM),
+            initial(backbone.targets, QUERIES, Lora(), {}, 0),
+        )
+        held = {at: (w + 0.2).requires_grad_() for at, w in weights.items()}
+        backbone.states(backbone.trial(), network._updates(held))[0].square().sum().backward()
+        found.append({at: w.grad for at, w in held.items()})
+    first, second = found
+    assert all(grad is not None and torch.equal(grad, second[at]) for at, grad in first.items())

@@ -13,7 +13,7 @@ from celora.errors import ModelError
 from celora.models import loading, placement, targets
 from celora.models.backbone import Backbone
 from celora.models.dual_backbone import PREFIXES, TOWERS, DualBackbone, Tower
-from celora.models.loading import Fetched, refuse
+from celora.models.loading import Fetched
 from celora.models.projection import projected
 from celora.models.row_reader import NO_DUAL
 from celora.models.settings import SIGN, Adapter, Model
@@ -67,7 +67,8 @@ def load_dual(model: Model, adapter: Adapter, base: Path) -> DualBackbone:
         ModelError: if it is missing or incomplete, is neither, or `adapter.targets` matches nothing in its towers.
     """
     image, sign, text = model.backbone.partition(SIGN)
-    refuse(model, "a dual encoder", "an image tower" if sign else "one of images and texts", image)
+    loading.refuse_large(model, "a dual encoder")
+    loading.refuse_gguf(image, "an image tower" if sign else "a dual encoder such as CLIP or SigLIP")
     if not sign:
         return _whole(loading.fetch(model, base, "dual-encoder"), model, adapter)
     found = (loading.fetch(replace(model, backbone=name), base) for name in (image, text))

@@ -122,23 +122,31 @@ def fetch(model: Model, base: Path, architecture: Architecture = "encoder") -> F
     return Fetched(transformer, tokenizer, source, folder)
 
 
-def refuse(model: Model, what: str, expected: str, image: str) -> None:
+def refuse_large(model: Model, what: str) -> None:
     """Refuse settings for one transformer where there are several.
 
     Args:
         what: is loaded, for messages.
-        expected: what is to see.
-        image: the name of what is to see.
 
     Raises:
         ModelError: if they are set.
     """
     given = {"quantise": model.quantise, "device_map": model.device_map}
     if found := [f"model.{name}" for name, value in given.items() if value is not None]:
-        raise ModelError(f'model.backbone = "{model.backbone}": {" and ".join(found)} cannot be set with {what}, which '
-                         "is several transformers: drop it")  # fmt: skip
-    if image.endswith(gguf.SUFFIX):
-        raise ModelError(f"model.backbone: found {image}, but a GGUF file holds a model of texts; expected {expected}")
+        raise ModelError(
+            f'model.backbone = "{model.backbone}": {" and ".join(found)} cannot be set with {what}, which is several '
+            "transformers: drop it"
+        )
+
+
+def refuse_gguf(name: str, expected: str) -> None:
+    """Refuse a file of a kind that holds no model of images.
+
+    Raises:
+        ModelError: if it is one.
+    """
+    if name.endswith(gguf.SUFFIX):
+        raise ModelError(f"model.backbone: found {name}, but a GGUF file holds a model of texts; expected {expected}")
 
 
 def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:

@@ -228,8 +228,9 @@ def load_seeing(model: Model, adapter: Adapter, base: Path) -> SeeingBackbone:
         ModelError: if it is missing or incomplete, or is no such model.
     """
     image, sign, language = model.backbone.partition(SIGN)
+    loading.refuse_gguf(image, "an image encoder" if sign else "a model such as LLaVA or Qwen-VL")
     if sign:
-        loading.refuse(model, "an image encoder and a language model", "an image encoder", image)
+        loading.refuse_large(model, "an image encoder and a language model")
         tower = loading.fetch(replace(model, backbone=image), base)
         return _composed(tower, loading.fetch(replace(model, backbone=language), base, "causal-lm"), model, adapter)
     found = loading.fetch(model, base, "image-text")
