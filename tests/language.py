@@ -52,13 +52,16 @@ FAMILIES: Mapping[str, tuple[Any, str]] = {
 """Name -> configuration, and a suffix of module names that are adapted."""
 
 
-def tokenizer(*, begins: bool = False) -> Any:
-    """A token for each character; `begins`: with `<s>` before every text."""
+def tokenizer(*, begins: bool = False, ends: bool = False) -> Any:
+    """A token for each character; `begins`: with `<s>` before every text; `ends`: and `</s>` after it."""
     inner = Tokenizer(WordLevel({word: at for at, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     inner.pre_tokenizer = Split("", "isolated")
     inner.decoder = Fuse()
     if begins:
         inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    if ends:
+        special = [("<s>", 2), ("</s>", 3)]
+        inner.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
     found = t.PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         additional_special_tokens=["<user>", "<assistant>", "<end>"], clean_up_tokenization_spaces=False,

@@ -309,7 +309,7 @@ def test_generated_answers_are_graded_beside_the_loss(loaded: Loaded, monkeypatc
     examples = task.read(data.Table(ROWS, [""] * 3, None, None, []), models(backbone, task))  # type: ignore[arg-type]
     asked = []
 
-    def answers(self: Any, weights: Any, prompts: Any, most: int) -> list[str]:
+    def answers(self: Any, weights: Any, prompts: Any, most: int, batch: Any = None) -> list[str]:
         asked.extend(prompts)
         return ["Cold  water.", "the cat, again", "b"]
 

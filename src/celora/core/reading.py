@@ -126,6 +126,27 @@ class Reader(Protocol):
     def read(self, inputs: Any) -> Inputs:
         """A column of texts, pairs of texts, or images as the network reads it."""
 
+    def captioned(self, images: Any, texts: Sequence[str], of: Sequence[int]) -> Inputs:
+        """A column of images, and with each of them one of some texts.
+
+        Args:
+            of: of each row the position of its text.
+
+        Raises:
+            ModelError: if the network is no dual encoder.
+        """
+
+    def seen(self, rows: Any, write: Callable[[Any, Callable[[str], Sequence[int]]], TokenRow]) -> TokenInputs:
+        """Rows with an image each.
+
+        Args:
+            write: a row without its image, and what gives the ids of the text that its image stands in or before ->
+                a row of a language model.
+
+        Raises:
+            ModelError: if the network reads no images among its tokens.
+        """
+
     def words(self, rows: Any) -> Inputs:
         """Rows of words: lists, or records that have such a list as `tokens`.
 

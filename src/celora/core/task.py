@@ -18,8 +18,9 @@ from celora.core.reading import IMAGES, PAIRS, TEXTS, Columns, Form, Inputs, Rea
 from celora.lazy import Tensor, torch
 from celora.tensors import Tensors
 
-Architecture = Literal["encoder", "causal-lm"]
-"""A transformer whose hidden states are pooled; or one with its head, which predicts the next token."""
+Architecture = Literal["encoder", "causal-lm", "dual-encoder", "image-text"]
+"""A transformer whose hidden states are pooled; one with its head, which predicts the next token; two transformers, of
+images and of texts, whose vectors lie in one space; or one with its head that reads images among its tokens."""
 Trait = Literal["classes", "head"]
 """What a task may have and an algorithm may need: rows that fall into classes; a trainable head, `head.*`."""
 
@@ -52,6 +53,20 @@ class Representation(Protocol):
         Raises:
             ModelError: if the network is no language model.
         """
+
+    def embedded(self, content: Literal["image", "text"], weights: Tensors) -> Tensor:
+        """Vectors (rows, d) float32 of the images, or of the texts, in the space that a dual encoder has for both.
+
+        Args:
+            weights: those that the pass runs under; a head may be part of the way into that space.
+
+        Raises:
+            ModelError: if the network is no dual encoder, or the rows have no such thing.
+        """
+
+    @property
+    def similarity(self) -> tuple[float, float] | None:
+        """Factor and offset that make a logit of a cosine, as a dual encoder learned them; None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +189,18 @@ class Task(Protocol):
         return self
 
     # --- rows
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the loss of a row depends on the other rows of its mini-batch, which is then never cut."""
+        return False
+
+    @property
+    def candidates(self) -> Sequence[str]:
+        """Texts among which an answer is chosen; their vectors are then `head.candidates` (n, d) when rows are scored,
+        or answers asked for, made anew under the weights of each client.
+        """
+        return ()
 
     def strata(self, columns: Columns) -> Sequence[str] | None:
         """The stratum of each row: rows are dealt to clients, and split, stratum by stratum; None: there are none."""

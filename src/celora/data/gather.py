@@ -15,7 +15,7 @@ from typing import Any
 from celora.core.reading import Content
 from celora.data.arrow import ArrowColumn
 from celora.data.columns import SPLIT_NAMES, Columns, Sheet
-from celora.data.inputs import ImageFiles, Images, Records, Texts, record, size_of
+from celora.data.inputs import Column, ImageFiles, Images, ImagesBehind, Records, Texts, record, size_of
 from celora.data.table import Origins, Table, counted, did_you_mean, listing
 from celora.errors import DataError
 
@@ -84,7 +84,7 @@ class _Rows:
                 return self._images(ArrowColumn(row[role] for row in contents), role)
             case _:
                 column = ArrowColumn(record(row) for row in contents)
-                return Records(column, None if self._size is None else self._images(column, "image"))
+                return Records(column, None if self._size is None else self._images(ImagesBehind(column), "image"))
 
     def of(self, sheet: Sheet) -> Iterator[Mapping[str, Any]]:
         """What each usable row of a sheet consists of, by role; the rest of it is noted."""
@@ -153,7 +153,7 @@ class _Rows:
                 f"{where}: found an image of {found} pixels, expected {expected} as before; resize them alike."
             )
 
-    def _images(self, column: ArrowColumn, role: str) -> ImageFiles:
+    def _images(self, column: Column, role: str) -> ImageFiles:
         """The images, whose files are in a column."""
         return ImageFiles(column, self._size or (0, 0), self.columns.column(role), self.origins, self._unlike)
 

@@ -45,6 +45,39 @@ class Texts:
         add_strings(digest, len(self), self._column)
 
 
+class Column(Protocol):
+    """n byte strings, by position or from front to back (`ArrowColumn`)."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, row: int, /) -> bytes:
+        """One of them."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        """All in order."""
+
+
+class ImagesBehind:
+    """The images behind what else is known of each row of a column (`record`)."""
+
+    def __init__(self, column: ArrowColumn) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, row: int) -> bytes:
+        return _behind(self._column[row])
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(_behind, self._column)
+
+
+def _behind(content: bytes) -> bytes:
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
 class Images(ABC):
     """n images: `images[row]` is its pixels (channels, height, width).
 
@@ -57,7 +90,7 @@ class Images(ABC):
     kind: Literal["image"] = "image"
     dtype: torch.dtype
 
-    def __init__(self, column: ArrowColumn, shape: tuple[int, ...], unlike: str | None = None) -> None:
+    def __init__(self, column: Column, shape: tuple[int, ...], unlike: str | None = None) -> None:
         self._column, self._shape, self._unlike = column, shape, unlike
 
     @property
@@ -103,7 +136,7 @@ class ImageFiles(Images):
     """
 
     def __init__(
-        self, column: ArrowColumn, size: tuple[int, int], name: str, origins: Sequence[str], unlike: str | None
+        self, column: Column, size: tuple[int, int], name: str, origins: Sequence[str], unlike: str | None
     ) -> None:
         super().__init__(column, (3, *size), unlike)
         self.dtype = torch.uint8

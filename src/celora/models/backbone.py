@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
@@ -12,24 +13,40 @@ import torch
 from torch import Tensor, nn
 
 from celora.core.learner import Batch
-from celora.core.task import Architecture, HeadOf
+from celora.core.task import Architecture, HeadOf, Representation
 from celora.errors import ModelError
 from celora.models import capacity, fingerprint, loading, placement, targets
 from celora.models.checkpointing import Checkpoints
 from celora.models.dropping import seeded
 from celora.models.feature_maps import as_tokens, numbers_put_out, patches
+from celora.models.inputs import inputs_of
 from celora.models.language import LanguageHead, answered
 from celora.models.pooling import pooled
-from celora.models.row_reader import RowReader
+from celora.models.represented import Represented
+from celora.models.row_reader import NO_IMAGES, RowReader
 from celora.models.settings import Adapter, Model, Pooling
 from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
 from celora.models.task_classes import TaskClass, task_class
+from celora.models.tokens import TokenRows
+from celora.tensors import Tensors
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+_TRIED = 2
+"""Rows that a language model is tried on, where each has a logit for every word."""
+Replay = Callable[[Batch], AbstractContextManager[None]]
+
+
+def computed(batch: Batch) -> AbstractContextManager[None]:
+    """A `Replay` within which all layers are computed."""
+    return nullcontext()
 
 
 class Backbone(RowReader):
     """A frozen transformer whose adapted modules take their LoRA factors per call.
+
+    Args:
+        adapted: whether there are any, as a tower of a dual encoder may have none.
+        projector: linear modules that are trained whole, as a head of the backbone's own.
 
     Attributes:
         kind: "text" or "image".
@@ -51,6 +68,10 @@ class Backbone(RowReader):
         name: as it was asked for; source: the folder or the Hub id it was loaded from.
         head: of a language model; None where hidden states are all that is read.
         prefix: where the transformer lies in the model that it was loaded as, "" or such as "model.".
+        tower: the image encoder that reads for this backbone, if it has one of its own.
+        own_head: tensors `head.*` that the backbone itself brings, as they start; they are trained as a task's are.
+        saved: modules that are trained whole and have a place in the class of transformers.
+        joined: whether it is put together here of two models, as no class of transformers is.
         pooling: how a row's token vectors become one vector: `model.pooling`, or what becomes this backbone.
 
     Raises:
@@ -64,12 +85,17 @@ class Backbone(RowReader):
         *,
         model: Model,
         adapter: Adapter,
-        architecture: Architecture,
+        architecture: Architecture = "encoder",
+        adapted: bool = True,
+        projector: Sequence[str] = (),
     ) -> None:
         whole: Any = found.transformer
         tokenizer, self._folder = found.tokenizer, found.folder
-        self.head = LanguageHead(whole) if architecture == "causal-lm" else None
-        self.prefix = f"{whole.base_model_prefix}." if self.head else ""
+        self.head = LanguageHead(whole) if architecture in ("causal-lm", "image-text") else None
+        self.prefix = f"{whole.base_model_prefix}." if self.head and whole.base_model_prefix else ""
+        self.own_head: Tensors = {}
+        self.tower: Backbone | None = None
+        self.saved, self.joined = tuple[str, ...](), False
         transformer = whole.base_model if self.head else whole
         kind = loading.kind(transformer)
         self.longest = loading.longest(transformer, tokenizer) if kind == "text" else None
@@ -77,15 +103,19 @@ class Backbone(RowReader):
             most = self.longest
             raise ModelError(f"model.max_length = {model.max_length}, but {model.backbone} reads at most {most}")
         layers = targets.layers(transformer)
-        names = targets.matching(transformer, adapter.targets, model.backbone)
-        names = targets.topmost(names, layers, adapter.layers, model.backbone)
-        targets.check_patterns(names, adapter, model.backbone)
-        self._adapted = inject(transformer, names, adapter)
+        names = list[str]()
+        if adapted:
+            names = targets.matching(transformer, adapter.targets, model.backbone)
+            names = targets.topmost(names, layers, adapter.layers, model.backbone)
+            targets.check_patterns(names, adapter, model.backbone)
+        self._adapted = inject(transformer, [*names, *projector], adapter)
         self.targets: dict[str, tuple[int, int]] = {
-            name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()
+            name: (layer.out_features, layer.in_features)
+            for name, layer in self._adapted.items()
+            if name not in projector
         }
         self.layers = tuple(layers.values())
-        self.depth = 0 if model.dropout else targets.below(names, layers)
+        self.depth = 0 if model.dropout or projector or not names else targets.below(names, layers)
         self.scalings = {name: adapter.factor_at(name) for name in self._adapted}
         self.fan_in_fan_out = any(map(transposed, self._adapted.values()))
         self.convolutions = frozenset(name for name, layer in self._adapted.items() if reads_maps(layer))
@@ -109,11 +139,11 @@ class Backbone(RowReader):
             raise ModelError(f'model.pooling = "{self.pooling}", but {self.name} makes a map of an image: use "mean"')
         self.width = as_tokens(states).shape[-1]
         # a call has rows on the first axis of what it reads if that is twice as long for two of them
-        calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self._adapted}
+        calls = {name: zip(one.get(name, [0]), two.get(name, [1]), strict=False) for name in self.targets}
         self._of_rows = {name: [2 * n == m for n, m in lengths] for name, lengths in calls.items()}
         self.rows_first = all(map(all, self._of_rows.values())) and model.quantise != "8bit"
         if self.head:
-            self.head.check(self.name, partial(self.states, updates={}), self._moved(self.batch(self.sample(), [0])))
+            self.head.check(self.name, partial(self.states, updates={}), self.accepted(self.batch(self.sample(), [0])))
 
     @property
     def module(self) -> Any:
@@ -176,7 +206,7 @@ class Backbone(RowReader):
         chunk, number = self.head.chunk_bytes if self.head else 0, self.dtype.itemsize
         if self.positions:
             with bound(self._adapted, {}):
-                numbers = numbers_put_out(self._transformer, self._moved(self.batch(self.sample(), [0])))
+                numbers = numbers_put_out(self._transformer, self.accepted(self.batch(self.sample(), [0])))
             return capacity.fitting(free, numbers * number / self.positions)
         longest = self._model.max_length if self.kind == "text" else self.image_tokens
         config, again = self._config.get_text_config(), self._model.gradient_checkpointing
@@ -185,6 +215,27 @@ class Backbone(RowReader):
     def encode(self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None) -> Tensor:
         """Pooled features (rows, d), float32; arguments as `states`."""
         return self.pool(*self.states(inputs, updates, dropout_seed))
+
+    def represented(
+        self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None, replay: Replay = computed
+    ) -> Representation:
+        """What becomes of a batch, for a task; other arguments as `states`.
+
+        Args:
+            replay: within what it gives for the batch, layers below the first adapted one need not be computed.
+        """
+        with replay(inputs):
+            states, mask = self.states(inputs, updates, dropout_seed)
+        return Represented(self.name, self.head, self.pool, states, mask)
+
+    def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
+        """Tokens of these rows; images are all alike."""
+        return [self.image_tokens] * len(rows) if self.kind == "image" else inputs_of(inputs).lengths(rows)
+
+    def length(self, batch: Batch) -> int:
+        """Tokens of the longest row; images are all alike."""
+        mask = batch.get("attention_mask")
+        return self.image_tokens if mask is None else mask.shape[1]
 
     def states(
         self, inputs: Batch, updates: Mapping[str, Update], dropout_seed: int | None = None
@@ -198,14 +249,41 @@ class Backbone(RowReader):
             dropout_seed: given, what drops out draws from this seed: the backbone, where its dropout is on, and
                 updates.
         """
-        accepted = self._moved(inputs)
+        accepted = self.accepted(inputs)
+        states: Tensor = self._run(accepted, updates, dropout_seed).last_hidden_state
+        return as_tokens(states.to(self.device).float()), accepted.get("attention_mask")
+
+    def _run(self, accepted: Mapping[str, Tensor], updates: Mapping[str, Update], dropout_seed: int | None) -> Any:
+        """What the transformer puts out for what it accepts of a batch."""
         again = self._checkpoints(updates, random=dropout_seed is not None)
         drawn = seeded(self._transformer, dropout_seed, self.dropout, self.device)
         with bound(self._adapted, updates), again, drawn:
-            states = self._transformer(**accepted).last_hidden_state
-        return as_tokens(states.to(self.device).float()), accepted.get("attention_mask")
+            return self._transformer(**accepted)
 
-    def answers(self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int) -> list[str]:
+    def own_updates(self, weights: Tensors) -> dict[str, Update]:
+        """What is added to modules that are trained whole; none."""
+        return {}
+
+    def seen(self, rows: Any, write: Any, budget: int) -> TokenRows:
+        """
+        Raises:
+            ModelError: always, as this is no model of images and texts.
+        """
+        raise ModelError(NO_IMAGES.format(self.name))
+
+    def trial(self) -> dict[str, Tensor]:
+        """A few rows that nobody owns, to try an export on, on the CPU."""
+        sample = self.sample()
+        return self.batch(sample, range(min(len(sample), _TRIED) if self.head else len(sample)))
+
+    def put_out(self, model: Any, batch: Batch) -> Tensor:
+        """Logits, or hidden states (rows, t, d), of a model of transformers or of PEFT's for a batch, float32."""
+        found = model(**self.accepted(batch))
+        return found.logits.float() if self.head else as_tokens(found.last_hidden_state.float())
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], updates: Mapping[str, Update], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """What the language model answers to each prompt, greedily, in at most so many tokens.
 
         A prompt that leaves no room for an answer among the model's positions is cut from the left, behind the token
@@ -214,6 +292,7 @@ class Backbone(RowReader):
         Args:
             prompts: token ids of each, at least one.
             updates: as `states`; where they are of several clients, prompts are client-major.
+            batch: the rows that the prompts begin, for a model that sees.
         """
         assert self.head is not None, "only a language model is asked for answers"
         text, begun = self.text_tokenizer, len(self.text_tokenizer.start)
@@ -231,7 +310,7 @@ class Backbone(RowReader):
             )
         return [text.text(ids) for ids in found]
 
-    def _moved(self, inputs: Batch) -> dict[str, Tensor]:
+    def accepted(self, inputs: Batch) -> dict[str, Tensor]:
         """What the transformer reads of a batch, on the device; the copy does not wait."""
         accepted = {name: inputs[name] for name in _ACCEPTED if name in inputs}
         if self.device.type == "cuda":  # what lies there already cannot be pinned
@@ -250,11 +329,11 @@ class Backbone(RowReader):
                 f"{absent[0]} of {self.name} reads no tensor (rows, tokens, width), so its tokens cannot be told from "
                 "padding: choose other adapter.targets, or an algorithm that needs no input norms"
             )
-        accepted, found = self._moved(inputs), dict[str, Tensor]()
+        accepted, found = self.accepted(inputs), dict[str, Tensor]()
         mask, of_rows = accepted.get("attention_mask"), {name: iter(calls) for name, calls in self._of_rows.items()}
 
         def look(name: str, x: Tensor) -> None:
-            if next(of_rows[name], False):
+            if name in of_rows and next(of_rows[name], False):
                 x = x.double().square()
                 x = x if mask is None else x.reshape(*mask.shape, -1) * mask.unsqueeze(-1).to(x.device)
                 found[name] = x.flatten(0, -2).sum(0).cpu() + found.get(name, 0)
@@ -268,7 +347,7 @@ class Backbone(RowReader):
         """Last hidden states of one row or two; and adapted module -> the length of what it reads in each call."""
         lengths, what = dict[str, list[int]](), f"{self.name}, a {type(self._transformer).__name__},"
         try:
-            batch = self._moved(self.batch(self.sample(), [0, 1]))
+            batch = self.accepted(self.batch(self.sample(), [0, 1]))
             accepted = {name: tensor[:count] for name, tensor in batch.items()}
             with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
                 states: Tensor = self._transformer(**accepted).last_hidden_state.to(self.device)

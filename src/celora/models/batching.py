@@ -24,6 +24,7 @@ class BatchedForward:
         self._along = ALONG_TOKENS | {name for name, target in task.targets.items() if target.along_tokens}
         self._fillers = {"row": -1, **{name: target.filler for name, target in task.targets.items()}}
         self._axes = {name: len(tensor.shape) for name, tensor in task.head(network.width).items()}
+        self._axes |= {name: tensor.dim() for name, tensor in network.own_head.items()}
 
     @property
     def capacity(self) -> int:
@@ -52,8 +53,8 @@ class BatchedForward:
         return count_rows(batch), self.network.length(batch)
 
     def cut(self, batch: Batch) -> list[Batch]:
-        """The mini-batch whole, or its rows one by one, without padding, where they are of unlike length."""
-        return cut(batch, self._along)
+        """The mini-batch whole, or its rows one by one, without padding, where they are of unlike length and can."""
+        return [batch] if self.task.couples_rows else cut(batch, self._along)
 
     def join(self, batches: Sequence[Batch]) -> Batch:
         """The mini-batches of K clients as one."""
@@ -103,7 +104,7 @@ class BatchedForward:
             start = next((at for at in reversed(range(1, end)) if labels[at - 1] < 0), 1)  # of the last answer
             prompts.append(ids[:start])
             references.append(ids[start:end])
-        answers = self.network.answers(weights, prompts, self.task.answer_tokens)
+        answers = self.network.answers(weights, prompts, self.task.answer_tokens, batch)
         return self.task.grades(answers, self.network.texts(references))
 
     @torch.no_grad()
@@ -115,6 +116,8 @@ class BatchedForward:
         Args:
             work: weights on the device and a batch, client-major where weights have a leading client axis -> (rows, …).
         """
+        if self.task.candidates:
+            weights = [self._with_candidates(own) for own in weights]
         lengths = [self.lengths(own) for own in rows]
         parts = [(client, piece) for client in range(len(rows)) for piece in self.network.pieces(lengths[client])]
         shapes = [tuple((name, w.shape) for name, w in one.items()) for one in weights]
@@ -137,6 +140,11 @@ class BatchedForward:
                 found[client], filled = _alike(whole, own)
                 found[client][torch.tensor(chosen).to(device, non_blocking=True)] = filled[: len(chosen)]
         return [found[client].cpu() if client in found else torch.zeros(0) for client in range(len(rows))]
+
+    def _with_candidates(self, weights: Tensors) -> Tensors:
+        """A client's weights, and the vectors of the texts among which answers are chosen under them."""
+        held = {name: w.to(self.network.device) for name, w in weights.items()}
+        return {**weights, **self.network.candidates(self.task, held)}
 
     @torch.no_grad()
     def features(self, learners: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:

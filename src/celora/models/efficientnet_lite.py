@@ -70,6 +70,15 @@ def efficientnet_lite0(*, gates: bool = False) -> Any:
     return model
 
 
+def class_vectors() -> Tensor:
+    """The rows (1000, 1280) of the head that it was trained with, one for each of ImageNet's classes.
+
+    Raises:
+        ModelError: as `efficientnet_lite0`.
+    """
+    return _weights()["_fc.weight"]
+
+
 def processor(side: int = SIDE) -> Any:
     """The image processor of transformers that makes (3, side, side) of an image as in training."""
     from transformers.models.efficientnet.image_processing_pil_efficientnet import (  # noqa: PLC0415  # only for images

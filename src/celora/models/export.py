@@ -19,11 +19,15 @@ from celora.core.adapters import Family
 from celora.core.task import ModelCard
 from celora.errors import ModelError, RunFolderError
 from celora.models.backbone import Backbone
+from celora.models.dual_backbone import DualBackbone
+from celora.models.dual_readme import dual
 from celora.models.merging import reloaded, save_merged
 from celora.models.pissa import Start
 from celora.models.places import Place, is_own, write_own
 from celora.models.plain_lora import ROOT, factors, plain_lora
 from celora.models.readme import alone, readme
+from celora.models.seeing_backbone import SeeingBackbone
+from celora.models.seeing_readme import seeing
 from celora.models.settings import Adapter, Model
 from celora.models.stock import loaded, trial
 from celora.models.task_classes import TaskClass
@@ -48,7 +52,7 @@ class Exported:
         kind: a `Format`; "celora", an adapter that only celora reads; "own", a whole model of the client's own.
         base: what the frozen weights are loaded by; None where the folder holds a whole model, or only celora reads it.
         rank: of plain LoRA.
-        generates: whether it is a language model.
+        generates: whether it is a language model, all of which others can serve.
     """
 
     folder: Path
@@ -60,7 +64,7 @@ class Exported:
 
 def export_shared(
     folder: Path,
-    backbone: Backbone,
+    backbone: Backbone | DualBackbone,
     weights: Tensors,
     *,
     family: Family,
@@ -76,10 +80,11 @@ def export_shared(
 
     As PEFT LoRA: `adapter_config.json` and `adapter_model.safetensors` are PEFT's. Where the head is that of a class of
     transformers (`fits`), all names are of this class, and the adapter's file holds the head, too, as PEFT keeps
-    modules that are trained whole. Merged: what `save_pretrained` writes, of that class or of the backbone's own, with
-    its tokenizer or image processor. Either way `head.safetensors` holds a head that no class of transformers has;
-    `celora.json` the facts of the task's model card, the pooling and the backbone's fingerprint; `README.md` how to
-    load it all without celora. An earlier folder of this name is replaced once the new one is complete and checked.
+    modules that are trained whole, as a projector is. Merged: what `save_pretrained` writes, of that class or of the
+    backbone's own, with its tokenizer or image processor. Either way `head.safetensors` holds a head that no class of
+    transformers has; `celora.json` the facts of the task's model card, the pooling and the backbone's fingerprint;
+    `README.md` how to load it all without celora. An earlier folder of this name is replaced once the new one is
+    complete and checked.
 
     An adapter that is no matrix (`Family.lora` gives none) is written as it is, `celora.safetensors`, which only celora
     reads.
@@ -102,6 +107,11 @@ def export_shared(
             f'with model.quantise = "{model.quantise}" an adapter that is merged into packed weights is rounded away: '
             "choose the format peft"
         )
+    if format == "merged" and backbone.joined:
+        raise ModelError(
+            f'model.backbone = "{model.backbone}" is put together here of two models, and no class of transformers is '
+            "both: choose the format peft"
+        )
     if fits and (not pairs or ("head.bias" in weights) != fits.bias):  # heads of old runs have a bias
         fits = None
     head, merged = select(weights, only("head")), format == "merged"
@@ -109,7 +119,8 @@ def export_shared(
     place = Place(folder.resolve(), merged)
     base = place.base(backbone)
     of = trial(backbone, weights, family=family, start=start, fits=fits) if pairs else None
-    beside, prefix, rank = {} if fits else head, backbone.prefix, None
+    saved = backbone.saved if pairs else ()
+    beside, prefix, rank = {} if fits or saved else head, backbone.prefix, None
     with replacing(folder) as new:
         if of is None:
             save_file(_plain(weights), new / "celora.safetensors", metadata={"format": "pt"})
@@ -140,13 +151,26 @@ def export_shared(
             "fingerprint": backbone.fingerprint(),
         }
         (new / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        text = alone(family) if of is None else readme(backbone, card, model, place, fits=fits, outputs=outputs)
+        text = alone(family) if of is None else _page(backbone, card, model, place, fits, outputs)
         (new / "README.md").write_text(text, "utf-8")
-        if not merged and is_own(backbone):  # nobody else has these weights in this form
-            write_own(new / "backbone", backbone, folder.parent)
+        tower = backbone.tower or backbone
+        if not merged and is_own(tower):  # nobody else has these weights in this form
+            write_own(new / "backbone", tower, folder.parent)
     if of is None:
         return Exported(folder, "celora")
-    return Exported(folder, format, base=None if merged else base, rank=rank, generates=backbone.head is not None)
+    generates = backbone.head is not None and not backbone.joined and (merged or not saved)
+    return Exported(folder, format, base=None if merged else base, rank=rank, generates=generates)
+
+
+def _page(
+    backbone: Backbone | DualBackbone, card: ModelCard, model: Model, place: Place, fits: TaskClass | None, outputs: int
+) -> str:
+    """README.md of an export that stock libraries load."""
+    if isinstance(backbone, DualBackbone):
+        return dual(backbone, card, model, place)
+    if isinstance(backbone, SeeingBackbone):
+        return seeing(backbone, card, model, place)
+    return readme(backbone, card, model, place, fits=fits, outputs=outputs)
 
 
 def export_private(
@@ -202,6 +226,9 @@ def load_export(folder: Path) -> tuple[dict[str, Tensor], bool]:
             plain[name.replace(head, "head.", 1)] = weight
             continue
         is_lora = _LORA.fullmatch(name)
+        if not is_lora and name.startswith(ROOT):  # a module that was trained whole
+            plain[f"head.{name.removeprefix(ROOT).removeprefix(prefix)}"] = weight
+            continue
         plain[_LORA.sub(r"\1.\2", name).removeprefix(prefix)] = weight.flatten(1) if is_lora else weight
     return plain, True
 

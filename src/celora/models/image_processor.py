@@ -14,7 +14,9 @@ from celora.errors import ModelError
 from celora.models import efficientnet_lite, loading
 
 FILE = "preprocessor_config.json"
-"""What `save_pretrained` of a processor writes beside a model."""
+"""What `save_pretrained` of an image processor writes beside a model."""
+_WHOLE = "processor_config.json"
+"""What that of a processor of images and texts writes."""
 
 
 class ImageProcessor:
@@ -57,8 +59,9 @@ def image_processor(source: str, channels: int, side: int | None = None) -> Imag
     if source == efficientnet_lite.NAME:
         return ImageProcessor(efficientnet_lite.processor(), channels, side)
     folder = Path(source)
-    found = folder / FILE if folder.is_dir() else try_to_load_from_cache(source, FILE)
-    if not isinstance(found, str | Path) or not Path(found).is_file():
+    places = [folder / name if folder.is_dir() else try_to_load_from_cache(source, name) for name in (FILE, _WHOLE)]
+    found = next((place for place in places if isinstance(place, str | Path) and Path(place).is_file()), None)
+    if found is None:
         if side is not None:
             raise ModelError(f"model.image_size = {side}, but {source} brings no image processor ({FILE}): drop it")
         return None

@@ -153,6 +153,7 @@ def answered(
     end: Sequence[int],
     padding: int,
     device: torch.device,
+    first: Batch | None = None,
 ) -> list[list[int]]:
     """What a model answers to each prompt, greedily: the ids before one that ends an answer, at most `most`.
 
@@ -161,6 +162,7 @@ def answered(
     Args:
         transformer: without its head, its adapters bound.
         device: where rows enter it.
+        first: what it reads beside the prompts: pixels.
     """
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), padding, device=device)
@@ -168,12 +170,13 @@ def answered(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, longest - len(prompt) :] = 1
-    positions = _takes_positions(transformer.forward)
+    positions = takes_positions(transformer.forward)
     kept, ends = cache_utils.DynamicCache(config=transformer.config), torch.tensor(list(end), device=device)
     found: list[Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(most):
-        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positions else {}
+    for step in range(most):
+        more = {} if step or first is None else dict(first)
+        more |= {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positions else {}
         states = transformer(input_ids=ids, attention_mask=mask, past_key_values=kept, use_cache=True, **more)
         ids = head.best(states.last_hidden_state[:, -1].to(device)).unsqueeze(1)
         found.append(ids.squeeze(1))
@@ -190,6 +193,6 @@ def _before(answer: list[int], end: set[int]) -> list[int]:
     return answer[:stop]
 
 
-def _takes_positions(forward: Callable[..., Any]) -> bool:
+def takes_positions(forward: Callable[..., Any]) -> bool:
     """Whether a family counts positions by ids that it is given; others have relative ones."""
     return "position_ids" in inspect.signature(forward).parameters

@@ -8,10 +8,13 @@ from celora.core.adapters import Family
 from celora.core.task import Task
 from celora.models.activation_cache import ActivationCache
 from celora.models.backbone import Backbone, load
+from celora.models.dual_backbone import DualBackbone
+from celora.models.dual_loading import load_dual
 from celora.models.model_zoo import ModelZoo, private_models
 from celora.models.pissa import Start, principal
 from celora.models.private_model import PrivateModel
 from celora.models.protocol import ClientModels
+from celora.models.seeing_backbone import load_seeing
 from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import SharedBackbone
 
@@ -20,7 +23,7 @@ class ModelLoader:
     """Gives `ClientModels`, which are cheap, around what is heavy: backbones, clients' own networks, activations."""
 
     def __init__(self) -> None:
-        self._backbones: dict[object, Backbone] = {}
+        self._backbones: dict[object, Backbone | DualBackbone] = {}
         self._own: dict[object, list[PrivateModel]] = {}
         self._activations: dict[object, ActivationCache] = {}
         self._starts: dict[object, Start] = {}
@@ -59,14 +62,27 @@ class ModelLoader:
             if own not in self._own:
                 self._own[own] = private_models(model, base, seed)
             return ModelZoo(self._own[own], task, **given)
-        adapted = (repr(adapter.targets), adapter.layers, adapter.factors)  # whatever the rank
+        adapted = (
+            repr(adapter.targets),
+            adapter.layers,
+            adapter.towers,
+            adapter.projector,
+            adapter.factors,
+        )  # whatever the rank
         shape = (repr(model), base, *adapted, task.architecture)
         if shape not in self._backbones:
-            self._backbones[shape] = load(model, adapter, base, task.architecture)
+            match task.architecture:
+                case "dual-encoder":
+                    self._backbones[shape] = load_dual(model, adapter, base)
+                case "image-text":
+                    self._backbones[shape] = load_seeing(model, adapter, base)
+                case other:
+                    self._backbones[shape] = load(model, adapter, base, other)
         backbone = self._backbones[shape]
         kept = (rows, repr(model), base, backbone.depth, cache_mb, task.read_as)
         if rows is not None and backbone.depth and kept not in self._activations:
-            self._activations[kept] = ActivationCache(backbone, cache_mb << 20)
+            lower = backbone.image if isinstance(backbone, DualBackbone) else backbone
+            self._activations[kept] = ActivationCache(lower, cache_mb << 20)
         start = (shape, adapter.rank, repr(adapter.rank_pattern))
         if adapter.init == "pissa" and start not in self._starts:
             self._starts[start] = principal(backbone, adapter)

@@ -57,7 +57,8 @@ def fetch(model: Model, base: Path, architecture: Architecture = "encoder") -> F
     """The transformer that `model.backbone` names.
 
     Args:
-        architecture: "causal-lm" for a language model with its head.
+        architecture: "causal-lm" for a language model with its head; "dual-encoder" for two towers and a tokenizer;
+            "image-text" for a model of images and texts with its head.
 
     Raises:
         ModelError: saying what was found, what was expected and what to do.
@@ -94,9 +95,12 @@ def fetch(model: Model, base: Path, architecture: Architecture = "encoder") -> F
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
-            kind_of: Any = transformers.AutoModelForCausalLM if architecture == "causal-lm" else transformers.AutoModel
+            kind_of: Any = {
+                "causal-lm": transformers.AutoModelForCausalLM,
+                "image-text": transformers.AutoModelForImageTextToText,
+            }.get(architecture, transformers.AutoModel)
             transformer, report = kind_of.from_pretrained(folder, output_loading_info=True, **where, **options)
-            texts = kind(transformer) == "text"
+            texts = architecture in ("dual-encoder", "image-text") or kind(transformer) == "text"
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options) if texts else None
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: found {contents}; {reason(error)}") from error
@@ -116,6 +120,33 @@ def fetch(model: Model, base: Path, architecture: Architecture = "encoder") -> F
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return Fetched(transformer, tokenizer, source, folder)
+
+
+def refuse_large(model: Model, what: str) -> None:
+    """Refuse settings for one transformer where there are several.
+
+    Args:
+        what: is loaded, for messages.
+
+    Raises:
+        ModelError: if they are set.
+    """
+    given = {"quantise": model.quantise, "device_map": model.device_map}
+    if found := [f"model.{name}" for name, value in given.items() if value is not None]:
+        raise ModelError(
+            f'model.backbone = "{model.backbone}": {" and ".join(found)} cannot be set with {what}, which is several '
+            "transformers: drop it"
+        )
+
+
+def refuse_gguf(name: str, expected: str) -> None:
+    """Refuse a file of a kind that holds no model of images.
+
+    Raises:
+        ModelError: if it is one.
+    """
+    if name.endswith(gguf.SUFFIX):
+        raise ModelError(f"model.backbone: found {name}, but a GGUF file holds a model of texts; expected {expected}")
 
 
 def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:

@@ -7,12 +7,14 @@ from typing import Any
 from celora.lazy import Lazy
 from celora.models import efficientnet_lite, loading
 from celora.models.backbone import Backbone
+from celora.models.dual_backbone import DualBackbone
+from celora.models.seeing_backbone import SeeingBackbone
 from celora.models.task_classes import AUTO_CLASSES, TaskClass
 
 transformers = Lazy("transformers")
 
 
-def save_merged(folder: Path, model: Any, backbone: Backbone, classes: Sequence[str]) -> None:
+def save_merged(folder: Path, model: Any, backbone: Backbone | DualBackbone, classes: Sequence[str]) -> None:
     """Write what `save_pretrained` writes, with the backbone's tokenizer or image processor.
 
     Args:
@@ -31,23 +33,28 @@ def save_merged(folder: Path, model: Any, backbone: Backbone, classes: Sequence[
         model = whole
     with loading.quiet():
         model.save_pretrained(folder)
-    if backbone.processor is not None:
-        backbone.processor.save(folder)
+    images = backbone.image if isinstance(backbone, DualBackbone) else backbone
+    if images.processor is not None:
+        images.processor.save(folder)
     if (tokenizer := backbone.tokenizer) is not None:
         if tokenizer.is_fast:  # what celora has cut or filled up last is none of the tokenizer's own settings
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         tokenizer.save_pretrained(folder)
+    if isinstance(backbone, SeeingBackbone):
+        backbone.save_processor(folder)
 
 
-def auto_class(backbone: Backbone, fits: TaskClass | None) -> str:
+def auto_class(backbone: Backbone | DualBackbone, fits: TaskClass | None) -> str:
     """The class of transformers that loads the backbone for a task."""
     if fits:
         return AUTO_CLASSES[fits.of]
+    if isinstance(backbone, SeeingBackbone):
+        return "AutoModelForImageTextToText"
     return "AutoModelForCausalLM" if backbone.head else "AutoModel"
 
 
-def reloaded(folder: Path, backbone: Backbone, fits: TaskClass | None) -> Any:
+def reloaded(folder: Path, backbone: Backbone | DualBackbone, fits: TaskClass | None) -> Any:
     """A written model, read again."""
     with loading.quiet():
         kind = getattr(transformers, auto_class(backbone, fits))

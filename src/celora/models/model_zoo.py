@@ -23,7 +23,7 @@ from celora.models.export import Exported, Format, export_private
 from celora.models.families import initial
 from celora.models.inputs import Inputs
 from celora.models.learner import ModelLearner
-from celora.models.private_model import FC, NO_LANGUAGE, NO_TOKENS, PrivateModel, PrivateNetwork
+from celora.models.private_model import FC, NO_LANGUAGE, NO_PAIRS, NO_TOKENS, PrivateModel, PrivateNetwork
 from celora.models.rows import Rows, unlabelled
 from celora.models.settings import Adapter, Model
 from celora.models.tokens import TextTokenizer, TokenRows
@@ -110,6 +110,17 @@ class ModelZoo:
     def read(self, inputs: Any) -> Inputs:
         """As `PrivateModel.read`: all architectures read alike."""
         return self._models[0].read(inputs, self._budget)
+
+    def captioned(self, images: Any, texts: Sequence[str], of: Sequence[int]) -> Inputs:
+        """
+        Raises:
+            ModelError: always, as networks of clients' own read images or texts.
+        """
+        raise ModelError(NO_PAIRS)
+
+    def seen(self, rows: Any, write: Any) -> TokenRows:
+        """As `tokenizer`."""
+        raise ModelError(NO_LANGUAGE)
 
     def words(self, rows: Any) -> Inputs:
         """

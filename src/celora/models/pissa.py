@@ -17,6 +17,7 @@ from torch import Tensor
 from celora.errors import ModelError
 from celora.lazy import Lazy
 from celora.models.backbone import Backbone
+from celora.models.dual_backbone import DualBackbone
 from celora.models.settings import Adapter
 
 linalg = Lazy("scipy.linalg")
@@ -24,7 +25,7 @@ Start = Mapping[str, tuple[Tensor, Tensor]]
 """Adapted module -> A0 (r, d_in) and B0 (d_out, r)."""
 
 
-def principal(backbone: Backbone, adapter: Adapter) -> Start:
+def principal(backbone: Backbone | DualBackbone, adapter: Adapter) -> Start:
     """Where A and B of each adapted module start, float32 on the CPU.
 
     Server and sites compute it each for themselves: in float64, and with a sign for each pair of vectors, so that they

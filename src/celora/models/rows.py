@@ -14,7 +14,7 @@ from celora.tensors import Tensors
 
 _WINDOW = 8
 """Batches among which rows are sorted by length: enough to bucket well, few enough to stay shuffled."""
-ALONG_TOKENS = frozenset({"input_ids", "attention_mask", "token_type_ids", "word_numbers"})
+ALONG_TOKENS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "word_numbers"})
 """What is read of a text: tensors whose second axis is that of the tokens."""
 
 
@@ -126,7 +126,8 @@ def join(batches: Sequence[Batch], fillers: Mapping[str, float]) -> Batch:
     """The mini-batches of K clients as one, client-major, for weights with a leading client axis.
 
     Texts are padded to the longest row of all, and each client to the most rows of any, with the filler of each name
-    (0, if it has none); losses ignore the filling.
+    (0, if it has none); losses ignore the filling. Rows of images and texts are filled up with copies of the first one,
+    as images and their places among the tokens belong together.
     """
     most = max(map(count_rows, batches))
     joined: dict[str, Tensor] = {}
@@ -135,7 +136,10 @@ def join(batches: Sequence[Batch], fillers: Mapping[str, float]) -> Batch:
         whole = batches[0][name].new_full((len(batches), most, *shape), fillers.get(name, 0))
         if name == "attention_mask":
             whole[..., 0] = 1  # a row without any token would have no softmax
+        copied = {"pixel_values", "input_ids"} <= batches[0].keys() and name not in fillers
         for target, batch in zip(whole, batches, strict=True):
             target[tuple(slice(size) for size in batch[name].shape)] = batch[name]
+            if copied:
+                target[len(batch[name]) :] = target[:1]
         joined[name] = whole.flatten(0, 1)
     return joined

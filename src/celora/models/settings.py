@@ -12,6 +12,8 @@ from celora.fields import Count, Positive, setting, settings
 
 V = TypeVar("V")
 Pooling = Literal["mean", "cls", "last"]
+SIGN = " + "
+"""Between the names of an image model and a text model that are one backbone."""
 LAYERS = r"^(all|last:[1-9][0-9]*)$"
 
 
@@ -32,7 +34,7 @@ class Model:
     backbone: str = setting(
         "minilm",
         '"minilm" (embedded), "smollm2", "efficientnet-lite0" (packages), "random-vit", a local folder, a .gguf file, '
-        "or a Hub id",
+        'or a Hub id; of an image and a text tower: "efficientnet-lite0 + minilm"',
     )
     own: tuple[str, ...] | None = setting(
         None,
@@ -106,6 +108,8 @@ class Adapter:
         "default for the architecture",
     )
     layers: str = setting("all", 'which transformer layers: "all", or the topmost n as "last:n"', pattern=LAYERS)
+    projector: bool = setting(False, "train the projector between images and language model, too, as a head")
+    towers: Literal["both", "image", "text"] = setting("both", "which towers of a dual encoder are adapted")
     init: Annotated[Literal["kaiming", "normal", "orthonormal", "pissa"], BeforeValidator(_no_gradients)] = setting(
         "kaiming",
         "A as PEFT draws it; N(0, 1e-3²) as CE-LoRA's code; A and B orthonormal with C = 0; or both from the largest "

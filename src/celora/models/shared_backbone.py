@@ -1,8 +1,7 @@
 """One frozen backbone for all clients, each with adapters of its own (`celora.models.protocol`)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,20 @@ from torch import Tensor
 from celora.core.adapters import Family, modules, truncated
 from celora.core.learner import Batch, Recipe, Split
 from celora.core.reading import Encode
-from celora.core.task import Task
+from celora.core.task import Representation, Task
 from celora.errors import ModelError
 from celora.models.activation_cache import ActivationCache
-from celora.models.backbone import Backbone
+from celora.models.backbone import Backbone, computed
 from celora.models.batching import BatchedForward, predict
+from celora.models.dual_backbone import DualBackbone
 from celora.models.export import Exported, Format, export_shared
 from celora.models.families import initial
-from celora.models.inputs import Inputs, inputs_of
+from celora.models.inputs import Inputs
 from celora.models.language import ANSWER_TOKENS
 from celora.models.learner import ModelLearner
 from celora.models.pissa import Start
 from celora.models.rows import Rows, budgeted, unlabelled, well_filled
+from celora.models.seeing_backbone import SeeingBackbone
 from celora.models.settings import Adapter, Model
 from celora.models.slots import Update, adding, dropping, less
 from celora.models.tokens import TextTokenizer, TokenRows
@@ -48,7 +49,7 @@ class AdaptedBackbone:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | DualBackbone,
         family: Family,
         activations: ActivationCache | None = None,
         budget: int = 0,
@@ -57,6 +58,7 @@ class AdaptedBackbone:
     ) -> None:
         self.backbone, self.family, self.activations = backbone, family, activations
         self.width, self.device, self.dropout = backbone.width, backbone.device, backbone.dropout or rate > 0
+        self.own_head = backbone.own_head
         self.joins, self.budget, self._rate = backbone.rows_first, budget, rate
         self._start = {module: (a.to(self.device), b.to(self.device)) for module, (a, b) in (start or {}).items()}
 
@@ -69,20 +71,21 @@ class AdaptedBackbone:
         """As `Backbone.read`."""
         return self.backbone.read(inputs, self.budget)
 
+    def captioned(self, images: Any, texts: Sequence[str], of: Sequence[int]) -> Inputs:
+        """As `celora.core.reading.Reader`."""
+        return self.backbone.captioned(images, texts, of, self.budget)
+
     def words(self, rows: Any) -> Inputs:
         """As `Backbone.words`."""
         return self.backbone.words(rows, self.budget)
 
     def lengths(self, inputs: Any, rows: Sequence[int]) -> list[int]:
         """Tokens of these rows; images are all alike."""
-        if self.backbone.kind == "image":
-            return [self.backbone.image_tokens] * len(rows)
-        return inputs_of(inputs).lengths(rows)
+        return self.backbone.lengths(inputs, rows)
 
     def length(self, batch: Batch) -> int:
         """Tokens of the longest row; images are all alike."""
-        mask = batch.get("attention_mask")
-        return self.backbone.image_tokens if mask is None else mask.shape[1]
+        return self.backbone.length(batch)
 
     def pieces(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Rows of like length, up to the capacity; others one by one, as filling them up costs more than passes do."""
@@ -108,44 +111,42 @@ class AdaptedBackbone:
         """The task's outputs of hidden states."""
         return task.outputs(self._encoded(weights, batch, dropout_seed), weights, batch)
 
-    def answers(self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+    def seen(self, rows: Any, write: Any) -> TokenRows:
+        """As `celora.core.reading.Reader`."""
+        return self.backbone.seen(rows, write, self.budget)
+
+    def answers(
+        self, weights: Tensors, prompts: Sequence[Sequence[int]], most: int, batch: Batch | None = None
+    ) -> list[str]:
         """As `Backbone.answers`."""
-        return self.backbone.answers(prompts, self._updates(weights), most)
+        return self.backbone.answers(prompts, self._updates(weights), most, batch)
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row of ids."""
         tokenizer = self.backbone.text_tokenizer
         return [tokenizer.text(ids) for ids in rows]
 
-    def _encoded(self, weights: Tensors, batch: Batch, dropout_seed: int | None) -> "_Representation":
-        with self.activations.replayed(batch) if self.activations else nullcontext():
-            updates = self._updates(weights, 0.0 if dropout_seed is None else self._rate)
-            return _Representation(self.backbone, *self.backbone.states(batch, updates, dropout_seed))
+    def candidates(self, task: Task, weights: Tensors) -> dict[str, Tensor]:
+        """As `Network.candidates`."""
+        texts, found = self.backbone.tokenize(task.candidates) if task.candidates else [], dict[int, Tensor]()
+        for chosen in budgeted([len(ids) for ids in texts], self.capacity):
+            batch = self.backbone.text_batch([texts[at] for at in chosen])
+            vectors = self._encoded(weights, batch, None).embedded("text", weights)
+            found |= dict(zip(chosen, vectors, strict=True))
+        return {"head.candidates": torch.stack([found[at] for at in range(len(texts))])} if texts else {}
+
+    def _encoded(self, weights: Tensors, batch: Batch, dropout_seed: int | None) -> Representation:
+        updates = self._updates(weights, 0.0 if dropout_seed is None else self._rate)
+        replay = self.activations.replayed if self.activations else computed
+        return self.backbone.represented(batch, updates, dropout_seed, replay)
 
     def _updates(self, weights: Tensors, rate: float = 0.0) -> dict[str, Update]:
-        return {name: self._update(name, w, rate) for name, w in modules(weights).items()}
+        adapters = {name: self._update(name, w, rate) for name, w in modules(weights).items()}
+        return adapters | self.backbone.own_updates(weights)
 
     def squares(self, batch: Batch) -> Mapping[str, Tensor]:
         """Adapted module -> sum over all tokens of its squared inputs (d_in,), padding and adapters aside."""
         return self.backbone.squares(batch)
-
-
-@dataclass(frozen=True)
-class _Representation:
-    """As `celora.core.task.Representation`."""
-
-    backbone: Backbone
-    states: Tensor
-    mask: Tensor | None
-
-    @property
-    def features(self) -> Tensor:
-        return self.backbone.pool(self.states, self.mask)
-
-    def token_losses(self, labels: Tensor) -> Tensor:
-        if self.backbone.head is None:
-            raise ModelError(f"{self.backbone.name} is no language model, so it predicts no tokens")
-        return self.backbone.head.losses(self.states, labels)
 
 
 class SharedBackbone:
@@ -163,7 +164,7 @@ class SharedBackbone:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | DualBackbone,
         task: Task,
         *,
         model: Model,
@@ -199,8 +200,8 @@ class SharedBackbone:
 
     @property
     def notices(self) -> Sequence[str]:
-        """What the user should know of the cache."""
-        return self._activations.notices if self._activations else []
+        """What the user should know of the cache, and of the backbone."""
+        return [*self._backbone.notices, *(self._activations.notices if self._activations else [])]
 
     def fingerprint(self) -> str:
         """The backbone's."""
@@ -214,6 +215,14 @@ class SharedBackbone:
     def read(self, inputs: Any) -> Inputs:
         """As `AdaptedBackbone.read`."""
         return self._network.read(inputs)
+
+    def captioned(self, images: Any, texts: Sequence[str], of: Sequence[int]) -> Inputs:
+        """As `celora.core.reading.Reader`."""
+        return self._network.captioned(images, texts, of)
+
+    def seen(self, rows: Any, write: Any) -> TokenRows:
+        """As `celora.core.reading.Reader`."""
+        return self._network.seen(rows, write)
 
     def words(self, rows: Any) -> Inputs:
         """As `celora.core.reading.Reader`."""
@@ -248,7 +257,7 @@ class SharedBackbone:
         weights = initial(self._backbone.targets, adapter, self._family, head, self._seed, secret)
         for module, (a, b) in self._start.items():
             weights |= {f"{module}.A": a, f"{module}.B": b}
-        return weights
+        return weights | dict(self._backbone.own_head)
 
     def learner(
         self, client: str, round: int, splits: Mapping[Split, Rows], start: Tensors, recipe: Recipe
@@ -266,10 +275,13 @@ class SharedBackbone:
         if self._backbone.head is None:
             return self._task.answers(self.predict(client, weights, inputs))
         network = AdaptedBackbone(self._backbone, self._family, start=self._start)
-        prompts, found = self._task.prompts(inputs, self.tokenizer), dict[int, str]()
+        seeing, found = isinstance(self._backbone, SeeingBackbone), dict[int, str]()
+        rows: Any = self._task.inputs(inputs, self) if seeing else None
+        prompts = rows.fetch(range(len(rows))) if rows else self._task.prompts(inputs, self.tokenizer)
         most = self._task.answer_tokens or ANSWER_TOKENS
         for chosen in budgeted([len(prompt) for prompt in prompts], network.capacity):
-            answers = network.answers(weights, [prompts[at] for at in chosen], most)
+            batch = self._backbone.batch(rows, chosen) if rows else None
+            answers = network.answers(weights, [prompts[at] for at in chosen], most, batch)
             found |= dict(zip(chosen, answers, strict=True))
         return [found[at] for at in range(len(prompts))]
 

@@ -84,6 +84,8 @@ def inject(transformer: nn.Module, targets: list[str], adapter: Adapter) -> Laye
 
     PEFT creates its matrices on the meta device: nothing is allocated or drawn from the global generator.
     """
+    if not targets:
+        return {}
     alpha: Any = adapter.lora_alpha  # PEFT declares an int and takes a float
     config = peft.LoraConfig(
         r=adapter.rank,

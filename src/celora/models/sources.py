@@ -35,7 +35,9 @@ class Images(Protocol):
         """(channels, height, width) of each of them; an error where they differ."""
 
 
-class _ListedTexts(list[str]):
+class ListedTexts(list[str]):
+    """Texts in a list."""
+
     kind: Literal["text"] = "text"
 
 
@@ -92,7 +94,7 @@ def source_of(rows: Any) -> Texts | Images:
     if isinstance(rows, Tensor):
         return _StackedImages(rows)
     if isinstance(rows, list | tuple):
-        return _ListedTexts(rows) if not rows or isinstance(rows[0], str) else TextPairs(rows)
+        return ListedTexts(rows) if not rows or isinstance(rows[0], str) else TextPairs(rows)
     source: Texts | Images = rows
     if rows.kind == "record":
         roles = rows[0].keys()

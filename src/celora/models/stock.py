@@ -20,7 +20,7 @@ from celora.errors import ModelError
 from celora.lazy import Lazy
 from celora.models import loading
 from celora.models.backbone import Backbone
-from celora.models.feature_maps import as_tokens
+from celora.models.dual_backbone import DualBackbone
 from celora.models.pissa import Start
 from celora.models.slots import Update, adding, keep_geometry, less
 from celora.models.task_classes import TaskClass, in_class
@@ -29,8 +29,6 @@ from celora.tensors import Tensors
 peft = Lazy("peft")
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """How far apart what comes out may be, over the largest of it."""
-_SHORT = 2
-"""Rows of the sample that have few tokens, where each has a logit for every word."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Trial:
         frozen: gives it without them, under the same head.
     """
 
-    backbone: Backbone
+    backbone: Backbone | DualBackbone
     fits: TaskClass | None
     rows: Mapping[str, Tensor]
     trained: Tensor
@@ -80,26 +78,31 @@ class Trial:
     def put_out(self, model: Any) -> Tensor:
         """Logits, or hidden states (rows, t, d), of a model of transformers, or of PEFT's."""
         with loading.quiet():
-            found = model(**self.rows)
-        return found.logits.float() if self.fits or self.backbone.head else as_tokens(found.last_hidden_state.float())
+            if self.fits is None:
+                return self.backbone.put_out(model, self.rows)
+            logits: Tensor = model(**self.rows).logits
+        return logits.float()
 
 
-def trial(backbone: Backbone, weights: Tensors, *, family: Family, start: Start, fits: TaskClass | None) -> Trial:
+def trial(
+    backbone: Backbone | DualBackbone, weights: Tensors, *, family: Family, start: Start, fits: TaskClass | None
+) -> Trial:
     """What a client's weights give for a few rows, of texts or images that nobody owns."""
-    sample, device = backbone.sample(), backbone.device
-    chosen = range(min(len(sample), _SHORT) if backbone.head else len(sample))
-    rows = {name: tensor.to(device) for name, tensor in backbone.batch(sample, chosen).items()}
+    device = backbone.device
+    rows = {name: tensor.to(device) for name, tensor in backbone.trial().items()}
     moved = {name: tensor.to(device) for name, tensor in weights.items()}
     updates: dict[str, Update] = {name: adding(family, w) for name, w in modules(moved).items()}
     for name, (a, b) in start.items():
         updates[name] = less(updates[name], a.to(device), b.to(device))
 
+    own = backbone.own_updates(moved) if backbone.saved else {}
+
     @torch.no_grad()
     def put_out(under: Mapping[str, Update]) -> Tensor:
-        states, mask = backbone.states(rows, under)
+        states, mask = backbone.states(rows, {**own, **under})
         if backbone.head:
             return backbone.head.logits(states)
-        if fits is None:
+        if fits is None or isinstance(backbone, DualBackbone):
             return states
         of = backbone.pool(states, mask) if fits.of == "sequence" else states
         return linear(of, moved["head.weight"], moved.get("head.bias"))
@@ -107,7 +110,9 @@ def trial(backbone: Backbone, weights: Tensors, *, family: Family, start: Start,
     return Trial(backbone, fits, rows, put_out(updates), partial(put_out, {}))
 
 
-def loaded(folder: Path, backbone: Backbone, *, fits: TaskClass | None, outputs: int, merging: bool = False) -> Any:
+def loaded(
+    folder: Path, backbone: Backbone | DualBackbone, *, fits: TaskClass | None, outputs: int, merging: bool = False
+) -> Any:
     """The adapter in a folder as stock PEFT loads it.
 
     Args:
@@ -118,7 +123,7 @@ def loaded(folder: Path, backbone: Backbone, *, fits: TaskClass | None, outputs:
         ModelError: if a tensor finds no module, or an adapted module no tensor.
     """
     whole = _unadapted(backbone, own=merging)
-    if fits:
+    if fits and isinstance(backbone, Backbone):
         whole = in_class(whole, fits, outputs)
         whole.config.get_text_config().pad_token_id = whole.config.pad_token_id = backbone.padding
     with warnings.catch_warnings(), loading.quiet():
@@ -137,7 +142,7 @@ def loaded(folder: Path, backbone: Backbone, *, fits: TaskClass | None, outputs:
     return model
 
 
-def _unadapted(backbone: Backbone, *, own: bool) -> Any:
+def _unadapted(backbone: Backbone | DualBackbone, *, own: bool) -> Any:
     """The frozen model as it was before it was adapted, its modules copies and its weights the same tensors.
 
     Args:

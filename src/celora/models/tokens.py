@@ -15,9 +15,6 @@ from celora.models.inputs import Inputs, Kept, Row, parts
 from celora.models.language import ABSENT
 from celora.models.loading import reason
 
-_LOOKED_AT = 10_000
-"""Rows that are tokenised before training, to tell how many are cut."""
-
 
 class TextTokenizer:
     """A tokenizer of transformers (`celora.core.reading.Tokenizer`).
@@ -43,6 +40,8 @@ class TextTokenizer:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, no special token added."""
+        if not texts:
+            return []
         found: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
@@ -75,9 +74,13 @@ class TokenRows(Inputs):
         encode: rows of the source -> rows of a language model.
         rows: of the source.
         budget: bytes of ids and labels in memory.
+
+    Attributes:
+        looked_at: rows that are made before training, to tell how many are cut.
     """
 
     kind = "text"
+    looked_at = 10_000
 
     def __init__(self, encode: Encode, rows: Any, budget: int) -> None:
         self._encode, self._rows = encode, rows
@@ -91,7 +94,7 @@ class TokenRows(Inputs):
     @cached_property
     def notices(self) -> tuple[str, ...]:  # type: ignore[override]
         """How many rows are cut, and by how much."""
-        looked = min(len(self), _LOOKED_AT)
+        looked = min(len(self), self.looked_at)
         self.lengths(range(looked))
         cut = self._cut[:looked][self._cut[:looked] > 0]
         if not len(cut):
@@ -125,9 +128,10 @@ class TokenRows(Inputs):
         for some in parts(rows):
             for row, made in zip(some, self._encode([self._rows[row] for row in some]), strict=True):
                 self._lengths[row], self._bytes[row], self._cut[row] = len(made.ids), made.size, made.cut
-                yield _array(made)
+                yield as_array(made)
 
 
-def _array(row: TokenRow) -> Row:
+def as_array(row: TokenRow) -> Row:
+    """(2, t) int32: ids, and labels."""
     ids = np.array(row.ids, dtype=np.int32)
     return np.stack([ids, np.where(row.is_target, ids, ABSENT)])

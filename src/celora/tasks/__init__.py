@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 from celora.core.task import Task
+from celora.tasks.caption import Caption
 from celora.tasks.causal_lm import CausalLm
 from celora.tasks.classify import Classify
+from celora.tasks.contrast import Contrast
 from celora.tasks.multilabel import MultiLabel
 from celora.tasks.regress import Regress
 from celora.tasks.tag import Tag
@@ -15,5 +17,7 @@ TASKS: Mapping[str, type[Task]] = {
     "regress": Regress,
     "multi-label": MultiLabel,
     "tag": Tag,
+    "contrast": Contrast,
+    "caption": Caption,
 }
 """Name in configuration files -> the task."""
