@@ -23,11 +23,11 @@ from celora.models.inputs import inputs_of
 from celora.models.language import LanguageHead, answered
 from celora.models.pooling import pooled
 from celora.models.represented import Represented
-from celora.models.row_reader import NO_IMAGES, RowReader
+from celora.models.row_reader import RowReader
 from celora.models.settings import Adapter, Model, Pooling
-from celora.models.slots import Update, bound, inject, reads_maps, transposed, watched
+from celora.models.slots import Update, bound, inject, reads_maps, transposed
 from celora.models.task_classes import TaskClass, task_class
-from celora.models.tokens import TokenRows
+from celora.models.watching import squares, tried
 from celora.tensors import Tensors
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -264,13 +264,6 @@ class Backbone(RowReader):
         """What is added to modules that are trained whole; none."""
         return {}
 
-    def seen(self, rows: Any, write: Any, budget: int) -> TokenRows:
-        """
-        Raises:
-            ModelError: always, as this is no model of images and texts.
-        """
-        raise ModelError(NO_IMAGES.format(self.name))
-
     def trial(self) -> dict[str, Tensor]:
         """A few rows that nobody owns, to try an export on, on the CPU."""
         sample = self.sample()
@@ -317,52 +310,22 @@ class Backbone(RowReader):
             accepted = {name: one if one.is_cuda else one.pin_memory() for name, one in accepted.items()}
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in accepted.items()}
 
-    @torch.no_grad()
     def squares(self, inputs: Batch) -> dict[str, Tensor]:
         """Adapted module -> the sum over all tokens of its squared inputs (d_in,), float64 on the CPU; no padding.
 
         Raises:
             ModelError: if rows are not on the first axis of what some module reads.
         """
-        if absent := [name for name, calls in self._of_rows.items() if not any(calls)]:
-            raise ModelError(
-                f"{absent[0]} of {self.name} reads no tensor (rows, tokens, width), so its tokens cannot be told from "
-                "padding: choose other adapter.targets, or an algorithm that needs no input norms"
-            )
-        accepted, found = self.accepted(inputs), dict[str, Tensor]()
-        mask, of_rows = accepted.get("attention_mask"), {name: iter(calls) for name, calls in self._of_rows.items()}
+        return squares(self._transformer, self._adapted, self.accepted(inputs), self._of_rows, self.name)
 
-        def look(name: str, x: Tensor) -> None:
-            if name in of_rows and next(of_rows[name], False):
-                x = x.double().square()
-                x = x if mask is None else x.reshape(*mask.shape, -1) * mask.unsqueeze(-1).to(x.device)
-                found[name] = x.flatten(0, -2).sum(0).cpu() + found.get(name, 0)
-
-        with watched(self._adapted, look):
-            self._transformer(**accepted)
-        return found
-
-    @torch.no_grad()
     def _tried(self, count: int) -> tuple[Tensor, dict[str, list[int]]]:
-        """Last hidden states of one row or two; and adapted module -> the length of what it reads in each call."""
-        lengths, what = dict[str, list[int]](), f"{self.name}, a {type(self._transformer).__name__},"
-        try:
+        """As `tried`, of one row or two of the sample."""
+
+        def rows() -> dict[str, Tensor]:
             batch = self.accepted(self.batch(self.sample(), [0, 1]))
-            accepted = {name: tensor[:count] for name, tensor in batch.items()}
-            with loading.quiet(), watched(self._adapted, lambda name, x: lengths.setdefault(name, []).append(len(x))):
-                states: Tensor = self._transformer(**accepted).last_hidden_state.to(self.device)
-        except ModelError:
-            raise
-        except Exception as error:
-            raise ModelError(f"{what} makes no features of {self.kind}s alone: {loading.reason(error)}") from error
-        found = states if self.kind == "text" else as_tokens(states)
-        tokens = accepted["input_ids"].shape[1:] if self.kind == "text" else found.shape[1:-1]
-        if found.dim() != 3 or found.shape[:-1] != (count, *tokens):
-            raise ModelError(
-                f"{what} gives a tensor {tuple(states.shape)} for {count} {self.kind}; expected (rows, tokens, width): "
-                "choose a transformer that keeps its tokens apart, such as BERT, Llama, ViT or Swin"
-            )
-        return states, lengths
+            return {name: tensor[:count] for name, tensor in batch.items()}
+
+        return tried(self._transformer, self._adapted, rows, kind=self.kind, name=self.name, device=self.device)
 
     def pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """(rows, t, d) -> (rows, d); padding takes no part."""

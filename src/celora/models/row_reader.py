@@ -14,7 +14,7 @@ from celora.models.image_processor import ImageProcessor, image_processor
 from celora.models.inputs import DecodedImages, Inputs, TokenisedTexts, collate, inputs_of
 from celora.models.settings import Model
 from celora.models.sources import TextPairs, source_of
-from celora.models.tokens import TextTokenizer
+from celora.models.tokens import TextTokenizer, TokenRows
 from celora.models.words import TokenisedWords
 
 _SQUARE = 256
@@ -171,6 +171,13 @@ class RowReader:
             ModelError: always, as this is no dual encoder.
         """
         raise ModelError(NO_DUAL.format(self.name))
+
+    def seen(self, rows: Any, write: Any, budget: int) -> TokenRows:
+        """
+        Raises:
+            ModelError: always, as this is no model of images and texts.
+        """
+        raise ModelError(NO_IMAGES.format(self.name))
 
     def text_batch(self, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Token ids of texts as the tensors of a batch."""
