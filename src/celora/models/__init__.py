@@ -8,7 +8,8 @@ where weights come from
     gguf, smollm2, efficientnet_lite        GGUF files, and the two embedded models that are made of a package's weights
     dual_loading, projection                two towers as one model, and where the map between them starts
 a backbone whose adapters are handed in for one pass
-    backbone, slots, targets, feature_maps  a transformer, its adapted modules, which they may be; convolutions
+    backbone, slots, targets, watching      a transformer, its adapted modules, which they may be, what they read
+    feature_maps                            convolutions
     language, dual_backbone                 the head of a language model; an image and a text tower
     seeing_backbone, looks, composed        models of images and texts: families of transformers, and our own
     represented, pooling, dropping          what tasks read of a pass; rows as one vector; what drops out
