@@ -88,8 +88,8 @@ class Size:
     flower_rounds: int = 3
     flower_repetitions: int = 2
     many: int = 1000
-    language_rows: int = 16
-    language_repetitions: int = 3
+    language_rows: int = 4
+    language_repetitions: int = 2
 
     @property
     def time(self) -> Clock:
