@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from peft import PeftModel
 from celora.core.adapters import Lora
 from celora.data import Data, read
 from celora.errors import DataError, ModelError
+from celora.models.batching import BatchedForward
 from celora.models.export import load_export
 from celora.models.fingerprint import of_files
 from celora.models.loading import quiet
-from celora.models.rows import join
+from celora.models.rows import Rows, join
 from celora.models.seeing_backbone import load_seeing
 from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import SharedBackbone
@@ -106,6 +108,27 @@ def test_clients_in_one_pass_are_as_alone_and_answer_as_alone(family: str, folde
     joined = join([network.batch(p, [0, 1]) for p in prompts], {})
     ids = [p.fetch([row])[0].tolist() for p in prompts for row in (0, 1)]  # type: ignore[attr-defined]
     assert network.answers(together, ids, 64, joined) == [*answers[0], *answers[1]]
+
+
+@pytest.mark.parametrize("family", ["llava", COMPOSED])
+def test_clients_with_unequal_splits_generate_as_alone(family: str, folder: Path) -> None:
+    task = Caption(answer_tokens=6, score="rouge_l")
+    models, table = shared(folder, family, task), rows(folder)
+    forward, examples, said = BatchedForward(models._network, task), task.read(table, models), list[list[str]]()
+    backbone: Any = models._backbone
+    answers = backbone.answers
+    backbone.answers = lambda *asked: said.append(answers(*asked)) or said[-1]
+    parts = [Rows(examples, [0, 1]), Rows(examples, [4, 5, 6])]
+    asked: list[Any] = [
+        (SimpleNamespace(rows=lambda _, of=of: of, initial={}), moved(models, seed), "test", None)
+        for seed, of in enumerate(parts, 1)
+    ]
+    alone = [forward.scores([one])[0] for one in asked]
+    assert list(map(len, said)) == [2, 3]
+    together = forward.scores(asked)
+    (grouped,) = said[2:]  # one pass, whose third row only fills up
+    assert [grouped[:2], grouped[3:]] == said[:2]
+    assert together == [pytest.approx(one, rel=1e-4) for one in alone]
 
 
 def _asked(table: Any, chosen: list[int]) -> list[dict[str, Any]]:
