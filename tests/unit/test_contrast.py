@@ -136,6 +136,16 @@ def test_images_are_classified_by_the_prompts_of_all_classes(folder: Path) -> No
     assert measured["loss"] == pytest.approx(F.cross_entropy(expected, ids).item(), rel=1e-5)
 
 
+def test_a_prompt_names_its_class_at_every_mark_and_has_other_braces_as_they_are(folder: Path) -> None:
+    assert Contrast(template="a {style} of {}", classes=("red",)).candidates == ["a {style} of red"]
+    task = Contrast(template="{} and {}", classes=tuple(sorted(COLOURS)))
+    assert task.candidates == ["blue and blue", "green and green", "red and red"]
+    models, rows = shared(folder, task), table(folder)
+    batch = models._network.batch(task.read(rows, models).inputs, [0])
+    label = rows.labels[0]
+    assert models.tokenizer.text(batch["input_ids"][0].tolist()) == f"{label} and {label}"
+
+
 def test_without_labels_an_image_is_told_apart_by_the_texts_of_its_split(folder: Path) -> None:
     task, of = Contrast(classes=()), outputs(5)
     of[3, 1] = of[1, 1]  # equal texts have equal vectors
