@@ -14,7 +14,8 @@ from peft import PeftModel
 
 from celora.core.adapters import Lora
 from celora.data import Data, read
-from celora.errors import DataError, ModelError
+from celora.errors import ConfigError, DataError, ModelError
+from celora.experiment.config import resolve
 from celora.models.batching import BatchedForward
 from celora.models.export import load_export
 from celora.models.fingerprint import of_files
@@ -175,6 +176,39 @@ def test_a_row_is_never_cut_inside_its_image(folder: Path) -> None:
     assert (len(made.ids), made.cut, sum(made.is_target)) == (16, 5, 4)
     with pytest.raises(DataError, match=r"image and prompt are 20 tokens, expected fewer than model.max_length = 16"):
         Caption()._written(tokenizer, {"prompt": "a" * 16, "completion": "b"}, see)
+
+
+def test_places_of_an_image_cannot_be_predicted(folder: Path) -> None:
+    tree: dict[str, Any] = {
+        "data": {"source": "rows.parquet", "image": "image", "client": "site"},
+        "task": {"name": "caption", "loss_on": "everything"},
+        "model": {"backbone": "llava"},
+        "algorithm": {"name": "fedit"},
+    }
+    with pytest.raises(ConfigError, match=r"task.loss_on: found 'everything', expected 'response'"):
+        resolve(tree, folder)
+    models = shared(folder, COMPOSED)
+    batch = batch_of(models, rows(folder), [0, 1])
+    places = batch["input_ids"] == models._backbone._transformer.placeholder  # type: ignore[union-attr]
+    assert places.any()
+    assert not (places & (batch["labels"] >= 0)).any()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "task", "expected"),
+    [
+        ({"projector": True}, "classify", r"adapter.projector: found true, but only a model of images and texts"),
+        ({"projector": True}, "contrast", r'expected task.name = "caption", or false'),
+        ({"towers": "image"}, "caption", r"adapter.towers: found 'image', but only a dual encoder has two towers"),
+    ],
+)
+def test_settings_that_the_model_would_not_read_are_refused(
+    adapter: dict[str, Any], task: str, expected: str, folder: Path
+) -> None:
+    tree = {"data": {"source": "rows.parquet"}, "task": {"name": task}, "adapter": adapter,
+            "algorithm": {"name": "fedit"}}  # fmt: skip
+    with pytest.raises(ConfigError, match=expected):
+        resolve(tree, folder)
 
 
 @pytest.mark.parametrize("family", SEEING)
