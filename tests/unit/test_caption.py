@@ -308,6 +308,18 @@ def test_a_model_that_sees_can_be_packed_but_not_with_its_projector(
         load_seeing(Model(backbone=COMPOSED, quantise=quantise), queries, folder)
 
 
+def test_a_composition_starts_the_same_whatever_its_folders_are_called(folder: Path) -> None:
+    names = (COMPOSED, f"{folder / 'random-vit-rgb'} + {folder / 'llama'}")
+    one, two = (load_seeing(Model(backbone=name), Adapter(targets=("q_proj",)), folder) for name in names)
+    assert one.own_head
+    assert all(torch.equal(two.own_head[name], tensor) for name, tensor in one.own_head.items())
+    found = one.fingerprint()
+    assert found == two.fingerprint()
+    two.own_head["head.projector.bias"].add_(1)
+    del two._digest
+    assert two.fingerprint() != found
+
+
 def test_a_composition_is_told_from_others_by_both_of_its_models(folder: Path) -> None:
     saved(folder / "other", "qwen2")
     found = [load_seeing(Model(backbone=name), Adapter(targets=("q_proj",)), folder).fingerprint()

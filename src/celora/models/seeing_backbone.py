@@ -23,6 +23,7 @@ from celora.models import loading
 from celora.models.backbone import Backbone
 from celora.models.composed import PROJECTOR, Composed
 from celora.models.feature_maps import as_tokens
+from celora.models.fingerprint import of_weights
 from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.inputs import inputs_of
 from celora.models.language import answered
@@ -105,7 +106,7 @@ class SeeingBackbone(Backbone):
         found = super()._digest
         if self.tower is None:
             return found
-        return hashlib.sha256(f"{found} {self.tower.fingerprint()}".encode()).hexdigest()
+        return hashlib.sha256(f"{found} {self.tower.fingerprint()} {of_weights(self._start)}".encode()).hexdigest()
 
     @property
     def module(self) -> Any:
@@ -247,7 +248,7 @@ def _composed(encoder: loading.Fetched, language: loading.Fetched, model: Model,
             f'model.backbone = "{model.backbone}": found {image}, which reads {kind}s; expected an image encoder'
         )
     tower = Backbone(encoder, model=replace(model, backbone=image, pooling=None), adapter=adapter, adapted=False)
-    composed, tokenizer = Composed(language.transformer, tower.width, model.backbone), language.tokenizer
+    composed, tokenizer = Composed(language.transformer, tower.width), language.tokenizer
     start = TextTokenizer(tokenizer, model.max_length).start
 
     @torch.no_grad()
