@@ -308,6 +308,28 @@ def test_a_model_that_sees_can_be_packed_but_not_with_its_projector(
         load_seeing(Model(backbone=COMPOSED, quantise=quantise), queries, folder)
 
 
+@pytest.mark.parametrize("family", ["llava", COMPOSED])
+def test_rows_that_are_no_images_with_texts_are_refused(family: str, folder: Path) -> None:
+    models, image = shared(folder, family), torch.zeros(3, 16, 16, dtype=torch.uint8)
+    unlike = ["a text", image, {"prompt": "a"}, {"image": "a.png", "prompt": "a"}, {"image": image, "prompt": 3}]
+    for row in unlike:
+        with pytest.raises(
+            ModelError, match=r"reads images with texts; found .* at row 2; expected \{\"image\": a ten"
+        ):
+            models.answers("a", models.initial, [{"image": image, "prompt": "a"}, row])
+    with pytest.raises(ModelError, match=r"reads images with texts; found a Tensor; expected a list of"):
+        models.answers("a", models.initial, torch.zeros(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_a_text_with_places_for_several_images_is_refused(family: str, folder: Path) -> None:
+    models, image = shared(folder, family), torch.zeros(3, 16, 16, dtype=torch.uint8)
+    mark = "<|image_pad|>" if "qwen" in family else "<image>"
+    rows = [{"image": image, "prompt": prompt} for prompt in ("a", f"{mark}a{mark}")]
+    with pytest.raises(DataError, match=r"row 2: its image and text cannot be read: found 2 marks '<.*>' in its text"):
+        models.answers("a", models.initial, rows)
+
+
 def test_a_composition_starts_the_same_whatever_its_folders_are_called(folder: Path) -> None:
     names = (COMPOSED, f"{folder / 'random-vit-rgb'} + {folder / 'llama'}")
     one, two = (load_seeing(Model(backbone=name), Adapter(targets=("q_proj",)), folder) for name in names)

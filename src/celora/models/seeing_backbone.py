@@ -28,7 +28,7 @@ from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.inputs import inputs_of
 from celora.models.language import answered
 from celora.models.looks import look_of
-from celora.models.seeing import ALONG, Look, Picture, SeeingTokenizer, SeenRows, flattened, seen_batch
+from celora.models.seeing import ALONG, Look, Picture, SeeingTokenizer, SeenRows, flattened, images_of, seen_batch
 from celora.models.settings import SIGN, Adapter, Model
 from celora.models.slots import Update, bound, watched
 from celora.models.tokens import TextTokenizer
@@ -126,9 +126,12 @@ class SeeingBackbone(Backbone):
         return self.batch(self._plain_images(), [0, 1])
 
     def seen(self, rows: Any, write: Any, budget: int) -> SeenRows:
-        """As `celora.core.reading.Reader`; rows are records with images, or mappings with an `image` each."""
-        images = [row["image"] for row in rows] if isinstance(rows, list) else rows.images
-        return SeenRows(write, rows, images, self._look, budget)
+        """As `celora.core.reading.Reader`; rows are records with images, or mappings with an `image` each.
+
+        Raises:
+            ModelError: if they are something else.
+        """
+        return SeenRows(write, rows, images_of(rows, self.name), self._look, budget)
 
     def batch(self, rows: Any, chosen: Sequence[int]) -> dict[str, Tensor]:
         """Some of the rows as tensors on the CPU."""
