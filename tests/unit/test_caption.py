@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from peft import PeftModel
 
 from celora.core.adapters import Lora
 from celora.data import Data, read
-from celora.errors import DataError, ModelError
+from celora.errors import ConfigError, DataError, ModelError
+from celora.experiment.config import resolve
+from celora.models.batching import BatchedForward
 from celora.models.export import load_export
 from celora.models.fingerprint import of_files
 from celora.models.loading import quiet
-from celora.models.rows import join
+from celora.models.rows import Rows, join
 from celora.models.seeing_backbone import load_seeing
 from celora.models.settings import Adapter, Model
 from celora.models.shared_backbone import SharedBackbone
@@ -108,6 +111,27 @@ def test_clients_in_one_pass_are_as_alone_and_answer_as_alone(family: str, folde
     assert network.answers(together, ids, 64, joined) == [*answers[0], *answers[1]]
 
 
+@pytest.mark.parametrize("family", ["llava", COMPOSED])
+def test_clients_with_unequal_splits_generate_as_alone(family: str, folder: Path) -> None:
+    task = Caption(answer_tokens=6, score="rouge_l")
+    models, table = shared(folder, family, task), rows(folder)
+    forward, examples, said = BatchedForward(models._network, task), task.read(table, models), list[list[str]]()
+    backbone: Any = models._backbone
+    answers = backbone.answers
+    backbone.answers = lambda *asked: said.append(answers(*asked)) or said[-1]
+    parts = [Rows(examples, [0, 1]), Rows(examples, [4, 5, 6])]
+    asked: list[Any] = [
+        (SimpleNamespace(rows=lambda _, of=of: of, initial={}), moved(models, seed), "test", None)
+        for seed, of in enumerate(parts, 1)
+    ]
+    alone = [forward.scores([one])[0] for one in asked]
+    assert list(map(len, said)) == [2, 3]
+    together = forward.scores(asked)
+    (grouped,) = said[2:]  # one pass, whose third row only fills up
+    assert [grouped[:2], grouped[3:]] == said[:2]
+    assert together == [pytest.approx(one, rel=1e-4) for one in alone]
+
+
 def _asked(table: Any, chosen: list[int]) -> list[dict[str, Any]]:
     return [{"image": table.inputs.images[at], "prompt": table.inputs[at]["prompt"]} for at in chosen]
 
@@ -152,6 +176,39 @@ def test_a_row_is_never_cut_inside_its_image(folder: Path) -> None:
     assert (len(made.ids), made.cut, sum(made.is_target)) == (16, 5, 4)
     with pytest.raises(DataError, match=r"image and prompt are 20 tokens, expected fewer than model.max_length = 16"):
         Caption()._written(tokenizer, {"prompt": "a" * 16, "completion": "b"}, see)
+
+
+def test_places_of_an_image_cannot_be_predicted(folder: Path) -> None:
+    tree: dict[str, Any] = {
+        "data": {"source": "rows.parquet", "image": "image", "client": "site"},
+        "task": {"name": "caption", "loss_on": "everything"},
+        "model": {"backbone": "llava"},
+        "algorithm": {"name": "fedit"},
+    }
+    with pytest.raises(ConfigError, match=r"task.loss_on: found 'everything', expected 'response'"):
+        resolve(tree, folder)
+    models = shared(folder, COMPOSED)
+    batch = batch_of(models, rows(folder), [0, 1])
+    places = batch["input_ids"] == models._backbone._transformer.placeholder  # type: ignore[union-attr]
+    assert places.any()
+    assert not (places & (batch["labels"] >= 0)).any()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "task", "expected"),
+    [
+        ({"projector": True}, "classify", r"adapter.projector: found true, but only a model of images and texts"),
+        ({"projector": True}, "contrast", r'expected task.name = "caption", or false'),
+        ({"towers": "image"}, "caption", r"adapter.towers: found 'image', but only a dual encoder has two towers"),
+    ],
+)
+def test_settings_that_the_model_would_not_read_are_refused(
+    adapter: dict[str, Any], task: str, expected: str, folder: Path
+) -> None:
+    tree = {"data": {"source": "rows.parquet"}, "task": {"name": task}, "adapter": adapter,
+            "algorithm": {"name": "fedit"}}  # fmt: skip
+    with pytest.raises(ConfigError, match=expected):
+        resolve(tree, folder)
 
 
 @pytest.mark.parametrize("family", SEEING)
@@ -249,6 +306,40 @@ def test_a_model_that_sees_can_be_packed_but_not_with_its_projector(
         load_seeing(chosen, Adapter(targets=("q_proj",), projector=True), folder)
     with pytest.raises(ModelError, match=r"model.quantise cannot be set with an image encoder and a language model"):
         load_seeing(Model(backbone=COMPOSED, quantise=quantise), queries, folder)
+
+
+@pytest.mark.parametrize("family", ["llava", COMPOSED])
+def test_rows_that_are_no_images_with_texts_are_refused(family: str, folder: Path) -> None:
+    models, image = shared(folder, family), torch.zeros(3, 16, 16, dtype=torch.uint8)
+    unlike = ["a text", image, {"prompt": "a"}, {"image": "a.png", "prompt": "a"}, {"image": image, "prompt": 3}]
+    for row in unlike:
+        with pytest.raises(
+            ModelError, match=r"reads images with texts; found .* at row 2; expected \{\"image\": a ten"
+        ):
+            models.answers("a", models.initial, [{"image": image, "prompt": "a"}, row])
+    with pytest.raises(ModelError, match=r"reads images with texts; found a Tensor; expected a list of"):
+        models.answers("a", models.initial, torch.zeros(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_a_text_with_places_for_several_images_is_refused(family: str, folder: Path) -> None:
+    models, image = shared(folder, family), torch.zeros(3, 16, 16, dtype=torch.uint8)
+    mark = "<|image_pad|>" if "qwen" in family else "<image>"
+    rows = [{"image": image, "prompt": prompt} for prompt in ("a", f"{mark}a{mark}")]
+    with pytest.raises(DataError, match=r"row 2: its image and text cannot be read: found 2 marks '<.*>' in its text"):
+        models.answers("a", models.initial, rows)
+
+
+def test_a_composition_starts_the_same_whatever_its_folders_are_called(folder: Path) -> None:
+    names = (COMPOSED, f"{folder / 'random-vit-rgb'} + {folder / 'llama'}")
+    one, two = (load_seeing(Model(backbone=name), Adapter(targets=("q_proj",)), folder) for name in names)
+    assert one.own_head
+    assert all(torch.equal(two.own_head[name], tensor) for name, tensor in one.own_head.items())
+    found = one.fingerprint()
+    assert found == two.fingerprint()
+    two.own_head["head.projector.bias"].add_(1)
+    del two._digest
+    assert two.fingerprint() != found
 
 
 def test_a_composition_is_told_from_others_by_both_of_its_models(folder: Path) -> None:

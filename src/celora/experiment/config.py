@@ -32,7 +32,7 @@ from celora.core.task import Task
 from celora.data import Data
 from celora.engines.embedded import EngineSettings
 from celora.errors import ConfigError
-from celora.experiment.conflicts import conflicts
+from celora.experiment.conflicts import conflicts, unread
 from celora.fields import did_you_mean, error_lines, unknown
 from celora.filters import filter_tables, read_filters
 from celora.models.settings import Adapter, Model
@@ -199,6 +199,8 @@ def resolve(tree: Tree, base: Path, *, label: str | None = None, seed: int | Non
             problems += conflicts(name, values["algorithm"], values["adapter"], values["model"])
         if None not in (values["model"], values["task"]):
             problems += _unmet(name, algorithm.info, values["task"], own=values["model"].own is not None)
+    if None not in (values["adapter"], values["task"]):
+        problems += unread(values["adapter"], values["task"].architecture)
     if problems:
         raise ConfigError(problems)
     if seed is not None:

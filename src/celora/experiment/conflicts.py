@@ -2,6 +2,7 @@
 
 from celora.algorithms import ALGORITHMS
 from celora.core.algorithm import AnyAlgorithm
+from celora.core.task import Architecture
 from celora.models.settings import Adapter, Model
 
 
@@ -51,3 +52,19 @@ def conflicts(name: str, algorithm: AnyAlgorithm, adapter: Adapter, model: Model
             "adapter.ranks: ranks are of clients or of modules (adapter.rank_pattern); expected one of the two"
         )
     return [*found, *algorithm.conflicts(adapter, own)]
+
+
+def unread(adapter: Adapter, architecture: Architecture) -> list[str]:
+    """Settings of adapters that only models of another architecture read."""
+    found = list[str]()
+    if adapter.projector and architecture != "image-text":
+        found.append(
+            "adapter.projector: found true, but only a model of images and texts that answers in words has a "
+            'projector; expected task.name = "caption", or false'
+        )
+    if adapter.towers != "both" and architecture != "dual-encoder":
+        found.append(
+            f"adapter.towers: found '{adapter.towers}', but only a dual encoder has two towers; expected "
+            "task.name = \"contrast\", or 'both'"
+        )
+    return found

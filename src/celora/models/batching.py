@@ -99,9 +99,11 @@ class BatchedForward:
     def _grades(self, weights: Tensors, batch: Batch) -> Tensor:
         """What the task finds of the answers that are generated for the rows of a batch, (rows, k)."""
         prompts, references = list[list[int]](), list[list[int]]()
-        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-            end = next((at + 1 for at in reversed(range(len(labels))) if labels[at] >= 0), 1)
-            start = next((at for at in reversed(range(1, end)) if labels[at - 1] < 0), 1)  # of the last answer
+        sizes = batch["attention_mask"].sum(1).tolist()
+        for ids, labels, size in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), sizes, strict=True):
+            end = next((at + 1 for at in reversed(range(len(labels))) if labels[at] >= 0), 0)
+            # of the last answer; a row without one, as one that fills up, is asked whole, as its image must not be cut
+            start = next((at for at in reversed(range(1, end)) if labels[at - 1] < 0), 1) if end else size
             prompts.append(ids[:start])
             references.append(ids[start:end])
         answers = self.network.answers(weights, prompts, self.task.answer_tokens, batch)

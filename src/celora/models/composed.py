@@ -3,7 +3,8 @@
     e = [E(x_<), P f(image), E(x_>)]         f an image encoder's hidden states, P (d, d_image), E the word embeddings
 
 `model.backbone = "<image encoder> + <language model>"`. The image encoder is frozen and never adapted, so its tokens
-are part of how a row is read (`celora.models.seeing`), made once. P is drawn at random and is trained as heads are.
+are part of how a row is read (`celora.models.seeing`), made once. P is drawn at random, whatever the two are called,
+and is trained as heads are.
 """
 
 import math
@@ -27,14 +28,14 @@ class ComposedModel(nn.Module):
 
     main_input_name = "input_ids"
 
-    def __init__(self, language: Any, width: int, name: str) -> None:
+    def __init__(self, language: Any, width: int) -> None:
         super().__init__()
         self.config, self._at = language.config, language.base_model_prefix
         self.add_module(self._at, language.base_model)  # its path is that in the language model's own class
         self.placeholder: int = language.get_input_embeddings().num_embeddings
         hidden = language.get_input_embeddings().embedding_dim
         self.projector = nn.Linear(width, hidden)
-        draw, bound = generator(0, PROJECTOR, name), 1 / math.sqrt(width)
+        draw, bound = generator(0, PROJECTOR, hidden, width), 1 / math.sqrt(width)
         with torch.no_grad():
             for weight in self.projector.parameters():
                 weight.copy_((2 * torch.rand(weight.shape, generator=draw) - 1) * bound)
@@ -67,9 +68,9 @@ class Composed(nn.Module):
 
     base_model_prefix = ""
 
-    def __init__(self, language: Any, width: int, name: str) -> None:
+    def __init__(self, language: Any, width: int) -> None:
         super().__init__()
-        self.base_model = ComposedModel(language, width, name)
+        self.base_model = ComposedModel(language, width)
         self.language = language
         self.config, self.generation_config = language.config, language.generation_config
 

@@ -72,6 +72,7 @@ class DualBackbone:
         module: what both are parts of.
         learned: factor and offset that make logits of cosines; None where the model has none.
         projection: from images into the space of texts, of a pair; trained as a head.
+        start: what tells where the projection starts.
         filled: whether all texts have one length, filled up and without a mask.
         notices: what the user should know.
     """
@@ -88,12 +89,14 @@ class DualBackbone:
         source: str,
         learned: tuple[float, float] | None,
         projection: Tensor | None,
+        start: str = "",
         filled: bool = False,
         notices: Sequence[str] = (),
     ) -> None:
         self.tower = towers["image"]
         self.image, self.text, self.name, self.source = towers["image"], towers["text"], name, source
         self.module, self.learned, self.filled, self.notices = module, learned, filled, notices
+        self._start = start
         self.own_head: Tensors = {} if projection is None else {"head.weight": projection}
         self.joined = projection is not None
         both = [(PREFIXES[of], tower) for of, tower in towers.items()]
@@ -123,9 +126,11 @@ class DualBackbone:
         return min(self.image.capacity, self.text.capacity)
 
     def fingerprint(self) -> str:
-        """That of the folder which holds both towers and what stands beside them; of a pair, of both together."""
+        """That of the folder which holds both towers and what stands beside them; of a pair, of both together and
+        of where the projection starts.
+        """
         towers = self.image.fingerprint(), self.text.fingerprint()
-        return hashlib.sha256(" ".join(towers).encode()).hexdigest() if self.joined else towers[0]
+        return hashlib.sha256(" ".join([*towers, self._start]).encode()).hexdigest() if self.joined else towers[0]
 
     def weight(self, module: str) -> Tensor:
         """As `Backbone.weight`."""

@@ -90,11 +90,11 @@ def _pair(found: Mapping[Tower, Fetched], model: Model, adapter: Adapter) -> Dua
         own = replace(model, backbone=names[tower], **_fitting(tower, one, model))
         targets_of = replace(adapter, targets=chosen[tower])
         towers[tower] = Backbone(one, model=own, adapter=targets_of, adapted=bool(chosen[tower]))
-    projection, notices = projected(towers["image"], towers["text"])
+    projection, start, notices = projected(towers["image"], towers["text"])
     module = nn.ModuleDict({PREFIXES[tower].removesuffix("."): one.transformer for tower, one in found.items()})
     return DualBackbone(
         towers, module=module, name=model.backbone, source=model.backbone, learned=None, projection=projection,
-        notices=notices,
+        start=start, notices=notices,
     )  # fmt: skip
 
 

@@ -58,13 +58,23 @@ def _shown(image: Tensor) -> Image.Image:
 
 def _placed(text: str, mark: str, expanded: Callable[[], str], frame: str = "{}") -> str:
     """The text with all places of its image, before which it stands where it has no mark."""
-    whole = text if mark in text else frame.format(mark) + text
-    return whole.replace(mark, expanded(), 1)
+    return _marked(text, mark, frame).replace(mark, expanded())
+
+
+def _marked(text: str, mark: str, frame: str = "{}") -> str:
+    """The text with the mark of its image, before which it stands where it has none.
+
+    Raises:
+        ValueError: if it has several.
+    """
+    if (count := text.count(mark)) > 1:
+        raise ValueError(f"found {count} marks {mark!r} in its text, expected one at most, as it has one image")
+    return text if count else frame.format(mark) + text
 
 
 def _by_processor(processor: Any) -> Look:
     def look(image: Tensor, text: str) -> Picture:
-        whole = text if processor.image_token in text else processor.image_token + text
+        whole = _marked(text, processor.image_token)
         made = processor(text=[whole], images=[_shown(image)], return_tensors="np")
         return Picture({name: np.asarray(x)[0] for name, x in made.items() if name not in ("attention_mask", "labels")})
 

@@ -8,6 +8,7 @@ names. λ over the mean of ‖v_k‖² is the power of ten with the least leave-
 client decides it.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -29,17 +30,20 @@ _TEXTS = 64
 """Names in a pass."""
 
 
-def projected(image: Backbone, text: Backbone) -> tuple[Tensor, Sequence[str]]:
-    """W (d_text, d_image), float32 on the CPU, and what the user should know of it: where no class of the image tower
-    has a name, each number is drawn uniformly in ± 1 / √d_image.
+def projected(image: Backbone, text: Backbone) -> tuple[Tensor, str, Sequence[str]]:
+    """W (d_text, d_image), float32 on the CPU, what tells where it starts, and what the user should know of it.
+
+    Where no class of the image tower has a name, each number is drawn uniformly in ± 1 / √d_image. W itself does not
+    tell where it starts, as another device rounds it otherwise.
     """
     names, why = _names(image)
     if why:
-        drawn = torch.rand(text.width, image.width, generator=generator(0, "projection", image.name, text.name))
+        drawn = torch.rand(text.width, image.width, generator=generator(0, "projection", text.width, image.width))
         notice = f"the projection between {image.name} and {text.name} starts at random, as {why}"
-        return (2 * drawn - 1) / image.width**0.5, (notice,)
+        return (2 * drawn - 1) / image.width**0.5, "random", (notice,)
     vectors = named(text, names)
-    return ridge(efficientnet_lite.class_vectors().double(), vectors - vectors.mean(0)).float(), ()
+    start = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    return ridge(efficientnet_lite.class_vectors().double(), vectors - vectors.mean(0)).float(), start, ()
 
 
 def ridge(x: Tensor, y: Tensor) -> Tensor:

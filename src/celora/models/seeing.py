@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celora.core.reading import TokenRow
-from celora.errors import ModelError
+from celora.errors import DataError, ModelError
 from celora.models.inputs import Kept, Row, collate
 from celora.models.loading import reason
 from celora.models.tokens import TextTokenizer, TokenRows, as_array
@@ -33,7 +33,7 @@ class Picture(dict[str, NDArray[Any]]):
 
 
 Look = Callable[[Tensor, str], Picture]
-"""An image (c, h, w) uint8, and the text that it stands in or before."""
+"""An image (c, h, w) uint8, and the text that it stands in or before; a ValueError if it has more places."""
 Write = Callable[[Any, Callable[[str], Sequence[int]]], TokenRow]
 """A row of a source, and what gives the ids of a text with the row's image -> a row of a language model."""
 
@@ -107,9 +107,43 @@ class SeenRows(TokenRows):
             yield as_array(made)
 
     def _see(self, row: int, seen: list[Picture], text: str) -> Sequence[int]:
-        seen.append(self._look(self._images[row], text))
+        try:
+            seen.append(self._look(self._images[row], text))
+        except ValueError as error:
+            raise DataError(f"row {row + 1}: its image and text cannot be read: {reason(error)}") from error
         ids: list[int] = seen[0]["input_ids"].tolist()
         return ids
+
+
+def images_of(rows: Any, name: str) -> Any:
+    """The images of rows.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        ModelError: if they are neither records with images nor a list of mappings with an image and texts each.
+    """
+    expected = '{"image": a tensor (channels, height, width), "prompt": a text} or with "messages"'
+    match rows:
+        case list():
+            images = list[Tensor]()
+            for at, row in enumerate(rows):
+                match row:
+                    case {"image": Tensor(ndim=3) as image} if isinstance(row.get("prompt", ""), str):
+                        images.append(image)
+                    case other:
+                        raise ModelError(
+                            f"{name} reads images with texts; found {str(other)[:80]!r} at row {at + 1}; expected "
+                            f"{expected}"
+                        )
+            return images
+        case object(images=images) if images is not None:
+            return images
+        case other:
+            raise ModelError(
+                f"{name} reads images with texts; found a {type(other).__name__}; expected a list of {expected}"
+            )
 
 
 def seen_batch(rows: SeenRows, chosen: Sequence[int], padding: int) -> dict[str, Tensor]:

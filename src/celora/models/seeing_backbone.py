@@ -23,11 +23,12 @@ from celora.models import loading
 from celora.models.backbone import Backbone
 from celora.models.composed import PROJECTOR, Composed
 from celora.models.feature_maps import as_tokens
+from celora.models.fingerprint import of_weights
 from celora.models.image_processor import FILE as PROCESSOR
 from celora.models.inputs import inputs_of
 from celora.models.language import answered
 from celora.models.looks import look_of
-from celora.models.seeing import ALONG, Look, Picture, SeeingTokenizer, SeenRows, flattened, seen_batch
+from celora.models.seeing import ALONG, Look, Picture, SeeingTokenizer, SeenRows, flattened, images_of, seen_batch
 from celora.models.settings import SIGN, Adapter, Model
 from celora.models.slots import Update, bound, watched
 from celora.models.tokens import TextTokenizer
@@ -105,7 +106,7 @@ class SeeingBackbone(Backbone):
         found = super()._digest
         if self.tower is None:
             return found
-        return hashlib.sha256(f"{found} {self.tower.fingerprint()}".encode()).hexdigest()
+        return hashlib.sha256(f"{found} {self.tower.fingerprint()} {of_weights(self._start)}".encode()).hexdigest()
 
     @property
     def module(self) -> Any:
@@ -125,9 +126,12 @@ class SeeingBackbone(Backbone):
         return self.batch(self._plain_images(), [0, 1])
 
     def seen(self, rows: Any, write: Any, budget: int) -> SeenRows:
-        """As `celora.core.reading.Reader`; rows are records with images, or mappings with an `image` each."""
-        images = [row["image"] for row in rows] if isinstance(rows, list) else rows.images
-        return SeenRows(write, rows, images, self._look, budget)
+        """As `celora.core.reading.Reader`; rows are records with images, or mappings with an `image` each.
+
+        Raises:
+            ModelError: if they are something else.
+        """
+        return SeenRows(write, rows, images_of(rows, self.name), self._look, budget)
 
     def batch(self, rows: Any, chosen: Sequence[int]) -> dict[str, Tensor]:
         """Some of the rows as tensors on the CPU."""
@@ -247,7 +251,7 @@ def _composed(encoder: loading.Fetched, language: loading.Fetched, model: Model,
             f'model.backbone = "{model.backbone}": found {image}, which reads {kind}s; expected an image encoder'
         )
     tower = Backbone(encoder, model=replace(model, backbone=image, pooling=None), adapter=adapter, adapted=False)
-    composed, tokenizer = Composed(language.transformer, tower.width, model.backbone), language.tokenizer
+    composed, tokenizer = Composed(language.transformer, tower.width), language.tokenizer
     start = TextTokenizer(tokenizer, model.max_length).start
 
     @torch.no_grad()

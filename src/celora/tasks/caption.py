@@ -31,6 +31,7 @@ class Caption(CausalLm):
     form: Literal["auto", "messages", "prompt"] = setting(
         "auto", "which columns hold a row; auto: the first of these that the source has"
     )
+    loss_on: Literal["response"] = setting("response", "which tokens are predicted: a prompt has places of an image")
 
     @property
     def forms(self) -> Sequence[Form]:
@@ -79,7 +80,7 @@ class Caption(CausalLm):
             )
         cut = max(0, len(ids[-1]) - room) if others else 0
         ids[-1] = ids[-1][:room] if others else ids[-1]
-        found = token_row([first, *others], closed and ended, ids, tokenizer, self.loss_on == "everything")
+        found = token_row([first, *others], closed and ended, ids, tokenizer, everything=False)
         return replace(found, cut=cut)
 
     def model_card(self) -> ModelCard:

@@ -73,7 +73,11 @@ class Contrast(Named):
     @property
     def candidates(self) -> Sequence[str]:
         """The prompts of all classes."""
-        return [self.template.format(name) for name in self.classes or ()]
+        return [self._prompt(name) for name in self.classes or ()]
+
+    def _prompt(self, name: str) -> str:
+        """Not by `str.format`, to which any other brace is a field."""
+        return self.template.replace("{}", name)
 
     @property
     def metrics(self) -> Sequence[Metric]:
@@ -118,7 +122,7 @@ class Contrast(Named):
             row = columns.rows[columns.labels.index("")]
             raise DataError(f"{row}: found no label, though the rows of other clients have one; expected all or none")
         captions = columns.inputs.kind == "record"
-        texts = [row["text"] for row in columns.inputs] if captions else map(self.template.format, columns.labels)
+        texts = [row["text"] for row in columns.inputs] if captions else map(self._prompt, columns.labels)
         known: dict[str, int] = {}
         of = [known.setdefault(text, len(known)) for text in texts]
         ids = self.ids
