@@ -76,9 +76,9 @@ class ClientModel:
                 model of transformers with the adapter in its weights.
 
         Raises:
-            RunFolderError, ModelError: as `outputs`; and if the folder is a run's own or holds something else, if what stock
-                libraries make of it is not what was trained, or if there is nothing to merge: an adapter that is no
-                matrix, or a client's own model.
+            RunFolderError, ModelError: as `outputs`; and if the folder is a run's own or holds something else, if what
+                stock libraries make of it is not what was trained, or if there is nothing to merge: an adapter that is
+                no matrix, or a client's own model.
         """
         path, own = Path(folder), self.folder.parent.resolve()
         for at in (path.resolve(), *path.resolve().parents):
