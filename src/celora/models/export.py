@@ -263,9 +263,16 @@ def _plain(tensors: Tensors) -> dict[str, Tensor]:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to write into: put in place of `folder` if the block ends well, else thrown away."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """A new folder to write into: put in place of `folder` if the block ends well, else thrown away.
+
+    Raises:
+        RunFolderError: if no folder can be made there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise RunFolderError(f"cannot write {folder}: {error.strerror}: choose another folder") from error
     try:
         yield new
         for path in (new, *new.rglob("*")):  # mkdtemp's 0o700 and safetensors' 0o600 would lock colleagues out
