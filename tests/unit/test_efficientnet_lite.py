@@ -13,6 +13,7 @@ from celora.errors import ModelError
 from celora.models import efficientnet_lite
 from celora.models.backbone import load
 from celora.models.export import export_shared
+from celora.models.places import write_own
 from celora.models.settings import Adapter, Model
 from celora.tasks.classify import Classify
 from tests.classifier import initial
@@ -66,9 +67,12 @@ def test_an_export_holds_the_network_that_stock_transformers_load(tmp_path: Path
     adapter = Adapter(targets="all-linear", layers="last:1", rank=2)
     backbone = load(MODEL, adapter, tmp_path)
     weights, card = initial(backbone, adapter, Lora(), 2, seed=0), Classify(classes=("no", "yes")).model_card()
+    random = tmp_path / "a-random-vit" / "backbone"
+    write_own(random, load(Model(backbone="random-vit"), Adapter(targets=("q_proj",)), tmp_path), tmp_path)
     export_shared(tmp_path / "out", backbone, weights, family=Lora(), card=card, model=MODEL, adapter=adapter)
     export_shared(tmp_path / "other", backbone, weights, family=Lora(), card=card, model=MODEL, adapter=adapter)
     files = [tmp_path / name / "backbone" / "model.safetensors" for name in ("out", "other")]
+    assert not files[0].samefile(random / "model.safetensors")  # other weights
     assert files[0].samefile(files[1])  # 14 MB for all clients, not for each
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "other" / "backbone").eval()
     pixels = torch.rand(2, 3, 64, 64)

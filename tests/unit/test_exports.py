@@ -142,6 +142,16 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     assert (out / "client-01" / "notes.txt").read_text() == "years of work"
 
 
+def test_a_runs_own_adapters_are_not_replaced(tmp_path: Path) -> None:
+    folder = trained(tmp_path, "local")
+    own = folder / "adapters"
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    for out in (own, own / "more"):
+        with pytest.raises(RunFolderError, match=r"where a run keeps its own adapters: choose another --out"):
+            list(export(folder, "all", "merged", out))
+    assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
+
+
 def test_runs_of_older_versions_are_exported_by_the_names_of_their_classes(tmp_path: Path) -> None:
     """Before celora kept the agreement, and when it packed it as another record."""
     folder = trained(tmp_path, "fedit")

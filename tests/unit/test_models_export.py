@@ -40,6 +40,15 @@ def test_a_failed_write_leaves_the_old_folder_and_no_other(tmp_path: Path) -> No
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["all", "all/old"]
 
 
+def test_a_folder_in_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(RunFolderError, match=r"cannot write .*file/a: File exists: choose another folder"),
+        replacing(tmp_path / "file" / "a"),
+    ):
+        pass
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds no adapter of celora's"):
         load_export(tmp_path)

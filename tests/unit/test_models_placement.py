@@ -12,12 +12,14 @@ from celora.core.adapters import Lora
 from celora.errors import ConfigError, ModelError
 from celora.experiment.config import resolve
 from celora.experiment.engines import ENGINES
+from celora.experiment.exports import ClientExport
 from celora.experiment.population import ResourceCache
 from celora.models import placement
 from celora.models.backbone import Backbone, load
 from celora.models.placement import INSTALL
 from celora.models.settings import Adapter, Model
-from celora.models.shared_backbone import AdaptedBackbone
+from celora.models.shared_backbone import AdaptedBackbone, SharedBackbone
+from celora.tasks.causal_lm import CausalLm
 from tests.large import LANGUAGE, TARGETS, batch, loaded, saved, start, stepped
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +176,20 @@ def test_a_layer_that_stays_on_the_disk_gives_the_same_bits(family: str, again: 
     assert backbone.answers([[2, 9, 8]], {}, 3) == plain.answers([[2, 9, 8]], {}, 3)
     assert backbone.fingerprint() == plain.fingerprint()
     assert any(weight.is_meta for weight in backbone._whole.parameters())
+
+
+def test_an_export_leaves_the_file_of_a_layer_on_the_disk_as_it_is(folder: Path, tmp_path: Path) -> None:
+    backbone, file = loaded(folder, "llama", device_map=spread("llama", folder)), folder / "llama" / "model.safetensors"
+    before, settings = file.read_bytes(), Adapter(targets=("q_proj",), rank=2)
+    model = Model(backbone=str(folder / "llama"), max_length=32)
+    of = SharedBackbone(backbone, CausalLm(), model=model, adapter=settings, family=Lora(), seed=0)
+    done = of.export(tmp_path / "out", "a", start(backbone))
+    assert (done.kind, done.tried) == ("peft", False)
+    assert "not tried, as layers of the backbone are on the disk" in str(ClientExport("a", done))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ModelError, match=r"leaves layers of .*llama on the disk, .*: choose the format peft"):
+        of.export(tmp_path / "whole", "a", start(backbone), format="merged")
+    assert file.read_bytes() == before
 
 
 def test_activations_below_a_layer_on_the_disk_are_kept(folder: Path) -> None:

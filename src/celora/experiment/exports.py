@@ -32,7 +32,8 @@ class ClientExport:
 
     def __str__(self) -> str:
         of = self.what
-        return f"{self.client}  {of.folder}  ({_KINDS[of.kind].format(rank=of.rank, base=of.base)})"
+        untried = "" if of.tried else "; not tried, as layers of the backbone are on the disk"
+        return f"{self.client}  {of.folder}  ({_KINDS[of.kind].format(rank=of.rank, base=of.base)}{untried})"
 
     @property
     def described(self) -> dict[str, Any]:

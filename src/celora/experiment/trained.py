@@ -76,11 +76,14 @@ class ClientModel:
                 model of transformers with the adapter in its weights.
 
         Raises:
-            RunFolderError, ModelError: as `outputs`; and if the folder holds something else, if what stock libraries
-                make of it is not what was trained, or if there is nothing to merge: an adapter that is no matrix, or a
-                client's own model.
+            RunFolderError, ModelError: as `outputs`; and if the folder is a run's own or holds something else, if what
+                stock libraries make of it is not what was trained, or if there is nothing to merge: an adapter that is
+                no matrix, or a client's own model.
         """
-        path = Path(folder)
+        path, own = Path(folder), self.folder.parent.resolve()
+        for at in (path.resolve(), *path.resolve().parents):
+            if at == own or (at.name == own.name and (at / ".." / SUMMARY).is_file()):
+                raise RunFolderError(f"{path} lies in {at}, where a run keeps its own adapters: choose another --out")
         if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / ABOUT).is_file())):
             raise RunFolderError(f"{path} exists and is no earlier export (it has no {ABOUT}): choose another --out")
         weights, plain = load_export(self.folder)

@@ -6,7 +6,10 @@ sigmoid(0 · x + 40), which is 1 in float32 and in bfloat16, changes no bit. The
 its file is read as tensors alone. Pixels are (RGB - 127) / 128, as in training.
 """
 
+import filecmp
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,25 +99,22 @@ def processor(side: int = SIDE) -> Any:
     )
 
 
-def write(folder: Path, side: int, written: Path | None) -> None:
+def write(folder: Path, side: int, others: Iterable[Path]) -> None:
     """Write the network and its processor, for images (3, side, side), as transformers' `from_pretrained` reads them.
 
     Args:
-        written: the weights in another such folder, which both folders then share where the disk can.
+        others: files in other folders; one that holds the same weights is then shared where the disk can.
     """
     model = efficientnet_lite0(gates=True)
-    folder.mkdir()
-    shared = written is not None and _linked(written, folder / WEIGHTS)
-    (model.config if shared else model).save_pretrained(folder)
+    model.save_pretrained(folder)
     processor(side).save_pretrained(folder)
-
-
-def _linked(file: Path, name: Path) -> bool:
-    try:
-        os.link(file, name)
-    except OSError:
-        return False
-    return True
+    own, link = folder / WEIGHTS, folder / f".{WEIGHTS}"
+    with suppress(OSError):  # it stays a copy
+        for other in others:
+            if other != own and filecmp.cmp(other, own, shallow=False):
+                os.link(other, link)
+                link.replace(own)
+                return
 
 
 def _install() -> str:

@@ -53,6 +53,7 @@ class Exported:
         base: what the frozen weights are loaded by; None where the folder holds a whole model, or only celora reads it.
         rank: of plain LoRA.
         generates: whether it is a language model, all of which others can serve.
+        tried: whether stock PEFT has loaded it and given what was trained.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class Exported:
     base: str | None = None
     rank: int | None = None
     generates: bool = False
+    tried: bool = True
 
 
 def export_shared(
@@ -93,8 +95,10 @@ def export_shared(
         start: A and B as they started from the frozen weights, if they did.
         pad: whether the rank becomes one that vLLM serves.
 
+    A backbone with layers on the disk is not tried: stock PEFT would write into its file.
+
     Raises:
-        ModelError: if what stock PEFT makes of it is not what was trained, or there is nothing to merge.
+        ModelError: if what stock PEFT makes of it is not what was trained, or it cannot be merged.
     """
     start, pairs = start or {}, factors(weights, family, start or {})
     if not pairs and format == "merged":
@@ -112,17 +116,23 @@ def export_shared(
             f'model.backbone = "{model.backbone}" is put together here of two models, and no class of transformers is '
             "both: choose the format peft"
         )
+    away = any(weight.is_meta for weight in backbone.module.parameters())
+    if format == "merged" and away:
+        raise ModelError(
+            f"model.device_map leaves layers of {backbone.name} on the disk, and what is merged must lie in memory: "
+            "choose the format peft"
+        )
     if fits and (not pairs or ("head.bias" in weights) != fits.bias):  # heads of old runs have a bias
         fits = None
     head, merged = select(weights, only("head")), format == "merged"
     outputs = len(head.get("head.weight", ()))
     place = Place(folder.resolve(), merged)
     base = place.base(backbone)
-    of = trial(backbone, weights, family=family, start=start, fits=fits) if pairs else None
+    of = trial(backbone, weights, family=family, start=start, fits=fits) if pairs and not away else None
     saved = backbone.saved if pairs else ()
     beside, prefix, rank = {} if fits or saved else head, backbone.prefix, None
     with replacing(folder) as new:
-        if of is None:
+        if not pairs:
             save_file(_plain(weights), new / "celora.safetensors", metadata={"format": "pt"})
         else:
             lora = plain_lora(backbone, pairs, head, adapter=adapter, fits=fits, base=base, pad=pad and not merged)
@@ -134,9 +144,11 @@ def export_shared(
             with TemporaryDirectory() if merged else nullcontext(new) as written:
                 lora.config.save_pretrained(str(written))
                 save_file(_plain(lora.state), Path(written) / WEIGHTS[0], metadata={"format": "pt"})
-                found = loaded(Path(written), backbone, fits=fits, outputs=outputs, merging=merged)
-            of.check(found, "the adapter as plain LoRA", rounding=rounding)
-            if merged:
+                if of:
+                    found = loaded(Path(written), backbone, fits=fits, outputs=outputs, merging=merged)
+            if of:
+                of.check(found, "the adapter as plain LoRA", rounding=rounding)
+            if of and merged:
                 save_merged(new, found.merge_and_unload(), backbone, card.facts.get("classes", ()) if fits else ())
                 of.check(reloaded(new, backbone, fits), "the merged model", rounding=10 * rounding)
         if beside:
@@ -151,15 +163,15 @@ def export_shared(
             "fingerprint": backbone.fingerprint(),
         }
         (new / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        text = alone(family) if of is None else _page(backbone, card, model, place, fits, outputs)
+        text = _page(backbone, card, model, place, fits, outputs) if pairs else alone(family)
         (new / "README.md").write_text(text, "utf-8")
         tower = backbone.tower or backbone
         if not merged and is_own(tower):  # nobody else has these weights in this form
             write_own(new / "backbone", tower, folder.parent)
-    if of is None:
+    if not pairs:
         return Exported(folder, "celora")
     generates = backbone.head is not None and not backbone.joined and (merged or not saved)
-    return Exported(folder, format, base=None if merged else base, rank=rank, generates=generates)
+    return Exported(folder, format, base=None if merged else base, rank=rank, generates=generates, tried=not away)
 
 
 def _page(
@@ -251,9 +263,16 @@ def _plain(tensors: Tensors) -> dict[str, Tensor]:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to write into: put in place of `folder` if the block ends well, else thrown away."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """A new folder to write into: put in place of `folder` if the block ends well, else thrown away.
+
+    Raises:
+        RunFolderError: if no folder can be made there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise RunFolderError(f"cannot write {folder}: {error.strerror}: choose another folder") from error
     try:
         yield new
         for path in (new, *new.rglob("*")):  # mkdtemp's 0o700 and safetensors' 0o600 would lock colleagues out

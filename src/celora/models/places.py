@@ -38,7 +38,7 @@ def write_own(folder: Path, backbone: Backbone | DualBackbone, exports: Path) ->
     """Write such weights, once for all exports in a folder where the disk can share them."""
     with loading.quiet():
         if backbone.name == efficientnet_lite.NAME:
-            written = exports.glob(f"*/{folder.name}/{efficientnet_lite.WEIGHTS}")
-            efficientnet_lite.write(folder, backbone.image_shape[1], next(written, None))
+            others = exports.glob(f"*/{folder.name}/{efficientnet_lite.WEIGHTS}")
+            efficientnet_lite.write(folder, backbone.image_shape[1], others)
         else:
             loading.random_vit().save_pretrained(folder)

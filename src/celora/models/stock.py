@@ -156,4 +156,5 @@ def _unadapted(backbone: Backbone | DualBackbone, *, own: bool) -> Any:
     for name in adapted:
         above, _, leaf = name.rpartition(".")
         setattr(copied.get_submodule(above), leaf, copied.get_submodule(name).get_base_layer())
+    vars(copied).pop("hf_device_map", None)  # PEFT would place the layers anew, and write over files of those on disk
     return copied
