@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from celora.core.adapters import Tri
-from celora.errors import RunFolderError
+from celora.errors import ModelError, RunFolderError
+from celora.models import stock
 from celora.models.backbone import load
 from celora.models.export import export_shared, load_export, replacing
 from celora.models.settings import Adapter, Model
@@ -72,3 +75,23 @@ def test_an_export_tells_what_it_is(tmp_path: Path) -> None:
     assert sorted(config["target_modules"]) == ["layers.1.attention.q_proj", "layers.1.attention.v_proj"]
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) <= 12
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1.0), (torch.float32, 10.0), (torch.bfloat16, 1.0)])
+def test_a_model_that_changes_nothing_is_no_export_however_much_may_differ(dtype: torch.dtype, rounding: float) -> None:
+    """Training moves hidden states by half of what may differ."""
+    draw = torch.Generator().manual_seed(0)
+    frozen = torch.randn(2, 3, 4, generator=draw)
+    frozen[0, 0, 0] = 10.0
+    trained = frozen.clone()
+    loose = rounding > 1 or dtype != torch.float32
+    trained[1, 2, 3] += 0.5 * rounding * stock.NEAR[dtype] * 10 if loose else 1.0
+    backbone: Any = SimpleNamespace(dtype=dtype, head=None, name="tiny", put_out=lambda states, rows: states)
+    of = stock.Trial(backbone, None, {}, trained, lambda: frozen)
+
+    of.check(trained, "it", rounding=rounding)
+    of.check(trained + 1e-6 * torch.randn(2, 3, 4, generator=draw), "it", rounding=rounding)
+    with pytest.raises(ModelError, match="it changes nothing"):
+        of.check(frozen, "it", rounding=rounding)
+    with pytest.raises(ModelError, match="it gives hidden states of tiny that differ by"):
+        of.check(trained + 9, "it", rounding=rounding)
