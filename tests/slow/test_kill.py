@@ -56,7 +56,7 @@ def wait_for_progress(process: "subprocess.Popen[bytes]", folder: Path, draw: ra
     time.sleep(draw.uniform(0, 0.4))
 
 
-@pytest.mark.parametrize("algorithm", ["ce-lora", "fedit"])
+@pytest.mark.parametrize("algorithm", ["ce-lora"])  # contracts resume every other one
 def test_killed_again_and_again_a_run_ends_with_the_same_numbers(algorithm: str, tmp_path: Path) -> None:
     config = tmp_path / "digits.toml"
     config.write_text(LONGER)
