@@ -207,7 +207,8 @@ def study(
         if "local" not in whole:
             continue
         rows = rows_of({m: rate for (d, m), rate in rates.items() if d == c}, whole, cell.grid)
-        sections[c] = {"rows": rows, "tree": cell.tree, "grid": cell.grid, "seeds": seeds, "pilot_seed": TUNING_SEED}
+        told = json.loads(json.dumps(cell.tree).replace(json.dumps(f"{out}{os.sep}")[1:-1], ""))  # no path of a machine
+        sections[c] = {"rows": rows, "tree": told, "grid": cell.grid, "seeds": seeds, "pilot_seed": TUNING_SEED}
         tables.append(f"### {c}: {rows[0]['metric']}\n\n{markdown(rows)}")
     text = "\n\n".join(tables) + "\n"
     (out / f"{name}.md").write_text(text)
