@@ -168,3 +168,19 @@ def test_a_rank_that_vllm_does_not_serve_is_said(tmp_path: Path) -> None:
     big = ClientExport("a", Exported(tmp_path, "peft", base="base", rank=600, generates=True))
     assert serve([big]) is None
     assert list(closing([big]))[-1] == "vLLM serves ranks up to 512, and here is a larger one: use --format merged"
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_the_earlier_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trained(tmp_path, "local")
+    (one,) = export(folder, "client-01", "peft", tmp_path / "out")
+    before = {path: path.read_bytes() for path in one.what.folder.rglob("*") if path.is_file()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("celora.models.export.save_file", full)
+    with pytest.raises(RunFolderError, match="No space left on device; an earlier export there is whole"):
+        list(export(folder, "client-01", "peft", tmp_path / "out"))
+    assert {path: path.read_bytes() for path in one.what.folder.rglob("*") if path.is_file()} == before

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from celora import data
@@ -76,9 +77,9 @@ class ClientModel:
                 model of transformers with the adapter in its weights.
 
         Raises:
-            RunFolderError, ModelError: as `outputs`; and if the folder is a run's own or holds something else, if what
-                stock libraries make of it is not what was trained, or if there is nothing to merge: an adapter that is
-                no matrix, or a client's own model.
+            RunFolderError, ModelError: as `outputs`; and if the folder is a run's own, holds something else, or cannot
+                be written, if what stock libraries make of it is not what was trained, or if there is nothing to merge:
+                an adapter that is no matrix, or a client's own model.
         """
         path, own = Path(folder), self.folder.parent.resolve()
         for at in (path.resolve(), *path.resolve().parents):
@@ -88,7 +89,12 @@ class ClientModel:
             raise RunFolderError(f"{path} exists and is no earlier export (it has no {ABOUT}): choose another --out")
         weights, plain = load_export(self.folder)
         models = self._run.models(plain=plain)
-        return models.export(path, self.client, weights, format=format, pad=True)
+        try:
+            return models.export(path, self.client, weights, format=format, pad=True)
+        except (OSError, SafetensorError) as error:  # the disk fills up, or nobody may write there
+            raise RunFolderError(
+                f"cannot write {path}: {error}; an earlier export there is whole. Free some space, or choose another --out"
+            ) from error
 
     def _model(self, trained: bool) -> tuple[ClientModels, Tensors]:
         """What predicts, and its weights: without training, whatever A is drawn from, B is 0."""
