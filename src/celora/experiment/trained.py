@@ -93,7 +93,8 @@ class ClientModel:
             return models.export(path, self.client, weights, format=format, pad=True)
         except (OSError, SafetensorError) as error:  # the disk fills up, or nobody may write there
             raise RunFolderError(
-                f"cannot write {path}: {error}; an earlier export there is whole. Free some space, or choose another --out"
+                f"cannot write {path}: {error}; an earlier export there is whole. "
+                "Free some space, or choose another --out"
             ) from error
 
     def _model(self, trained: bool) -> tuple[ClientModels, Tensors]:
